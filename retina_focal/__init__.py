@@ -1,0 +1,50 @@
+"""RetinaNet and the focal loss (arXiv:1708.02002) as a detectron2 plugin.
+
+Importing the package registers its names in detectron2's registries, and does nothing else.
+"""
+
+try:
+    import detectron2  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "retina_focal needs detectron2, which is not installed. Build it from source "
+        "(https://github.com/facebookresearch/detectron2), or install its Python part from PyPI:\n"
+        "  pip install --no-deps --target $(python -c "
+        "'import sysconfig; print(sysconfig.get_path(\"purelib\"))') "
+        "--python-version 3.10 --implementation cp --abi none --only-binary=:all: "
+        "sal-detectron2==0.7.2"
+    ) from error
+
+from retina_focal.anchors import OctaveAnchorGenerator
+from retina_focal.assigner import Assigner
+from retina_focal.backbone import (
+    build_retina_focal_resnet_fpn_backbone,
+    build_retina_focal_resnet_single_backbone,
+    build_retina_focal_timm_fpn_backbone,
+)
+from retina_focal.config import add_retina_focal_config, get_cfg
+from retina_focal.criterion import Criterion
+from retina_focal.head import DENSE_HEAD_REGISTRY, FocalRetinaNetHead
+from retina_focal.losses import SigmoidFocalLoss, sigmoid_focal_loss
+from retina_focal.postprocess import Postprocessor
+from retina_focal.proposals import FocalRPN, FocalRPNHead
+from retina_focal.retinanet import FocalRetinaNet
+
+__all__ = [
+    "DENSE_HEAD_REGISTRY",
+    "Assigner",
+    "Criterion",
+    "FocalRPN",
+    "FocalRPNHead",
+    "FocalRetinaNet",
+    "FocalRetinaNetHead",
+    "OctaveAnchorGenerator",
+    "Postprocessor",
+    "SigmoidFocalLoss",
+    "add_retina_focal_config",
+    "build_retina_focal_resnet_fpn_backbone",
+    "build_retina_focal_resnet_single_backbone",
+    "build_retina_focal_timm_fpn_backbone",
+    "get_cfg",
+    "sigmoid_focal_loss",
+]

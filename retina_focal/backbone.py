@@ -1,0 +1,207 @@
+"""Backbones with pyramid levels P3 to P7 (Sec. 4, "Feature Pyramid Network Backbone").
+
+No P2; P6 is a 3x3 stride-2 convolution on C5 or P5, P7 a ReLU and the same on P6. Besides the
+ResNet pyramid there are the same pyramid on any timm model, and a ResNet without a pyramid.
+"""
+
+from detectron2.config import CfgNode
+from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+from retina_focal.config import retina_focal_node
+
+TOP_BLOCK_IN_FEATURES = ("res5", "p5")
+TIMM_NORMS = ("FrozenBN", "BN", "SyncBN")
+# Name and stride of the bottom-up features that P3, P4 and P5 are built on.
+PYRAMID_INPUTS = {"res3": 8, "res4": 16, "res5": 32}
+
+
+@BACKBONE_REGISTRY.register()
+def build_retina_focal_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """ResNet or ResNeXt (``MODEL.RESNETS``) with an FPN (``MODEL.FPN``), outputs p3 to p7."""
+    return _pyramid(cfg, build_resnet_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_retina_focal_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The timm model ``RETINA_FOCAL.TIMM.NAME`` with an FPN (``MODEL.FPN``), outputs p3 to p7.
+
+    Its weights come through ``MODEL.WEIGHTS`` only; ``MODEL.BACKBONE.FREEZE_AT`` n freezes all that
+    leads to the feature of stride 2^n.
+    """
+    timm_node = retina_focal_node(cfg).TIMM
+    bottom_up = TimmBackbone(
+        timm_node.NAME, timm_node.NORM, cfg.MODEL.BACKBONE.FREEZE_AT, input_shape.channels
+    )
+    return _pyramid(cfg, bottom_up)
+
+
+@BACKBONE_REGISTRY.register()
+def build_retina_focal_resnet_single_backbone(
+    cfg: CfgNode, input_shape: ShapeSpec
+) -> "SingleLevelBackbone":
+    """ResNet without a pyramid: res5, a 1x1 convolution to ``FPN.OUT_CHANNELS``, output p5."""
+    bottom_up = build_resnet_backbone(cfg, input_shape)
+    _check_features(bottom_up, ["res5"], "MODEL.RESNETS.OUT_FEATURES [res5]")
+    return SingleLevelBackbone(bottom_up, cfg.MODEL.FPN.OUT_CHANNELS)
+
+
+class SingleLevelBackbone(Backbone):
+    """One feature map, "p5" of stride 32: what the paper's pyramid is compared with."""
+
+    def __init__(self, bottom_up: Backbone, out_channels: int):
+        super().__init__()
+        self.bottom_up = bottom_up
+        self.lateral5 = Conv2d(bottom_up.output_shape()["res5"].channels, out_channels, 1)
+        weight_init.c2_xavier_fill(self.lateral5)
+        self._out_features = ["p5"]
+        self._out_feature_strides = {"p5": PYRAMID_INPUTS["res5"]}
+        self._out_feature_channels = {"p5": out_channels}
+
+    @property
+    def size_divisibility(self) -> int:
+        return self._out_feature_strides["p5"]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(N, C, H, W) images to {"p5": (N, out_channels, H / 32, W / 32)}."""
+        return {"p5": self.lateral5(self.bottom_up(images)["res5"])}
+
+
+class TimmBackbone(Backbone):
+    """A timm model as bottom-up network: its features of stride 8, 16, 32 as res3, res4, res5.
+
+    Parameters keep timm's names, so that a timm state dict loads through detectron2's
+    ``MODEL.WEIGHTS file.pth?matching_heuristics=True``.
+    """
+
+    def __init__(self, name: str, norm: str = "FrozenBN", freeze_at: int = 0, in_channels: int = 3):
+        """
+        Args:
+            name: of the model in timm; built without weights.
+            norm: one of `TIMM_NORMS`.
+            freeze_at: freeze all that leads to the feature of stride 2^freeze_at; 0: nothing.
+            in_channels: of the image.
+        Raises:
+            ImportError: timm is not installed.
+            ValueError: unknown name or norm, or no feature of stride 8, 16 or 32.
+        """
+        super().__init__()
+        if norm not in TIMM_NORMS:
+            raise ValueError(
+                f"MODEL.RETINA_FOCAL.TIMM.NORM is '{norm}'; expected one of {', '.join(TIMM_NORMS)}"
+            )
+        self.body = _create_timm_model(name, in_channels)
+        info = self.body.feature_info
+        strides = info.reduction()
+        _check_timm_strides(name, strides)
+        self._outputs = {f: strides.index(stride) for f, stride in PYRAMID_INPUTS.items()}
+        self._out_features = list(PYRAMID_INPUTS)
+        self._out_feature_strides = dict(PYRAMID_INPUTS)
+        channels = info.channels()
+        self._out_feature_channels = {f: channels[i] for f, i in self._outputs.items()}
+        self._freeze(info.module_name(), strides, freeze_at)
+        self._set_norm(norm)
+
+    @property
+    def size_divisibility(self) -> int:
+        return PYRAMID_INPUTS["res5"]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(N, C, H, W) images to {"res3": (N, C3, H / 8, W / 8), "res4": ..., "res5": ...}."""
+        features = self.body(images)
+        return {name: features[index] for name, index in self._outputs.items()}
+
+    def _freeze(self, modules: list[str], strides: list[int], freeze_at: int) -> None:
+        """No gradients for all that is registered up to the last feature of stride 2^freeze_at."""
+        frozen = [m for m, stride in zip(modules, strides, strict=True) if stride <= 2**freeze_at]
+        if freeze_at == 0 or not frozen:
+            return
+        names = [name for name, _ in self.body.named_parameters()]
+        inside = [i for i, name in enumerate(names) if f".{frozen[-1]}." in f".{name}"]
+        for parameter in list(self.body.parameters())[: max(inside, default=-1) + 1]:
+            parameter.requires_grad = False
+
+    def _set_norm(self, norm: str) -> None:
+        if norm == "FrozenBN":
+            # timm's, not detectron2's: timm's layers hold norm and activation in one module.
+            from timm.layers import freeze_batch_norm_2d
+
+            self.body = freeze_batch_norm_2d(self.body)
+        elif norm == "SyncBN":
+            from timm.layers import convert_sync_batchnorm
+
+            self.body = convert_sync_batchnorm(self.body)
+
+
+def _create_timm_model(name: str, in_channels: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            "the timm backbone needs timm, which is not installed; type: pip install timm"
+        ) from error
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name}*")[:5]) if name else ""
+        raise ValueError(
+            f"MODEL.RETINA_FOCAL.TIMM.NAME is '{name}', which timm {timm.__version__} doesn't have"
+            + (f"; it has {near}" if near else "; for example: tf_efficientnet_lite0")
+        )
+    # "getter" keeps the model's own names; timm's default renames "stages.0" to "stages_0".
+    return timm.create_model(
+        name, pretrained=False, features_only=True, feature_cls="getter", in_chans=in_channels
+    )
+
+
+def _check_timm_strides(name: str, strides: list[int]) -> None:
+    missing = [stride for stride in PYRAMID_INPUTS.values() if stride not in strides]
+    if missing:
+        raise ValueError(
+            f"timm's {name} has features of stride {strides}, none of stride {missing}; P3, P4 and "
+            f"P5 need strides {list(PYRAMID_INPUTS.values())}: choose a convolutional model"
+        )
+
+
+def _pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
+    """P3 to P7 on the features res3, res4, res5 of `bottom_up`."""
+    in_feature = retina_focal_node(cfg).TOP_BLOCK_IN_FEATURE
+    if in_feature not in TOP_BLOCK_IN_FEATURES:
+        raise ValueError(
+            f"MODEL.RETINA_FOCAL.TOP_BLOCK_IN_FEATURE is '{in_feature}'; "
+            f"expected one of {', '.join(TOP_BLOCK_IN_FEATURES)}"
+        )
+    _check_features(bottom_up, cfg.MODEL.FPN.IN_FEATURES, "MODEL.FPN.IN_FEATURES")
+    if list(cfg.MODEL.FPN.IN_FEATURES) != list(PYRAMID_INPUTS):
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES is {cfg.MODEL.FPN.IN_FEATURES}; P3 to P7 without P2 need "
+            f"{list(PYRAMID_INPUTS)}"
+        )
+    out_channels = cfg.MODEL.FPN.OUT_CHANNELS
+    p6_channels = out_channels if in_feature == "p5" else bottom_up.output_shape()["res5"].channels
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=out_channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelP6P7(p6_channels, out_channels, in_feature),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def _check_features(bottom_up: Backbone, features: list[str], key: str) -> None:
+    """Refuse features that the bottom-up network doesn't have, or has at another stride."""
+    shapes = bottom_up.output_shape()
+    absent = [feature for feature in features if feature not in shapes]
+    if absent:
+        raise ValueError(
+            f"{key} needs {absent}, but the backbone outputs {sorted(shapes)}; "
+            f"set MODEL.RESNETS.OUT_FEATURES {list(PYRAMID_INPUTS)}"
+        )
+    for feature in set(features) & set(PYRAMID_INPUTS):
+        if shapes[feature].stride != PYRAMID_INPUTS[feature]:
+            raise ValueError(
+                f"the backbone's {feature} has stride {shapes[feature].stride}; "
+                f"expected {PYRAMID_INPUTS[feature]} (MODEL.RESNETS.RES5_DILATION must be 1)"
+            )

@@ -1,0 +1,42 @@
+"""Box regression losses at the positive anchors, by ``MODEL.RETINANET.BBOX_REG_LOSS_TYPE``."""
+
+from collections.abc import Callable
+
+from detectron2.layers import ciou_loss, diou_loss
+from detectron2.modeling.box_regression import Box2BoxTransform
+from fvcore.nn import giou_loss, smooth_l1_loss
+from torch import Tensor
+
+IOU_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "giou": giou_loss,
+    "diou": diou_loss,
+    "ciou": ciou_loss,
+}
+BOX_LOSSES = ("smooth_l1", *IOU_LOSSES)
+
+
+def box_regression_loss(
+    pred_deltas: Tensor,
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    box2box_transform: Box2BoxTransform,
+    loss_type: str = "smooth_l1",
+    smooth_l1_beta: float = 0.0,
+) -> Tensor:
+    """Loss of each positive anchor's box.
+
+    Args:
+        pred_deltas: (P, 4) predicted (dx, dy, dw, dh); the arithmetic is fp32.
+        anchors: (P, 4) XYXY in pixels.
+        gt_boxes: (P, 4) matched ground truth, XYXY in pixels.
+        loss_type: "smooth_l1" on deltas (Fast R-CNN, Eq. 3; `smooth_l1_beta` 0 is L1), or on
+            decoded boxes "giou" (arXiv:1902.09630), "diou" or "ciou" (arXiv:1911.08287).
+    Returns:
+        (P,) losses, the four coordinates of smooth L1 summed.
+    """
+    pred_deltas = pred_deltas.float()
+    if loss_type == "smooth_l1":
+        gt_deltas = box2box_transform.get_deltas(anchors, gt_boxes)
+        return smooth_l1_loss(pred_deltas, gt_deltas, beta=smooth_l1_beta).sum(1)
+    pred_boxes = box2box_transform.apply_deltas(pred_deltas, anchors)
+    return IOU_LOSSES[loss_type](pred_boxes, gt_boxes)

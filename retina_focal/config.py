@@ -1,0 +1,61 @@
+"""Every default of the package, in one place.
+
+What detectron2 already has keeps its name and meaning (``MODEL.RETINANET``,
+``MODEL.ANCHOR_GENERATOR``, ``MODEL.FPN``, ``SOLVER``, ``INPUT``); the keys below are what it lacks.
+The first value named in a comment is the default and means "as stock detectron2".
+"""
+
+from detectron2.config import CfgNode
+from detectron2.config import get_cfg as detectron2_get_cfg
+
+
+def add_retina_focal_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.RETINA_FOCAL`` and ``DATASETS.COCO_JSON`` with their defaults to a config."""
+    cfg.MODEL.RETINA_FOCAL = _default_node()
+    # Data sets in COCO format to register: rows of [name, annotation json, image folder].
+    cfg.DATASETS.COCO_JSON = []
+
+
+def get_cfg() -> CfgNode:
+    """detectron2's default config with the keys of this package added."""
+    cfg = detectron2_get_cfg()
+    add_retina_focal_config(cfg)
+    return cfg
+
+
+def retina_focal_node(cfg: CfgNode) -> CfgNode:
+    """``cfg.MODEL.RETINA_FOCAL``, or the defaults for a config that never had the node."""
+    return cfg.MODEL.RETINA_FOCAL if "RETINA_FOCAL" in cfg.MODEL else _default_node()
+
+
+def _default_node() -> CfgNode:
+    node = CfgNode()
+
+    # Name in DENSE_HEAD_REGISTRY.
+    node.HEAD = "FocalRetinaNetHead"
+
+    # Where P6 comes from: "res5" (the paper, Sec. 4 footnote 2) or "p5" (torchvision v1, FCOS).
+    node.TOP_BLOCK_IN_FEATURE = "res5"
+
+    # Anchors that are positive although no IoU reaches the upper threshold ("low-quality matches"):
+    # "detectron2" every best anchor of a box; "detectron" only where its IoU reaches the lower
+    # threshold (the authors' code); "paper" none (Sec. 4, "Anchors").
+    node.ASSIGNMENT = "detectron2"
+
+    # What the losses are divided by: "ema" moving average of the positives of this process;
+    # "image" the positives of each image, then the mean over images (Sec. 3.2 of the paper);
+    # "batch" the positives of this process; "global" the positives of all processes.
+    node.NORMALIZER = "ema"
+
+    # Octave anchors of OctaveAnchorGenerator (Sec. 4, "Anchors"): one base size a level, in pixels,
+    # each repeated at 2^(i / SCALES_PER_OCTAVE) for i < SCALES_PER_OCTAVE.
+    node.ANCHORS = CfgNode()
+    node.ANCHORS.BASE_SIZES = [32, 64, 128, 256, 512]
+    node.ANCHORS.SCALES_PER_OCTAVE = 3
+
+    # build_retina_focal_timm_fpn_backbone: the model's name in timm, and what its batch
+    # normalisation does: "FrozenBN" (fixed statistics and affine), "BN" or "SyncBN" (trained).
+    node.TIMM = CfgNode()
+    node.TIMM.NAME = ""
+    node.TIMM.NORM = "FrozenBN"
+    return node

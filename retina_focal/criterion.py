@@ -1,0 +1,219 @@
+"""Labels and predictions to the two losses (Sec. 3.2 and Sec. 4.1, "Focal Loss")."""
+
+from typing import NamedTuple
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from torch import Tensor, distributed, nn
+
+from retina_focal.box_losses import BOX_LOSSES, box_regression_loss
+from retina_focal.config import retina_focal_node
+from retina_focal.losses import LevelTargets, SigmoidFocalLoss, dense_loss_sum
+
+NORMALIZERS = ("ema", "image", "batch", "global")
+# detectron2's moving average: N <- 0.9 N + 0.1 max(P, 1), from N = 100.
+EMA_MOMENTUM = 0.9
+EMA_START = 100.0
+
+
+class Positives(NamedTuple):
+    """The P positive anchors of a batch, level by level; every tensor has P rows."""
+
+    image: Tensor  # index of the image
+    deltas: Tensor  # (P, 4) predicted
+    anchors: Tensor  # (P, 4) XYXY in pixels
+    gt_boxes: Tensor  # (P, 4) XYXY in pixels
+
+
+class Criterion(nn.Module):
+    """Focal loss over all anchors that are not ignored, box loss over the positive ones.
+
+    Only the normaliser "ema" has state: the buffer `loss_normalizer`, which a checkpoint may lack.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        box2box_transform: Box2BoxTransform,
+        focal_loss_alpha: float = 0.25,
+        focal_loss_gamma: float = 2.0,
+        smooth_l1_beta: float = 0.0,
+        box_reg_loss_type: str = "smooth_l1",
+        normalizer: str = "ema",
+    ):
+        """
+        Args:
+            num_classes: K.
+            box2box_transform: encodes boxes as deltas.
+            focal_loss_alpha: weight of positives in [0, 1]; < 0: no balancing.
+            focal_loss_gamma: focusing parameter >= 0.
+            smooth_l1_beta: where smooth L1 turns from quadratic to linear, in deltas; 0 is L1.
+            box_reg_loss_type: one of `box_losses.BOX_LOSSES`.
+            normalizer: one of `NORMALIZERS`; with P positives and W processes, "image" divides each
+                image's sum by max(its P, 1) and averages over images, "batch" divides by
+                max(P of this process, 1), "ema" by their moving average, "global" by
+                max(P of all processes, 1) / W.
+        Raises:
+            ValueError: an unknown name, or a focusing parameter below 0.
+        """
+        super().__init__()
+        _check_choice("MODEL.RETINA_FOCAL.NORMALIZER", normalizer, NORMALIZERS)
+        _check_choice("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", box_reg_loss_type, BOX_LOSSES)
+        if focal_loss_gamma < 0:
+            raise ValueError(
+                f"MODEL.RETINANET.FOCAL_LOSS_GAMMA is {focal_loss_gamma}; expected at least 0 "
+                "(0 is cross entropy, the paper's value is 2)"
+            )
+        self.num_classes = num_classes
+        self.box2box_transform = box2box_transform
+        self.classification_loss = SigmoidFocalLoss(focal_loss_alpha, focal_loss_gamma)
+        self.smooth_l1_beta = smooth_l1_beta
+        self.box_reg_loss_type = box_reg_loss_type
+        self.normalizer = normalizer
+        if normalizer == "ema":
+            self.register_buffer("loss_normalizer", torch.tensor(EMA_START))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        node = cfg.MODEL.RETINANET
+        return {
+            "num_classes": node.NUM_CLASSES,
+            "box2box_transform": Box2BoxTransform(weights=node.BBOX_REG_WEIGHTS),
+            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "smooth_l1_beta": node.SMOOTH_L1_LOSS_BETA,
+            "box_reg_loss_type": node.BBOX_REG_LOSS_TYPE,
+            "normalizer": retina_focal_node(cfg).NORMALIZER,
+        }
+
+    def forward(
+        self,
+        anchors: list[Boxes],
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        labels: Tensor,
+        matched_idxs: Tensor,
+        gt_instances: list[Instances],
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """
+        Args:
+            anchors: (Hi x Wi x A) boxes a level.
+            logits: (N, A x K, Hi, Wi) a level.
+            deltas: (N, A x 4, Hi, Wi) a level.
+            labels, matched_idxs: (N, R) each, from `Assigner`.
+            gt_instances: N images with `gt_boxes`.
+        Returns:
+            losses: scalars `loss_cls` and `loss_box_reg`.
+            statistics: what is worth logging, numbers on the host.
+        """
+        targets, positives = self._gather(
+            anchors, logits, deltas, labels, matched_idxs, gt_instances
+        )
+        num_positives = torch.bincount(positives.image, minlength=len(labels))  # (N,)
+        normalizers = self.normalizers(num_positives)
+        loss_cls = dense_loss_sum(self.classification_loss, logits, targets, self.num_classes)
+        loss_box_reg = box_regression_loss(
+            positives.deltas,
+            positives.anchors,
+            positives.gt_boxes,
+            self.box2box_transform,
+            self.box_reg_loss_type,
+            self.smooth_l1_beta,
+        )
+        losses = {
+            "loss_cls": (loss_cls / normalizers).sum(),
+            "loss_box_reg": (loss_box_reg / normalizers[positives.image]).sum(),
+        }
+        return losses, {"num_pos_anchors": len(positives.image) / len(labels)}
+
+    def normalizers(self, num_positives: Tensor) -> Tensor:
+        """What to divide each image's loss sums by.
+
+        Args:
+            num_positives: (N,) positive anchors of each image.
+        Returns:
+            (N,) fp32.
+        """
+        if self.normalizer == "image":
+            return num_positives.clamp(min=1).float() * len(num_positives)
+        total = num_positives.sum().float()
+        if self.normalizer == "global":
+            if comm.get_world_size() > 1:
+                distributed.all_reduce(total)
+            total = total.clamp(min=1) / comm.get_world_size()
+        else:
+            total = total.clamp(min=1)
+        if self.normalizer == "ema":
+            # PreciseBN runs forwards in training mode without gradients: those are no steps.
+            if torch.is_grad_enabled():
+                self.loss_normalizer.mul_(EMA_MOMENTUM).add_((1 - EMA_MOMENTUM) * total)
+            total = self.loss_normalizer.clone()
+        return total.expand(len(num_positives))
+
+    def _gather(
+        self,
+        anchors: list[Boxes],
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        labels: Tensor,
+        matched_idxs: Tensor,
+        gt_instances: list[Instances],
+    ) -> tuple[list[LevelTargets], Positives]:
+        """What is not background, by level, and the positive anchors' boxes."""
+        gt_boxes = torch.cat([x.gt_boxes.tensor for x in gt_instances])
+        counts = torch.tensor([0] + [len(x) for x in gt_instances[:-1]], device=labels.device)
+        first_box = counts.cumsum(0)  # (N,) row of each image's first box in gt_boxes
+        sizes = [len(x) for x in anchors]
+        targets, positives = [], []
+        for level_anchors, x, d, level_labels, level_idxs in zip(
+            anchors,
+            logits,
+            deltas,
+            labels.split(sizes, 1),
+            matched_idxs.split(sizes, 1),
+            strict=True,
+        ):
+            image, index = (level_labels != self.num_classes).nonzero(as_tuple=True)
+            level_label = level_labels[image, index]
+            is_positive = level_label >= 0
+            location = _locate(index, d.shape[1] // 4, x.shape[-1])
+            n, a, y, x_ = (i[is_positive] for i in (image, *location))
+            ignored = tuple(i[~is_positive] for i in (image, *location))
+            targets.append(LevelTargets((n, a, level_label[is_positive], y, x_), ignored))
+            index = index[is_positive]
+            positives.append(
+                Positives(
+                    image=n,
+                    deltas=d.unflatten(1, (-1, 4))[n, a, :, y, x_],
+                    anchors=level_anchors.tensor[index],
+                    gt_boxes=gt_boxes[first_box[n] + level_idxs[n, index]],
+                )
+            )
+        return targets, Positives(*(torch.cat(parts) for parts in zip(*positives, strict=True)))
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, *rest
+    ):
+        """Weights trained elsewhere have no normaliser; its start value is right for them."""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *rest
+        )
+        if f"{prefix}loss_normalizer" in missing_keys:
+            missing_keys.remove(f"{prefix}loss_normalizer")
+
+
+def _locate(index: Tensor, num_anchors: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchor, row and column of an index into one level's (Hi x Wi x A) anchors."""
+    cell = index.div(num_anchors, rounding_mode="floor")
+    row = cell.div(width, rounding_mode="floor")
+    return index - cell * num_anchors, row, cell - row * width
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key} is '{value}'; expected one of {', '.join(choices)}")

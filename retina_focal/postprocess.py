@@ -1,0 +1,135 @@
+"""Dense predictions to detections (Sec. 4.1, "Inference")."""
+
+import math
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import batched_nms
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+
+class Postprocessor:
+    """Score threshold, top candidates of each level, decoding, NMS of each class.
+
+    The threshold is compared with the logits, and only what passes it gets a sigmoid and a box.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        box2box_transform: Box2BoxTransform,
+        score_thresh: float = 0.05,
+        topk_candidates: int = 1000,
+        nms_thresh: float = 0.5,
+        max_detections_per_image: int = 100,
+    ):
+        """
+        Args:
+            num_classes: K.
+            box2box_transform: decodes deltas.
+            score_thresh: a candidate's score must be above it, [0, 1).
+            topk_candidates: (anchor, class) pairs kept a level.
+            nms_thresh: boxes of one class with a higher IoU are the same object.
+            max_detections_per_image: kept after NMS.
+        """
+        self.num_classes = num_classes
+        self.box2box_transform = box2box_transform
+        self.score_thresh = score_thresh
+        self.topk_candidates = topk_candidates
+        self.nms_thresh = nms_thresh
+        self.max_detections_per_image = max_detections_per_image
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        node = cfg.MODEL.RETINANET
+        return {
+            "num_classes": node.NUM_CLASSES,
+            "box2box_transform": Box2BoxTransform(weights=node.BBOX_REG_WEIGHTS),
+            "score_thresh": node.SCORE_THRESH_TEST,
+            "topk_candidates": node.TOPK_CANDIDATES_TEST,
+            "nms_thresh": node.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+        }
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        anchors: list[Boxes],
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+    ) -> list[Instances]:
+        """
+        Args:
+            anchors: (Hi x Wi x A) boxes a level.
+            logits: (N, A x K, Hi, Wi) a level.
+            deltas: (N, A x 4, Hi, Wi) a level.
+            image_sizes: (height, width) of each image before padding, pixels.
+        Returns:
+            N Instances with `pred_boxes`, `scores` (falling), `pred_classes`.
+        """
+        results = []
+        for i, image_size in enumerate(image_sizes):
+            levels = [
+                self._candidates(level_anchors.tensor, level_logits[i], level_deltas[i])
+                for level_anchors, level_logits, level_deltas in zip(
+                    anchors, logits, deltas, strict=True
+                )
+            ]
+            boxes, scores, classes = (torch.cat(parts) for parts in zip(*levels, strict=True))
+            keep = batched_nms(boxes, scores, classes, self.nms_thresh)
+            keep = keep[: self.max_detections_per_image]
+            results.append(
+                Instances(
+                    image_size,
+                    pred_boxes=Boxes(boxes[keep]),
+                    scores=scores[keep],
+                    pred_classes=classes[keep],
+                )
+            )
+        return results
+
+    def _candidates(
+        self, anchors: Tensor, logits: Tensor, deltas: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (M, 4), scores (M,) and classes (M,) of one level of one image.
+
+        Args:
+            anchors: (H x W x A, 4).
+            logits: (A x K, H, W).
+            deltas: (A x 4, H, W).
+        """
+        height, width = logits.shape[-2:]
+        num_anchors = deltas.shape[0] // 4
+        logits = logits.flatten()
+        passed = (logits > logit(self.score_thresh)).nonzero().squeeze(1)
+        scores, order = _top(logits[passed].float().sigmoid(), self.topk_candidates)
+        channel, cell = _divmod(passed[order], height * width)
+        anchor, classes = _divmod(channel, self.num_classes)
+        chosen_deltas = deltas.view(num_anchors, 4, -1)[anchor, :, cell]
+        chosen_anchors = anchors[cell * num_anchors + anchor]
+        boxes = self.box2box_transform.apply_deltas(chosen_deltas, chosen_anchors)
+        return boxes, scores, classes
+
+
+def logit(score: float) -> float:
+    """The logit whose sigmoid is `score` in [0, 1]."""
+    if score <= 0:
+        return -math.inf
+    return math.log(score / (1 - score)) if score < 1 else math.inf
+
+
+def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest scores, falling, and their indices; all of them where there are fewer."""
+    count = scores.shape[0]
+    # torch.jit.trace turns the count into a tensor, and keeps the dependence on the image.
+    return scores.topk(count.clamp(max=k) if isinstance(count, Tensor) else min(count, k))
+
+
+def _divmod(dividend: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    quotient = dividend.div(divisor, rounding_mode="floor")
+    return quotient, dividend - quotient * divisor

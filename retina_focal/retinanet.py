@@ -1,0 +1,263 @@
+"""FocalRetinaNet: the meta-architecture, and the surface that detectron2 scripts rely on."""
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.layers import move_device_like
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, detector_postprocess
+from detectron2.modeling.anchor_generator import build_anchor_generator
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import get_event_storage, has_event_storage
+from torch import Tensor, nn
+
+from retina_focal.assigner import Assigner
+from retina_focal.criterion import Criterion
+from retina_focal.head import build_dense_head
+from retina_focal.postprocess import Postprocessor
+
+# Highest-scoring predictions drawn beside the ground truth every VIS_PERIOD iterations.
+VIS_MAX_BOXES = 20
+
+
+def _forwarded(part: str, name: str) -> property:
+    """An attribute that one part owns and scripts set on the model."""
+    return property(
+        lambda model: getattr(getattr(model, part), name),
+        lambda model, value: setattr(getattr(model, part), name, value),
+        doc=f"`{part}.{name}`.",
+    )
+
+
+@META_ARCH_REGISTRY.register()
+class FocalRetinaNet(nn.Module):
+    """RetinaNet (arXiv:1708.02002): backbone, head, and what makes losses or boxes of them."""
+
+    test_score_thresh = _forwarded("postprocessor", "score_thresh")
+    test_topk_candidates = _forwarded("postprocessor", "topk_candidates")
+    test_nms_thresh = _forwarded("postprocessor", "nms_thresh")
+    max_detections_per_image = _forwarded("postprocessor", "max_detections_per_image")
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: nn.Module,
+        head_in_features: list[str],
+        anchor_generator: nn.Module,
+        assigner: Assigner,
+        criterion: Criterion,
+        postprocessor: Postprocessor,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+        vis_period: int = 0,
+        input_format: str = "BGR",
+        num_classes: int | None = None,
+    ):
+        """
+        Args:
+            backbone: images to named feature maps.
+            head: (N, C, Hi, Wi) features to raw logits and deltas, see `FocalRetinaNetHead`.
+            head_in_features: names of the backbone's outputs that the head sees, P3 first.
+            anchor_generator: features to one Boxes a level.
+            assigner: anchors and ground truth to labels.
+            criterion: predictions and labels to losses.
+            postprocessor: predictions to detections.
+            pixel_mean, pixel_std: per channel, in `input_format` order, 0 to 255.
+            vis_period: iterations between training pictures in the event storage; 0: none.
+            input_format: channel order of the images, for those pictures.
+            num_classes: K; only checked against the parts: a LazyConfig's one place for it.
+        Raises:
+            ValueError: the parts disagree on the number of classes.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.head_in_features = head_in_features
+        self.anchor_generator = anchor_generator
+        self.assigner = assigner
+        self.criterion = criterion
+        self.postprocessor = postprocessor
+        self.vis_period = vis_period
+        self.input_format = input_format
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self._check_num_classes(num_classes)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        _check_in_features(cfg.MODEL.RETINANET.IN_FEATURES, list(shapes))
+        feature_shapes = [shapes[f] for f in cfg.MODEL.RETINANET.IN_FEATURES]
+        return {
+            "backbone": backbone,
+            "head": build_dense_head(cfg, feature_shapes),
+            "head_in_features": cfg.MODEL.RETINANET.IN_FEATURES,
+            "anchor_generator": build_anchor_generator(cfg, feature_shapes),
+            "assigner": Assigner(cfg),
+            "criterion": Criterion(cfg),
+            "postprocessor": Postprocessor(cfg),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "vis_period": cfg.VIS_PERIOD,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    @property
+    def num_classes(self) -> int:
+        return self.criterion.num_classes
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """
+        Args:
+            batched_inputs: from `DatasetMapper`: `image` (C, H, W), `instances` in training, and
+                for inference optionally the `height` and `width` to return boxes in.
+        Returns:
+            In training {"loss_cls", "loss_box_reg"}; otherwise a dict with `instances` an image.
+        """
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        features = [features[name] for name in self.head_in_features]
+        logits, deltas = self.head(features)
+        anchors = self.anchor_generator(features)
+        if not self.training:
+            results = self.postprocessor(anchors, logits, deltas, images.image_sizes)
+            return _rescale(results, batched_inputs)
+        gt_instances = self._ground_truth(batched_inputs)
+        labels, matched_idxs = self.assigner(anchors, gt_instances)
+        losses, statistics = self.criterion(
+            anchors, logits, deltas, labels, matched_idxs, gt_instances
+        )
+        if has_event_storage():
+            self._log(statistics, batched_inputs, images, anchors, logits, deltas)
+        return losses
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise, pad and batch the images: (N, C, H, W) of the largest size, zero-padded."""
+        images = [move_device_like(x["image"], self.pixel_mean) for x in batched_inputs]
+        images = [(x - self.pixel_mean) / self.pixel_std for x in images]
+        return ImageList.from_tensors(
+            images,
+            self.backbone.size_divisibility,
+            padding_constraints=self.backbone.padding_constraints,
+        )
+
+    def label_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[Tensor, Tensor]:
+        """Labels and matched indices, (N, R) each; see `Assigner.__call__`."""
+        return self.assigner(anchors, gt_instances)
+
+    def _ground_truth(self, batched_inputs: list[dict]) -> list[Instances]:
+        """Ground truth on the model's device, checked while it still lies on the host."""
+        if "instances" not in batched_inputs[0]:
+            raise ValueError(
+                f"{_record(batched_inputs[0], 0)} has no 'instances', but the model is in training "
+                "mode; for inference call model.eval() first"
+            )
+        for index, record in enumerate(batched_inputs):
+            _check_ground_truth(record["instances"], self.num_classes, _record(record, index))
+        return [record["instances"].to(self.device) for record in batched_inputs]
+
+    def _log(
+        self,
+        statistics: dict[str, float],
+        batched_inputs: list[dict],
+        images: ImageList,
+        anchors: list[Boxes],
+        logits: list[Tensor],
+        deltas: list[Tensor],
+    ) -> None:
+        storage = get_event_storage()
+        storage.put_scalars(**statistics)
+        if self.vis_period > 0 and storage.iter % self.vis_period == 0:
+            results = self.postprocessor(
+                anchors,
+                [x[:1] for x in logits],
+                [x[:1] for x in deltas],
+                images.image_sizes[:1],
+            )
+            name, image = _draw_training(batched_inputs[0], results[0], self.input_format)
+            storage.put_image(name, image)
+
+    def _check_num_classes(self, num_classes: int | None) -> None:
+        found = {
+            "assigner": self.assigner.num_classes,
+            "criterion": self.criterion.num_classes,
+            "postprocessor": self.postprocessor.num_classes,
+        }
+        if hasattr(self.head, "num_classes"):
+            found["head"] = self.head.num_classes
+        if num_classes is not None:
+            found["model"] = num_classes
+        if len(set(found.values())) != 1:
+            raise ValueError(
+                f"the parts disagree on the number of classes: {found}; give all of them the same "
+                "num_classes (in a LazyConfig: num_classes='${..num_classes}')"
+            )
+
+
+def _check_in_features(in_features: list[str], available: list[str]) -> None:
+    missing = [feature for feature in in_features if feature not in available]
+    if missing:
+        raise ValueError(
+            f"MODEL.RETINANET.IN_FEATURES names {missing}, but MODEL.BACKBONE.NAME makes "
+            f"{available}; set IN_FEATURES to (a part of) these, or use build_retina_focal_resnet_fpn_backbone"
+        )
+
+
+def _record(record: dict, index: int) -> str:
+    """What an error message calls one element of a batch."""
+    return (
+        f"image '{record['file_name']}'" if "file_name" in record else f"image {index} of the batch"
+    )
+
+
+def _check_ground_truth(instances: Instances, num_classes: int, record: str) -> None:
+    """Refuse boxes and classes that would turn the loss into NaN or point outside the logits."""
+    boxes, classes = instances.gt_boxes.tensor, instances.gt_classes
+    bad = ~boxes.isfinite().all(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
+    if bad.any():
+        index = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{record}: box {index} is {boxes[index].tolist()}; expected finite XYXY pixels with "
+            "x0 <= x1 and y0 <= y1: correct or remove that annotation"
+        )
+    bad = (classes < 0) | (classes >= num_classes)
+    if bad.any():
+        index = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{record}: box {index} has class {int(classes[index])}, but the model has "
+            f"{num_classes} classes, 0 to {num_classes - 1}; set MODEL.RETINANET.NUM_CLASSES to the data set's"
+        )
+
+
+def _rescale(results: list[Instances], batched_inputs: list[dict]) -> list[dict]:
+    """Boxes in the resolution that each input asks for, clipped to the image."""
+    rescaled = []
+    for instances, record in zip(results, batched_inputs, strict=True):
+        height = record.get("height", instances.image_size[0])
+        width = record.get("width", instances.image_size[1])
+        rescaled.append({"instances": detector_postprocess(instances, height, width)})
+    return rescaled
+
+
+def _draw_training(record: dict, result: Instances, input_format: str) -> tuple[str, np.ndarray]:
+    """Name and (3, 2H, W) uint8 picture: ground truth above the highest-scoring predictions."""
+    from detectron2.utils.visualizer import Visualizer
+
+    image = convert_image_to_rgb(record["image"].permute(1, 2, 0), input_format)
+    prediction = detector_postprocess(result, *image.shape[:2])
+    panels = [
+        Visualizer(image, None).overlay_instances(boxes=boxes.tensor.detach().cpu().numpy())
+        for boxes in (record["instances"].gt_boxes, prediction.pred_boxes[:VIS_MAX_BOXES])
+    ]
+    picture = np.vstack([panel.get_image() for panel in panels])
+    name = f"Top: ground truth; bottom: {VIS_MAX_BOXES} highest-scoring predictions"
+    return name, picture.transpose(2, 0, 1)
