@@ -208,7 +208,8 @@ def _check_in_features(in_features: list[str], available: list[str]) -> None:
     if missing:
         raise ValueError(
             f"MODEL.RETINANET.IN_FEATURES names {missing}, but MODEL.BACKBONE.NAME makes "
-            f"{available}; set IN_FEATURES to (a part of) these, or use build_retina_focal_resnet_fpn_backbone"
+            f"{available}; set IN_FEATURES to (a part of) these, or the backbone to "
+            "build_retina_focal_resnet_fpn_backbone"
         )
 
 
@@ -234,7 +235,8 @@ def _check_ground_truth(instances: Instances, num_classes: int, record: str) -> 
         index = int(bad.nonzero()[0])
         raise ValueError(
             f"{record}: box {index} has class {int(classes[index])}, but the model has "
-            f"{num_classes} classes, 0 to {num_classes - 1}; set MODEL.RETINANET.NUM_CLASSES to the data set's"
+            f"{num_classes} classes, 0 to {num_classes - 1}; set MODEL.RETINANET.NUM_CLASSES to "
+            "the data set's"
         )
 
 
