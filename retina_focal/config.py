@@ -5,6 +5,9 @@ What detectron2 already has keeps its name and meaning (``MODEL.RETINANET``,
 The first value named in a comment is the default and means "as stock detectron2".
 """
 
+import difflib
+from pathlib import Path
+
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as detectron2_get_cfg
 
@@ -26,6 +29,31 @@ def get_cfg() -> CfgNode:
 def retina_focal_node(cfg: CfgNode) -> CfgNode:
     """``cfg.MODEL.RETINA_FOCAL``, or the defaults for a config that never had the node."""
     return cfg.MODEL.RETINA_FOCAL if "RETINA_FOCAL" in cfg.MODEL else _default_node()
+
+
+def config_path(name: str) -> str:
+    """Path of a config: `name` itself where it is a file, else that of the package's config `name`.
+
+    Raises:
+        FileNotFoundError: neither exists.
+    """
+    if Path(name).is_file():
+        return name
+    # An installed wheel has the configs inside the package, a clone beside it.
+    package = Path(__file__).parent
+    folders = [package / "configs", package.parent / "configs"]
+    folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+    if (folder / name).is_file():
+        return str(folder / name)
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix in (".yaml", ".py")
+    )
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
+    raise FileNotFoundError(
+        f"config '{name}' is neither a file nor a config of the package; near it: {', '.join(near)}"
+    )
 
 
 def _default_node() -> CfgNode:

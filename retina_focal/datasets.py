@@ -1,0 +1,95 @@
+"""Data sets in COCO format, registered from the config or the command line."""
+
+import json
+import os
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Register every row of ``DATASETS.COCO_JSON``; the same row again changes nothing.
+
+    Every process needs the registration: tools call this wherever they read a config.
+
+    Raises:
+        FileNotFoundError, ValueError: see `register_coco_json`.
+    """
+    for row in cfg.DATASETS.get("COCO_JSON", []):
+        if len(row) != 3:
+            raise ValueError(
+                f"DATASETS.COCO_JSON has the row {list(row)}; expected "
+                "[name, annotation json, image folder]"
+            )
+        register_coco_json(*row)
+
+
+def register_coco_json(name: str, json_file: str, image_root: str) -> None:
+    """Register one data set, with `thing_classes` and `evaluator_type` "coco".
+
+    Args:
+        name: as ``DATASETS.TRAIN`` and ``DATASETS.TEST`` give it.
+        json_file: annotations in COCO format.
+        image_root: folder that the json's file names start from.
+    Raises:
+        FileNotFoundError: the json or the folder is missing.
+        ValueError: the json has no categories, or the name is taken by another data set.
+    """
+    metadata = MetadataCatalog.get(name)
+    if name in DatasetCatalog:
+        registered = (metadata.get("json_file"), metadata.get("image_root"))
+        if registered != (json_file, image_root):
+            raise ValueError(
+                f"data set '{name}' is registered with {registered}, and now asked for with "
+                f"{(json_file, image_root)}; give one of them another name"
+            )
+        return
+    classes = _read_classes(name, json_file)
+    if not os.path.isdir(image_root):
+        raise FileNotFoundError(
+            f"data set '{name}': the image folder '{image_root}' does not exist "
+            f"(relative paths start from {os.getcwd()})"
+        )
+    metadata.set(
+        json_file=json_file, image_root=image_root, evaluator_type="coco", thing_classes=classes
+    )
+    DatasetCatalog.register(name, lambda: load_coco_json(json_file, image_root, name))
+
+
+def check_num_classes(names: Sequence[str], num_classes: int) -> None:
+    """Compare the model's number of classes with that of each data set that tells its classes.
+
+    Raises:
+        ValueError: they differ.
+    """
+    for name in names:
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes is not None and len(classes) != num_classes:
+            raise ValueError(
+                f"dataset '{name}' has {len(classes)} classes ({', '.join(classes[:5])}"
+                f"{', ...' if len(classes) > 5 else ''}) but MODEL.RETINANET.NUM_CLASSES is "
+                f"{num_classes}; add: MODEL.RETINANET.NUM_CLASSES {len(classes)}"
+            )
+
+
+def _read_classes(name: str, json_file: str) -> list[str]:
+    """Category names by rising id, detectron2's order of contiguous classes."""
+    if not os.path.isfile(json_file):
+        raise FileNotFoundError(
+            f"data set '{name}': the annotation file '{json_file}' does not exist "
+            f"(relative paths start from {os.getcwd()})"
+        )
+    with open(json_file) as file:
+        try:
+            content = json.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"data set '{name}': {json_file} is not JSON: {error}") from error
+    categories = content.get("categories") if isinstance(content, dict) else None
+    if not categories:
+        raise ValueError(
+            f"data set '{name}': {json_file} has no 'categories'; expected COCO format, an object "
+            "with 'images', 'annotations' and 'categories'"
+        )
+    return [category["name"] for category in sorted(categories, key=lambda c: c["id"])]

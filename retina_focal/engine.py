@@ -1,0 +1,101 @@
+"""The trainer: detectron2's, able to run several processes without a GPU."""
+
+import logging
+import os
+import weakref
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+)
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+)
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+
+class Trainer(DefaultTrainer):
+    """`DefaultTrainer` that evaluates by the data set's type, with gloo processes on a CPU."""
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Args:
+            cfg: a config that `register_datasets` has seen.
+        Raises:
+            ValueError: SyncBN on a CPU with several processes.
+        """
+        # Not DefaultTrainer.__init__: it gives DDP a device number, which a CPU model refuses.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = step(distribute(model), data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectionCheckpointer(
+            self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """The evaluator of the data set's `evaluator_type`; writes to ``OUTPUT_DIR/inference``."""
+        evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
+        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if evaluator_type == "coco":
+            return COCOEvaluator(dataset_name, output_dir=output_dir)
+        if evaluator_type == "lvis":
+            return LVISEvaluator(dataset_name, output_dir=output_dir)
+        if evaluator_type == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        raise ValueError(
+            f"data set '{dataset_name}' has evaluator_type {evaluator_type!r}; expected coco, lvis "
+            "or pascal_voc: set it by MetadataCatalog.get(name).evaluator_type, or register the "
+            "data set with --dataset NAME JSON IMAGES"
+        )
+
+
+def distribute(model: nn.Module, **ddp_options: bool) -> nn.Module:
+    """`model` in DistributedDataParallel where there are several processes, on a GPU or a CPU.
+
+    Raises:
+        ValueError: SyncBN on a CPU, which torch does not have.
+    """
+    if comm.get_world_size() == 1:
+        return model
+    options = {"broadcast_buffers": False, **ddp_options}
+    if next(model.parameters()).device.type == "cpu":
+        if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+            raise ValueError(
+                "the model has SyncBN, which torch has only for GPUs, and runs on the CPU in "
+                f"{comm.get_world_size()} processes; use GN: MODEL.RETINANET.NORM GN"
+            )
+        options["device_ids"] = None
+    return create_ddp_model(model, **options)
+
+
+def share_cores(num_local_processes: int) -> None:
+    """Give each of this machine's processes its part of the cores for CPU arithmetic.
+
+    torch takes all cores in every process, and they get into each other's way.
+    """
+    if num_local_processes > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_processes))

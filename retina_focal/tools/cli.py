@@ -1,0 +1,30 @@
+"""`retina-focal <tool> ...`: one module of this package a tool."""
+
+import importlib
+import sys
+
+TOOLS = {
+    "train": "train and evaluate a config (= train_net.py)",
+    "quick-start": "sample data, training, evaluation and a picture, in minutes on a CPU",
+    "sample-data": "fetch and prepare a small data set and backbone weights",
+    "draw": "detections beside ground truth, as one picture",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the tool that the first argument names with the rest."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, TOOLS))
+        rows = "\n".join(f"  {name:{width}}  {text}" for name, text in TOOLS.items())
+        print(f"usage: retina-focal TOOL ...\n\n{rows}\n\nretina-focal TOOL --help tells more")
+        return
+    name, *rest = argv
+    if name not in TOOLS:
+        sys.exit(f"retina-focal has no tool '{name}'; it has {', '.join(TOOLS)}")
+    sys.argv = [f"retina-focal {name}", *rest]  # what usage lines call the program
+    importlib.import_module(f"retina_focal.tools.{name.replace('-', '_')}").main(rest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The LazyConfig side of `train`: what detectron2's tools/lazyconfig_train_net.py does.
+
+On a GPU that script serves as well; this one also runs gloo processes on a CPU.
+"""
+
+import argparse
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import (
+    AMPTrainer,
+    SimpleTrainer,
+    default_setup,
+    default_writers,
+    hooks,
+)
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import DictConfig
+from torch import nn
+
+from retina_focal.datasets import register_coco_json
+from retina_focal.engine import distribute
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Train, or with `--eval-only` evaluate, the LazyConfig file `args.config_file`."""
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    for row in args.dataset:
+        register_coco_json(*row)
+    if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():
+        cfg.train.device = "cpu"
+    default_setup(cfg, args)
+    model = instantiate(cfg.model).to(cfg.train.device)
+    if args.eval_only:
+        DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+        return evaluate(cfg, model)
+    return train(cfg, model, resume=args.resume)
+
+
+def train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict:
+    """Train to `cfg.train.max_iter`, evaluating every `cfg.train.eval_period` iterations."""
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    loader = instantiate(cfg.dataloader.train)
+    model = distribute(model, **cfg.train.ddp)
+    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    results = {}
+
+    def evaluate_and_keep() -> dict:
+        results.update(evaluate(cfg, model))
+        return results
+
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.EvalHook(cfg.train.eval_period, evaluate_and_keep),
+        ]
+    )
+    if comm.is_main_process():
+        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        trainer.register_hooks(
+            [
+                hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
+                hooks.PeriodicWriter(writers, period=cfg.train.log_period),
+            ]
+        )
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    resumed = resume and checkpointer.has_checkpoint()
+    trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+    return results
+
+
+def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
+    """Results of `cfg.dataloader.evaluator`; nothing where the config has none."""
+    if "evaluator" not in cfg.dataloader:
+        return {}
+    loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    results = inference_on_dataset(model, loader, evaluator) or {}
+    print_csv_format(results)
+    return results

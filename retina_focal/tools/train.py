@@ -1,0 +1,105 @@
+"""Train and evaluate from a config: `retina-focal train`, and `train_net.py`."""
+
+import argparse
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+
+from retina_focal.config import config_path, get_cfg
+from retina_focal.datasets import check_num_classes, register_datasets
+from retina_focal.engine import Trainer, share_cores
+from retina_focal.tools import lazy_train
+
+EPILOG = """
+Examples:
+  one machine:     %(prog)s --config-file COCO-Detection/retinanet_R_50_FPN_1x.yaml --num-gpus 8
+  no GPU:          %(prog)s --config-file quick_start/trees.yaml --num-gpus 2
+  change options:  %(prog)s --config-file cfg.yaml MODEL.WEIGHTS weights.pth SOLVER.BASE_LR 0.001
+  your own data:   %(prog)s --config-file cfg.yaml --dataset mine train.json images/
+                     DATASETS.TRAIN "('mine',)" MODEL.RETINANET.NUM_CLASSES 3
+  LazyConfig:      %(prog)s --config-file cfg.py train.max_iter=1000
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and run on every process that it asks for."""
+    args = parse_args(argv)
+    launch(
+        run,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """detectron2's flags, `--dataset`, and a config that is looked up now rather than later."""
+    parser = default_argument_parser(epilog=EPILOG)
+    parser.set_defaults(dist_url="auto")
+    parser.add_argument(
+        "--dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON", "IMAGES"),
+        help="register a data set in COCO format; may be repeated",
+    )
+    args = parser.parse_args(argv)
+    if not args.config_file:
+        parser.error("--config-file is missing; for example: --config-file quick_start/trees.yaml")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        parser.error(
+            f"--num-machines is {args.num_machines}, so --dist-url must name the machine of rank 0:"
+            " --dist-url tcp://ADDRESS:PORT"
+        )
+    if 0 < torch.cuda.device_count() < args.num_gpus:
+        parser.error(f"--num-gpus is {args.num_gpus}, but there are {torch.cuda.device_count()}")
+    try:
+        args.config_file = config_path(args.config_file)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    return args
+
+
+def run(args: argparse.Namespace) -> dict:
+    """What each process does; returns the evaluation's results on the main one."""
+    if not torch.cuda.is_available():
+        share_cores(args.num_gpus)
+    if args.config_file.endswith(".py"):
+        return lazy_train.run(args)
+    cfg = load_cfg(args.config_file, args.opts, args.dataset)
+    default_setup(cfg, args)
+    check_num_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.MODEL.RETINANET.NUM_CLASSES)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        return Trainer.test(cfg, model)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+    return getattr(trainer, "_last_eval_results", {})
+
+
+def load_cfg(config_file: str, opts: list[str] = (), datasets: list[list[str]] = ()) -> CfgNode:
+    """The frozen config of a file and its overrides, with its data sets registered.
+
+    Args:
+        config_file: a path, or a name inside the package.
+        opts: KEY VALUE pairs.
+        datasets: rows of [name, annotation json, image folder].
+    """
+    cfg = get_cfg()
+    cfg.merge_from_file(config_path(config_file))
+    cfg.merge_from_list(list(opts))
+    cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *map(list, datasets)]
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    register_datasets(cfg)
+    return cfg
