@@ -36,24 +36,25 @@ class Assigner:
         """
         Args:
             num_classes: K.
-            iou_thresholds: rising, (lower, ..., upper).
+            iou_thresholds: rising, (lower, ..., upper), above 0.
             iou_labels: one more than thresholds; 0 background, -1 ignored, 1 foreground. An IoU
-                equal to a threshold falls into the interval above it.
+                equal to a threshold falls into the interval above it. The first is not 1: an
+                anchor that overlaps nothing has no box to regress to.
             rule: one of `ASSIGNMENTS`.
         Raises:
-            ValueError: an unknown rule, or numbers of thresholds and labels that don't fit.
+            ValueError: an unknown rule, or thresholds and labels that don't fit.
         """
         if rule not in ASSIGNMENTS:
             raise ValueError(
                 f"MODEL.RETINA_FOCAL.ASSIGNMENT is '{rule}'; "
                 f"expected one of {', '.join(ASSIGNMENTS)}"
             )
-        if len(iou_labels) != len(iou_thresholds) + 1 or list(iou_thresholds) != sorted(
-            iou_thresholds
-        ):
+        rising = [0, *iou_thresholds] == sorted([0, *iou_thresholds]) and iou_thresholds[0] > 0
+        if not rising or len(iou_labels) != len(iou_thresholds) + 1 or iou_labels[0] == 1:
             raise ValueError(
                 f"MODEL.RETINANET.IOU_THRESHOLDS {list(iou_thresholds)} and IOU_LABELS "
-                f"{list(iou_labels)}; expected rising thresholds and one label more than thresholds"
+                f"{list(iou_labels)}; expected rising thresholds above 0, one label more than "
+                "thresholds, and as first label 0 or -1"
             )
         self.num_classes = num_classes
         self.iou_thresholds = tuple(iou_thresholds)

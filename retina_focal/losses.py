@@ -12,7 +12,6 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Elements per step of the dense sum: the temporaries of one step stay in the second-level cache.
 CHUNK_SIZE = 1 << 16
@@ -132,8 +131,13 @@ class _DenseLossSum(torch.autograd.Function):
         return sums.float()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_sums):
+        # Not once_differentiable: that lets create_graph=True pass, with a gradient that is wrong.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the gradient of dense_loss_sum is a closed form that cannot be differentiated "
+                "again (create_graph=True); sum sigmoid_focal_loss over the logits instead"
+            )
         grads = []
         for x, (foreground, ignored) in zip(ctx.saved_tensors, ctx.targets, strict=True):
             grad = torch.empty_like(x)
