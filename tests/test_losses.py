@@ -1,0 +1,256 @@
+"""Laws of the focal loss and of its dense sum."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fvcore.nn import sigmoid_focal_loss as fvcore_focal_loss
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retina_focal.losses import (
+    LevelTargets,
+    SigmoidFocalLoss,
+    dense_loss_sum,
+    sigmoid_focal_loss,
+)
+
+GAMMAS = [0.0, 0.1, 0.5, 1.0, 2.0, 5.0]
+ALPHAS = [-1.0, 0.0, 0.25, 0.75, 1.0]
+
+
+def textbook(logits, targets, alpha, gamma):
+    """Equation 5 as the paper prints it."""
+    p = logits.sigmoid()
+    p_t = torch.where(targets == 1, p, 1 - p)
+    alpha_t = torch.where(targets == 1, alpha, 1 - alpha) if alpha >= 0 else 1.0
+    return -alpha_t * (1 - p_t) ** gamma * p_t.log()
+
+
+def logits_and_targets(limit, dtype=torch.float64):
+    """A grid of logits, once as negatives and once as positives."""
+    x = torch.linspace(-limit, limit, 201, dtype=dtype).repeat(2).requires_grad_()
+    return x, (torch.arange(402) >= 201).to(dtype)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_value_and_gradient_equal_the_textbook_form(alpha, gamma):
+    # Up to +-12, where the textbook's 1 - p_t still has ten of float64's sixteen digits.
+    x, targets = logits_and_targets(12)
+    ours, theirs = sigmoid_focal_loss(x, targets, alpha, gamma), textbook(x, targets, alpha, gamma)
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=0)
+    (ours_grad,) = torch.autograd.grad(ours.sum(), x)
+    (theirs_grad,) = torch.autograd.grad(theirs.sum(), x)
+    torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 5.0])
+def test_value_and_gradient_equal_fvcore(alpha, gamma):
+    # fvcore computes in fp32 and cancels in 1 - p_t: hence an absolute tolerance of a few ulp of 1.
+    x, targets = logits_and_targets(20, torch.float32)
+    ours = sigmoid_focal_loss(x, targets, alpha, gamma)
+    theirs = fvcore_focal_loss(x, targets, alpha, gamma)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    (ours_grad,) = torch.autograd.grad(ours.sum(), x)
+    (theirs_grad,) = torch.autograd.grad(theirs.sum(), x)
+    torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_gamma_0_without_balancing_is_cross_entropy():
+    x, targets = logits_and_targets(100)
+    theirs = F.binary_cross_entropy_with_logits(x, targets, reduction="none")
+    # torch's form cancels to 0 where the loss is below one ulp of 1.
+    torch.testing.assert_close(
+        sigmoid_focal_loss(x, targets, -1, 0), theirs, rtol=1e-12, atol=1e-14
+    )
+
+
+def test_alpha_weighs_positives_and_its_complement_negatives():
+    x, targets = logits_and_targets(5)
+    ratio = sigmoid_focal_loss(x, targets, 0.25) / sigmoid_focal_loss(x, targets, -1)
+    torch.testing.assert_close(ratio, torch.where(targets == 1, 0.25, 0.75).double())
+
+
+@pytest.mark.parametrize("gamma", [*GAMMAS, 1e-3])
+def test_saturated_logits_have_finite_values_and_gradients(gamma):
+    x = torch.tensor([-100.0, -20.0, 0.0, 20.0, 100.0]).repeat(2).requires_grad_()
+    targets = (torch.arange(10) >= 5).float()
+    loss = sigmoid_focal_loss(x, targets, 0.25, gamma)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    assert loss.isfinite().all() and grad.isfinite().all()
+    dense = SigmoidFocalLoss(0.25, gamma)
+    with torch.no_grad():
+        for function in (
+            dense.foreground,
+            dense.background,
+            dense.foreground_derivative,
+            dense.background_derivative,
+        ):
+            assert function(x).isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", [-1.0, 0.0, 0.25, 1.0])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_closed_form_equals_the_definition_and_its_autograd(alpha, gamma):
+    # 1e-9: beyond 20, torch's softplus(x) is x, which is off by up to exp(-20) / 20.
+    x, targets = logits_and_targets(100)
+    definition = sigmoid_focal_loss(x, targets, alpha, gamma)
+    (derivative,) = torch.autograd.grad(definition.sum(), x)
+    loss, (negative, positive) = SigmoidFocalLoss(alpha, gamma), x.detach().view(2, -1)
+    value = torch.cat([loss.background(negative), loss.foreground(positive)])
+    slope = torch.cat([loss.background_derivative(negative), loss.foreground_derivative(positive)])
+    torch.testing.assert_close(value, definition.detach(), rtol=1e-9, atol=1e-40)
+    torch.testing.assert_close(slope, derivative, rtol=2e-9, atol=1e-40)
+
+
+def random_case(generator, num_images, num_anchors, num_classes, sizes, fraction=0.2, scale=3.0):
+    """Logits a level, labels (N, R) in {-1, 0, ..., K} and their `LevelTargets`."""
+    logits, labels, targets = [], [], []
+    for height, width in sizes:
+        shape = (num_images, num_anchors * num_classes, height, width)
+        logits.append(scale * torch.randn(shape, generator=generator))
+        label = torch.full((num_images, num_anchors, height, width), num_classes)
+        drawn = torch.rand(label.shape, generator=generator)
+        classes = torch.randint(num_classes, label.shape, generator=generator)
+        label = torch.where(drawn < fraction, classes, label)
+        label = torch.where(drawn > 1 - fraction, -1, label)
+        labels.append(label)
+        n, a, y, x = ((label >= 0) & (label < num_classes)).nonzero(as_tuple=True)
+        ignored = (label == -1).nonzero(as_tuple=True)
+        targets.append(LevelTargets((n, a, label[n, a, y, x], y, x), ignored))
+    return logits, labels, targets
+
+
+def definition_sum(logits, labels, num_classes, alpha, gamma):
+    """(N,) sums of the element-wise loss, with a one-hot target and a mask, as stock has them."""
+    total = 0
+    for x, label in zip(logits, labels, strict=True):
+        x = x.unflatten(1, (-1, num_classes)).movedim(2, -1)  # (N, A, H, W, K)
+        one_hot = F.one_hot(label.clamp(min=0), num_classes + 1)[..., :-1].to(x.dtype)
+        loss = sigmoid_focal_loss(x, one_hot, alpha, gamma) * (label >= 0)[..., None]
+        total = total + loss.flatten(1).sum(1)
+    return total
+
+
+def assert_dense_equals_definition(logits, labels, targets, num_classes, alpha, gamma):
+    weights = torch.linspace(0.5, 2.0, len(logits[0]))  # a different gradient for every image
+    ours_in = [x.clone().requires_grad_() for x in logits]  # clone keeps the memory format
+    ours = dense_loss_sum(SigmoidFocalLoss(alpha, gamma), ours_in, targets, num_classes)
+    (ours * weights).sum().backward()
+    ref_in = [x.double().requires_grad_() for x in logits]
+    ref = definition_sum(ref_in, labels, num_classes, alpha, gamma)
+    (ref * weights).sum().backward()
+    # fp32 terms against float64; what is left of a sum after ignoring nearly all is the worst case.
+    scale = max(1.0, sum(float(x.double().abs().sum()) for x in logits))
+    torch.testing.assert_close(ours.double(), ref, rtol=1e-5, atol=1e-7 * scale)
+    for x, y in zip(ours_in, ref_in, strict=True):
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    num_images=st.integers(1, 3),
+    num_anchors=st.integers(1, 9),
+    num_classes=st.integers(1, 6),
+    sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=3),
+    alpha=st.sampled_from([-1.0, 0.25, 1.0]),
+    gamma=st.floats(0, 5),
+    fraction=st.sampled_from([0.0, 0.1, 0.5]),
+    scale=st.sampled_from([1.0, 10.0, 40.0]),
+    channels_last=st.booleans(),
+)
+def test_dense_sum_equals_the_sum_of_the_definition(
+    seed, num_images, num_anchors, num_classes, sizes, alpha, gamma, fraction, scale, channels_last
+):
+    generator = torch.Generator().manual_seed(seed)
+    logits, labels, targets = random_case(
+        generator, num_images, num_anchors, num_classes, sizes, fraction, scale
+    )
+    logits = [x.clamp(-100, 100) for x in logits]
+    if channels_last:
+        logits = [x.to(memory_format=torch.channels_last) for x in logits]
+    assert_dense_equals_definition(logits, labels, targets, num_classes, alpha, gamma)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_dense_sum_over_many_chunks_equals_the_sum_of_the_definition(memory_format):
+    logits, labels, targets = random_case(
+        torch.Generator().manual_seed(0), 2, 9, 80, [(13, 17), (3, 2)], fraction=0.01
+    )
+    logits = [x.to(memory_format=memory_format) for x in logits]
+    assert_dense_equals_definition(logits, labels, targets, 80, 0.25, 2.0)
+
+
+def test_a_strided_view_of_the_logits_gives_the_same_sum_and_gradient():
+    logits, _, targets = random_case(torch.Generator().manual_seed(0), 2, 2, 3, [(4, 6)])
+    wide = torch.randn(2, 6, 4, 12)
+    wide[..., ::2] = logits[0]
+    views = [wide.requires_grad_()[..., ::2]]
+    loss = SigmoidFocalLoss()
+    dense_loss_sum(loss, views, targets, 3).sum().backward()
+    expected = logits[0].requires_grad_()
+    dense_loss_sum(loss, [expected], targets, 3).sum().backward()
+    assert torch.equal(wide.grad[..., ::2], expected.grad)
+
+
+def test_when_every_anchor_is_ignored_loss_and_gradient_are_zero():
+    logits, labels, _ = random_case(torch.Generator().manual_seed(0), 2, 3, 4, [(5, 6), (2, 3)])
+    labels = [torch.full_like(label, -1) for label in labels]
+    empty = torch.empty(0, dtype=torch.int64)
+    targets = [LevelTargets((empty,) * 5, (x == -1).nonzero(as_tuple=True)) for x in labels]
+    logits = [x.requires_grad_() for x in logits]
+    sums = dense_loss_sum(SigmoidFocalLoss(), logits, targets, 4)
+    sums.sum().backward()
+    # The background is added in fp32 and subtracted in float64.
+    torch.testing.assert_close(sums, torch.zeros(2), rtol=0, atol=1e-4)
+    assert all((x.grad == 0).all() for x in logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_summed_in_fp32(dtype):
+    logits, _, targets = random_case(torch.Generator().manual_seed(0), 2, 3, 5, [(6, 7)])
+    half = [x.to(dtype).requires_grad_() for x in logits]
+    full = [x.detach().float().requires_grad_() for x in half]
+    loss = SigmoidFocalLoss()
+    half_sums = dense_loss_sum(loss, half, targets, 5)
+    full_sums = dense_loss_sum(loss, full, targets, 5)
+    half_sums.sum().backward()
+    full_sums.sum().backward()
+    assert half_sums.dtype == torch.float32
+    assert torch.equal(half_sums, full_sums)
+    assert torch.equal(half[0].grad, full[0].grad.to(dtype))
+
+
+def test_autocast_changes_nothing():
+    logits, _, targets = random_case(torch.Generator().manual_seed(0), 1, 3, 5, [(6, 7)])
+    plain = dense_loss_sum(SigmoidFocalLoss(), logits, targets, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(dense_loss_sum(SigmoidFocalLoss(), logits, targets, 5), plain)
+
+
+def test_without_gradients_the_sum_is_the_same():
+    logits, _, targets = random_case(torch.Generator().manual_seed(0), 2, 3, 5, [(6, 7)])
+    with_gradients = [x.clone().requires_grad_() for x in logits]
+    sums = dense_loss_sum(SigmoidFocalLoss(), with_gradients, targets, 5)
+    assert torch.equal(sums, dense_loss_sum(SigmoidFocalLoss(), logits, targets, 5))
+
+
+def test_two_backward_passes_over_one_graph_give_the_same_gradient():
+    logits, _, targets = random_case(torch.Generator().manual_seed(0), 2, 3, 5, [(6, 7)])
+    x = logits[0].requires_grad_()
+    sums = dense_loss_sum(SigmoidFocalLoss(), [x], targets, 5)
+    (first,) = torch.autograd.grad(sums[0], x, retain_graph=True)
+    (second,) = torch.autograd.grad(3 * sums[0], x)
+    # fp32: 3 times the derivative may round before or after the product.
+    torch.testing.assert_close(second, 3 * first, rtol=1e-6, atol=0)
+    assert (first[1] == 0).all()
+
+
+def test_double_backward_is_refused_in_words():
+    logits, _, targets = random_case(torch.Generator().manual_seed(0), 1, 1, 2, [(3, 3)])
+    x = logits[0].requires_grad_()
+    sums = dense_loss_sum(SigmoidFocalLoss(), [x], targets, 2)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(sums.sum(), x, create_graph=True)
