@@ -13,7 +13,7 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_backbone
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
@@ -58,6 +58,8 @@ integer_boxes = st.tuples(*[st.integers(0, 60)] * 2, *[st.integers(1, 60)] * 2).
 )
 
 
+@example([(5, 5, 7, 20), (5, 5, 8, 20), (38, 5, 41, 9)], 0, 0)  # 2 px, 3 px, 2 of 3 px inside
+@example([(5, 27, 9, 37)], 0, 0)  # exactly 30% inside
 @given(st.lists(integer_boxes, max_size=5), st.integers(0, 60), st.integers(0, 60))
 def test_a_clipped_box_is_what_a_pixel_count_says(boxes, x0, y0):
     width, height = 40, 30
@@ -82,6 +84,16 @@ def test_coco_ids_count_from_one_and_boxes_are_xywh():
     assert [x["id"] for x in coco["images"]] == [1, 2]
     assert (annotation["id"], annotation["image_id"], annotation["category_id"]) == (1, 2, 2)
     assert (annotation["bbox"], annotation["area"]) == ([1, 2, 3, 6], 18)
+
+
+def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("whole")
+    with pytest.raises(KeyboardInterrupt), sample_data._whole_file(path) as temporary:
+        temporary.write_text("ha")
+        raise KeyboardInterrupt
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # --- the cached wheel
