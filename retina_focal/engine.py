@@ -55,6 +55,11 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    @property
+    def results(self) -> dict:
+        """Of the last evaluation: {"bbox": {"AP": ..., "AP50": ...}}; empty before the first."""
+        return getattr(self, "_last_eval_results", {})
+
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """The evaluator of the data set's `evaluator_type`; writes to ``OUTPUT_DIR/inference``."""

@@ -37,17 +37,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """detectron2's flags, `--dataset`, and a config that is looked up now rather than later."""
-    parser = default_argument_parser(epilog=EPILOG)
-    parser.set_defaults(dist_url="auto")
-    parser.add_argument(
-        "--dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "JSON", "IMAGES"),
-        help="register a data set in COCO format; may be repeated",
-    )
+    """The arguments of `train`, checked as far as they can be without reading the config."""
+    parser = argument_parser(EPILOG)
     args = parser.parse_args(argv)
     if not args.config_file:
         parser.error("--config-file is missing; for example: --config-file quick_start/trees.yaml")
@@ -65,25 +56,53 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def argument_parser(epilog: str) -> argparse.ArgumentParser:
+    """detectron2's flags and `--dataset`."""
+    parser = default_argument_parser(epilog=epilog)
+    parser.set_defaults(dist_url="auto")
+    parser.add_argument(
+        "--dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON", "IMAGES"),
+        help="register a data set in COCO format; may be repeated",
+    )
+    return parser
+
+
 def run(args: argparse.Namespace) -> dict:
     """What each process does; returns the evaluation's results on the main one."""
     if not torch.cuda.is_available():
         share_cores(args.num_gpus)
     if args.config_file.endswith(".py"):
         return lazy_train.run(args)
+    cfg = set_up(args)
+    if not args.eval_only:
+        return fit(cfg, args.resume).results
+    model = Trainer.build_model(cfg)
+    DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        cfg.MODEL.WEIGHTS, resume=args.resume
+    )
+    return Trainer.test(cfg, model)
+
+
+def set_up(args: argparse.Namespace) -> CfgNode:
+    """The config that the arguments ask for, with logging to its output folder."""
     cfg = load_cfg(args.config_file, args.opts, args.dataset)
     default_setup(cfg, args)
-    check_num_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg.MODEL.RETINANET.NUM_CLASSES)
-    if args.eval_only:
-        model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
-        return Trainer.test(cfg, model)
+    if cfg.MODEL.META_ARCHITECTURE == "FocalRetinaNet":
+        names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+        check_num_classes(names, cfg.MODEL.RETINANET.NUM_CLASSES)
+    return cfg
+
+
+def fit(cfg: CfgNode, resume: bool) -> Trainer:
+    """Train to ``SOLVER.MAX_ITER``; with `resume`, from the last checkpoint where there is one."""
     trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
+    trainer.resume_or_load(resume=resume)
     trainer.train()
-    return getattr(trainer, "_last_eval_results", {})
+    return trainer
 
 
 def load_cfg(config_file: str, opts: list[str] = (), datasets: list[list[str]] = ()) -> CfgNode:

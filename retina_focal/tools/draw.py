@@ -1,0 +1,122 @@
+"""Detections beside ground truth, as one picture: `retina-focal draw`."""
+
+import os
+
+import cv2
+import numpy as np
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.evaluation import inference_context
+from detectron2.structures import Boxes, BoxMode
+from detectron2.utils.colormap import colormap
+from detectron2.utils.visualizer import Visualizer
+from torch import nn
+
+from retina_focal.engine import Trainer
+from retina_focal.tools.train import argument_parser, load_cfg
+
+PANEL_WIDTH = 480  # pixels
+HEADER_HEIGHT = 32  # pixels
+GAP = 6  # pixels between panels
+
+
+def main(argv: list[str]) -> None:
+    """``retina-focal draw``: images of a config's test set, with the weights that it names."""
+    parser = argument_parser(epilog="")
+    parser.add_argument("--output", default="detections.png", help="default: %(default)s")
+    parser.add_argument("--num-images", type=int, default=4, help="default: %(default)s")
+    parser.add_argument("--score-thresh", type=float, default=0.3, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    cfg = load_cfg(args.config_file, args.opts, args.dataset)
+    model = Trainer.build_model(cfg)
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    draw_detections(cfg, model, args.output, args.num_images, args.score_thresh)
+
+
+def draw_detections(
+    cfg: CfgNode, model: nn.Module, output: str, num_images: int = 4, score_thresh: float = 0.3
+) -> None:
+    """Write a picture with a row an image: ground truth left, detections right.
+
+    Args:
+        cfg: its first test set gives the images.
+        model: called in evaluation mode.
+        output: file to write; its ending tells the format.
+        num_images: rows, spread evenly over the data set.
+        score_thresh: detections of a higher score are drawn, [0, 1].
+    """
+    name = cfg.DATASETS.TEST[0]
+    records = DatasetCatalog.get(name)
+    chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round().astype(int)
+    mapper = DatasetMapper(cfg, is_train=False)
+    rows = []
+    with inference_context(model):
+        for record in (records[i] for i in chosen):
+            detections = model([mapper(record)])[0]["instances"].to("cpu")
+            detections = detections[detections.scores > score_thresh]
+            image = read_image(record["file_name"], format="RGB")
+            panels = [
+                _panel(image, *_ground_truth(record)),
+                _panel(image, detections.pred_boxes, detections.pred_classes.numpy()),
+            ]
+            rows.append(cv2.hconcat([panels[0], _blank(len(panels[0]), GAP), panels[1]]))
+    classes = MetadataCatalog.get(name).thing_classes
+    header = _header(rows[0].shape[1], classes, score_thresh)
+    _write_whole(output, cv2.vconcat([header, *rows]))
+
+
+def _ground_truth(record: dict) -> tuple[Boxes, np.ndarray]:
+    """Boxes and classes of one record of a data set; crowds are not objects."""
+    annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    classes = np.array([a["category_id"] for a in annotations], dtype=int)
+    return Boxes(np.array(boxes, dtype=np.float32).reshape(-1, 4)), classes
+
+
+def _panel(image: np.ndarray, boxes: Boxes, classes: np.ndarray) -> np.ndarray:
+    """(H, PANEL_WIDTH, 3) RGB with a box an object, coloured by class."""
+    scale = PANEL_WIDTH / image.shape[1]
+    image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    picture = Visualizer(image).overlay_instances(
+        boxes=boxes.tensor.numpy() * scale, assigned_colors=[_color(c) for c in classes], alpha=1
+    )
+    return picture.get_image()
+
+
+def _color(index: int) -> np.ndarray:
+    """RGB in [0, 1] of a class."""
+    palette = colormap(rgb=True, maximum=1)
+    return palette[index % len(palette)]
+
+
+def _blank(height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), 255, np.uint8)
+
+
+def _header(width: int, classes: list[str], score_thresh: float) -> np.ndarray:
+    """What the two columns are, and the colours of the first classes."""
+    header = _blank(HEADER_HEIGHT, width)
+    draw = (cv2.FONT_HERSHEY_SIMPLEX, 0.5)
+    cv2.putText(header, "ground truth", (8, 21), *draw, (0, 0, 0), 1, cv2.LINE_AA)
+    text = f"detections, score > {score_thresh:g}"
+    cv2.putText(header, text, (PANEL_WIDTH + GAP + 8, 21), *draw, (0, 0, 0), 1, cv2.LINE_AA)
+    x = 140
+    for index, name in enumerate(classes):
+        x_end = x + cv2.getTextSize(name, *draw, 1)[0][0] + 16
+        if x_end > PANEL_WIDTH:
+            break
+        color = tuple(255 * float(c) for c in _color(index))
+        cv2.putText(header, name, (x, 21), *draw, color, 1, cv2.LINE_AA)
+        x = x_end
+    return header
+
+
+def _write_whole(path: str, image: np.ndarray) -> None:
+    """Write an RGB image, the file whole or not at all."""
+    stem, ending = os.path.splitext(path)
+    partial = f"{stem}.partial{ending}"
+    if not cv2.imwrite(partial, image[:, :, ::-1]):
+        raise OSError(f"could not write {path}; expected a folder that exists and .png or .jpg")
+    os.replace(partial, path)
