@@ -4,15 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from retina_focal.config import retina_focal_node
+from retina_focal.matching import Matches, find_grid, match_dense, match_on_grid
 
 ASSIGNMENTS = ("detectron2", "detectron", "paper")
-
-# Largest boxes x anchors matrix held at a time; pairwise_iou needs about six of them (fp32).
-MAX_PAIRS = 1 << 22
 
 
 class Assigner:
@@ -82,50 +80,35 @@ class Assigner:
             labels: (N, R) int64 in {-1, 0, ..., K}; K is background, -1 is ignored.
             matched_idxs: (N, R) int64 index of the matched box; meaningful where 0 <= label < K.
         """
-        all_anchors = Boxes.cat(anchors)
-        pairs = [self._label_image(all_anchors, instances) for instances in gt_instances]
-        labels, matched_idxs = zip(*pairs, strict=True)
-        return torch.stack(labels), torch.stack(matched_idxs)
-
-    def _label_image(self, anchors: Boxes, instances: Instances) -> tuple[Tensor, Tensor]:
-        """Labels and matched indices, (R,) each, of one image."""
-        ious, matched_idxs, is_best = match(anchors, instances.gt_boxes)
-        if len(instances) == 0:
-            return torch.full_like(matched_idxs, self.num_classes), matched_idxs
-        thresholds = ious.new_tensor(self.iou_thresholds)
-        interval = torch.bucketize(ious, thresholds, right=True)
-        quality = matched_idxs.new_tensor(self.iou_labels)[interval]
-        if self.rule == "detectron":
-            is_best &= ious >= thresholds[0]
-        if self.rule != "paper":
-            quality[is_best] = 1
-        labels = instances.gt_classes[matched_idxs]
-        labels[quality == 0] = self.num_classes
-        labels[quality == -1] = -1
+        device = anchors[0].device
+        # Windows have sizes that the host must know: on another device they would make it wait.
+        grid = find_grid(anchors) if device.type == "cpu" else None
+        unmatched = self.num_classes if self.iou_labels[0] == 0 else -1
+        size = (len(gt_instances), sum(len(x) for x in anchors))
+        labels = torch.full(size, unmatched, device=device)
+        matched_idxs = torch.zeros_like(labels)
+        for i, instances in enumerate(gt_instances):
+            if len(instances) == 0:
+                continue
+            if grid is None:
+                matches = match_dense(Boxes.cat(anchors), instances.gt_boxes)
+            else:
+                matches = match_on_grid(grid, instances.gt_boxes, self.iou_thresholds[0])
+            labels[i, matches.anchor_idxs] = self._labels(matches, instances.gt_classes)
+            matched_idxs[i, matches.anchor_idxs] = matches.box_idxs
         return labels, matched_idxs
 
-
-def match(anchors: Boxes, gt_boxes: Boxes) -> tuple[Tensor, Tensor, Tensor]:
-    """Highest IoU of every anchor, in blocks of boxes so that memory stays bounded.
-
-    Args:
-        anchors: R anchors, XYXY in pixels.
-        gt_boxes: M boxes, XYXY in pixels.
-    Returns:
-        ious: (R,) highest IoU with any box, 0 where there is none.
-        matched_idxs: (R,) index of that box, the first of equals; 0 where there is none.
-        is_best: (R,) bool; no anchor overlaps some box better (ties included), and it does overlap.
-    """
-    ious = anchors.tensor.new_zeros(len(anchors))
-    matched_idxs = torch.zeros_like(ious, dtype=torch.int64)
-    is_best = torch.zeros_like(ious, dtype=torch.bool)
-    rows = max(1, MAX_PAIRS // max(1, len(anchors)))
-    for first in range(0, len(gt_boxes), rows):
-        block = pairwise_iou(gt_boxes[first : first + rows], anchors)
-        block_ious, block_idxs = block.max(dim=0)
-        better = block_ious > ious
-        ious = torch.where(better, block_ious, ious)
-        matched_idxs = torch.where(better, block_idxs + first, matched_idxs)
-        best_of_box = block.amax(dim=1, keepdim=True)
-        is_best |= ((block == best_of_box) & (best_of_box > 0)).any(dim=0)
-    return ious, matched_idxs, is_best
+    def _labels(self, matches: Matches, gt_classes: Tensor) -> Tensor:
+        """(P,) labels of matched anchors."""
+        ious, is_best = matches.ious, matches.is_best
+        thresholds = ious.new_tensor(self.iou_thresholds)
+        interval = torch.bucketize(ious, thresholds, right=True)
+        quality = gt_classes.new_tensor(self.iou_labels)[interval]
+        if self.rule == "detectron":
+            is_best = is_best & (ious >= thresholds[0])
+        if self.rule != "paper":
+            quality[is_best] = 1
+        labels = gt_classes[matches.box_idxs]
+        labels[quality == 0] = self.num_classes
+        labels[quality == -1] = -1
+        return labels

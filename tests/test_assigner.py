@@ -7,8 +7,11 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from retina_focal import Assigner, get_cfg
+from retina_focal import Assigner, get_cfg, matching
+from retina_focal.matching import find_grid
 
 NUM_CLASSES = 7
 OCTAVES = [[x * 2 ** (i / 3) for i in range(3)] for x in (32, 64, 128, 256, 512)]
@@ -263,3 +266,79 @@ def test_config_names_thresholds_labels_and_rule():
 def test_what_makes_no_sense_is_refused_in_words(arguments, message):
     with pytest.raises(ValueError, match=message):
         Assigner(num_classes=NUM_CLASSES, **arguments)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        # A view of expanded dimensions takes no memory of its own.
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                size = x.untyped_storage().nbytes() // x.element_size()
+                self.elements = max(self.elements, size)
+        return result
+
+
+@pytest.mark.parametrize("side", [3.0, 40.0, 2000.0])
+def test_no_tensor_grows_with_the_number_of_boxes(side):
+    anchors = retinanet_anchors(256, 320)
+    largest = []
+    for count in (600, 1800):
+        corner = 200 * torch.rand(count, 2, generator=torch.Generator().manual_seed(0))
+        target = instances(torch.cat([corner, corner + side], 1))
+        with LargestTensor() as mode:
+            Assigner(num_classes=NUM_CLASSES)(anchors, [target])
+        largest.append(mode.elements)
+    assert max(largest) <= matching.MAX_PAIRS < 600 * sum(len(x) for x in anchors)
+
+
+@pytest.mark.parametrize("height, width", [(256, 320), (8, 8), (128, 8), (8, 128), (200, 333)])
+@pytest.mark.parametrize("ratios", [[[0.5, 1.0, 2.0]], [[1.0]]])
+def test_the_grid_of_a_generator_is_recognised(height, width, ratios):
+    strides = [8, 16, 32, 64, 128]
+    shapes = [(-(-height // s), -(-width // s)) for s in strides]
+    anchors = grid(OCTAVES, ratios, strides, shapes)
+    found = find_grid(anchors)
+    assert found.size[:: len(found.size) // 5].tolist() == [[w, h] for h, w in shapes]
+    assert torch.equal(
+        found.take(torch.arange(found.num_anchors)).tensor, Boxes.cat(anchors).tensor
+    )
+    sizes = [3 * len(ratios[0])] * 5
+    for level, shape in zip(anchors, torch.arange(sum(sizes)).split(sizes), strict=True):
+        cells = level.tensor.view(-1, len(shape), 4)
+        for index in range(len(cells)):
+            row, column = divmod(index, int(found.size[shape[0], 0]))
+            at = found.at(shape, torch.tensor(column), torch.tensor(row))
+            assert torch.equal(torch.stack(at, 1), cells[index])
+
+
+@pytest.mark.parametrize("change", ["one anchor", "order", "steps", "cut"])
+def test_anchors_off_the_grid_are_matched_without_it(change):
+    anchors = retinanet_anchors(128, 160)
+    level = anchors[0].tensor
+    if change == "one anchor":
+        level[777, 2] += 0.5
+    elif change == "order":
+        level[[40, 41]] = level[[41, 40]]
+    elif change == "steps":
+        level[:, 0::2] *= 1 + level[:, 0:1].clamp(min=0) / 1000
+    else:
+        anchors[0] = Boxes(level[:-5])
+    assert find_grid(anchors) is None
+    assert_equals_stock_rule(anchors, instances([[3, 5, 60, 70], [80, 20, 84, 23]]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(boxes=boxes_strategy(), max_pairs=st.sampled_from([1, 50, 2000]))
+def test_labels_do_not_depend_on_the_size_of_the_pieces(boxes, max_pairs):
+    anchors, target = retinanet_anchors(128, 160), instances(boxes)
+    whole = Assigner(num_classes=NUM_CLASSES)(anchors, [target])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matching, "MAX_PAIRS", max_pairs)
+        patch.setattr(matching, "MAX_BOXES", 3)
+        pieces = Assigner(num_classes=NUM_CLASSES)(anchors, [target])
+    assert torch.equal(whole[0], pieces[0]) and torch.equal(whole[1], pieces[1])
