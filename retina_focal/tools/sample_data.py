@@ -101,7 +101,7 @@ def prepare_trees(output: Path) -> None:
     rules = (TILE, MIN_TILE, TEST_FROM, MIN_SIDE, MIN_AREA)
     info = {
         "description": "tree crowns in aerial photographs, tiled",
-        "url": f"https://pypi.org/project/{TREES_WHEEL.requirement.replace('==', '/')}/",
+        "url": "https://github.com/weecology/DeepForest",
         "version": " ".join(map(str, (TREES_WHEEL.requirement, *rules))),
     }
     if _is_complete(output, info):
