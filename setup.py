@@ -1,0 +1,21 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="retina_focal",
+    version="0.1.0",
+    description="RetinaNet and the focal loss (arXiv:1708.02002) as a detectron2 plugin",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # The configs stand beside the code in a clone and inside it in a wheel; see config_path().
+    packages=[*find_packages(include=["retina_focal*"]), "retina_focal.configs"],
+    package_dir={"retina_focal.configs": "configs"},
+    package_data={"retina_focal.configs": ["**/*.yaml", "**/*.py", "**/*.md"]},
+    # Not detectron2: pip can't build it unaided, and would replace a user's own build.
+    install_requires=["torch", "torchvision", "fvcore", "pycocotools", "opencv-python"],
+    extras_require={
+        "timm": ["timm"],
+        "test": ["timm", "pytest", "hypothesis"],
+        "dev": ["ruff"],
+    },
+    entry_points={"console_scripts": ["retina-focal = retina_focal.tools.cli:main"]},
+)
