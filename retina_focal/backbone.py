@@ -119,10 +119,14 @@ class TimmBackbone(Backbone):
         frozen = [m for m, stride in zip(modules, strides, strict=True) if stride <= 2**freeze_at]
         if freeze_at == 0 or not frozen:
             return
-        names = [name for name, _ in self.body.named_parameters()]
-        inside = [i for i, name in enumerate(names) if f".{frozen[-1]}." in f".{name}"]
-        for parameter in list(self.body.parameters())[: max(inside, default=-1) + 1]:
-            parameter.requires_grad = False
+        # Modules, not parameters: the last may be an activation, which has none.
+        layers = list(self.body.model.named_modules())
+        inside = [
+            i for i, (name, _) in enumerate(layers) if f"{name}.".startswith(f"{frozen[-1]}.")
+        ]
+        for _, layer in layers[: inside[-1] + 1]:
+            for parameter in layer.parameters(recurse=False):
+                parameter.requires_grad = False
 
     def _set_norm(self, norm: str) -> None:
         if norm == "FrozenBN":
