@@ -1,0 +1,63 @@
+"""Small models and pictures that several test modules share."""
+
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+from detectron2.config import get_cfg as detectron2_get_cfg
+from detectron2.structures import Boxes, Instances
+
+import retina_focal  # noqa: F401, registers the names below
+
+STOCK_YAML = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+STOCK = {
+    "MODEL.META_ARCHITECTURE": "RetinaNet",
+    "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
+    "MODEL.ANCHOR_GENERATOR.NAME": "DefaultAnchorGenerator",
+}
+PLUGIN = {
+    "MODEL.META_ARCHITECTURE": "FocalRetinaNet",
+    "MODEL.BACKBONE.NAME": "build_retina_focal_resnet_fpn_backbone",
+    "MODEL.ANCHOR_GENERATOR.NAME": "OctaveAnchorGenerator",
+}
+
+
+def small_cfg(depth: int = 18, norm: str = "BN", **names: str) -> CfgNode:
+    """detectron2's retinanet_R_50_FPN_1x.yaml with 64 channels, 3 classes and no weights file.
+
+    Norms are trained: a random network with frozen ones sends activations of 1e5 into the head.
+    """
+    cfg = detectron2_get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file(STOCK_YAML))
+    small = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.WEIGHTS": "",
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "MODEL.RESNETS.DEPTH": depth,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 if depth < 50 else 256,
+        "MODEL.RESNETS.NORM": norm,
+        "MODEL.FPN.OUT_CHANNELS": 64,
+        "MODEL.RETINANET.NUM_CLASSES": 3,
+    }
+    cfg.merge_from_list([x for pair in {**small, **names}.items() for x in pair])
+    return cfg
+
+
+def pictures(
+    sizes: list[tuple[int, int]], num_boxes: list[int], num_classes: int = 3, seed: int = 0
+) -> list[dict]:
+    """Batch of `DatasetMapper` dicts: rectangles on a noisy ground, one colour a class."""
+    generator = torch.Generator().manual_seed(seed)
+    colours = torch.randint(0, 256, (num_classes, 3, 1, 1), generator=generator)
+    batch = []
+    for (height, width), count in zip(sizes, num_boxes, strict=True):
+        image = torch.randint(100, 140, (3, height, width), generator=generator)
+        side = 16 + 48 * torch.rand(count, 2, generator=generator)
+        corner = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.8
+        boxes = Boxes(torch.cat([corner, corner + side], dim=1))
+        boxes.clip((height, width))
+        classes = torch.randint(0, num_classes, (count,), generator=generator)
+        for (x0, y0, x1, y1), label in zip(boxes.tensor.int().tolist(), classes, strict=True):
+            image[:, y0:y1, x0:x1] = colours[label]
+        instances = Instances((height, width), gt_boxes=boxes, gt_classes=classes)
+        batch.append({"image": image.to(torch.uint8), "instances": instances})
+    return batch
