@@ -8,7 +8,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from retina_focal.config import retina_focal_node
-from retina_focal.matching import Matches, find_grid, match_dense, match_on_grid
+from retina_focal.matching import find_grid, match_dense, match_on_grid
 
 ASSIGNMENTS = ("detectron2", "detectron", "paper")
 
@@ -75,40 +75,38 @@ class Assigner:
         """
         Args:
             anchors: one Boxes a level, P3 first, XYXY in pixels; R anchors over all levels.
-            gt_instances: N images with `gt_boxes` and `gt_classes`.
+            gt_instances: N images with `gt_boxes` and `gt_classes`, on any device.
         Returns:
             labels: (N, R) int64 in {-1, 0, ..., K}; K is background, -1 is ignored.
             matched_idxs: (N, R) int64 index of the matched box; meaningful where 0 <= label < K.
         """
-        device = anchors[0].device
+        levels = [x.tensor for x in anchors]
+        device = levels[0].device
         # Windows have sizes that the host must know: on another device they would make it wait.
-        grid = find_grid(anchors) if device.type == "cpu" else None
+        grid = find_grid(levels) if device.type == "cpu" else None
+        thresholds = torch.tensor(self.iou_thresholds, device=device)
+        label_of_interval = torch.tensor(self.iou_labels, device=device)
         unmatched = self.num_classes if self.iou_labels[0] == 0 else -1
-        size = (len(gt_instances), sum(len(x) for x in anchors))
+        size = (len(gt_instances), sum(len(x) for x in levels))
         labels = torch.full(size, unmatched, device=device)
         matched_idxs = torch.zeros_like(labels)
         for i, instances in enumerate(gt_instances):
-            if len(instances) == 0:
+            gt_boxes = instances.gt_boxes.tensor.to(device)
+            gt_classes = instances.gt_classes.to(device)
+            if len(gt_boxes) == 0:
                 continue
             if grid is None:
-                matches = match_dense(Boxes.cat(anchors), instances.gt_boxes)
+                matches = match_dense(torch.cat(levels), gt_boxes)
             else:
-                matches = match_on_grid(grid, instances.gt_boxes, self.iou_thresholds[0])
-            labels[i, matches.anchor_idxs] = self._labels(matches, instances.gt_classes)
+                matches = match_on_grid(grid, gt_boxes, self.iou_thresholds[0])
+            quality = label_of_interval[torch.bucketize(matches.ious, thresholds, right=True)]
+            if self.rule == "detectron2":
+                quality[matches.is_best] = 1
+            elif self.rule == "detectron":
+                quality[matches.is_best & (matches.ious >= thresholds[0])] = 1
+            matched_labels = gt_classes[matches.box_idxs]
+            matched_labels[quality == 0] = self.num_classes
+            matched_labels[quality == -1] = -1
+            labels[i, matches.anchor_idxs] = matched_labels
             matched_idxs[i, matches.anchor_idxs] = matches.box_idxs
         return labels, matched_idxs
-
-    def _labels(self, matches: Matches, gt_classes: Tensor) -> Tensor:
-        """(P,) labels of matched anchors."""
-        ious, is_best = matches.ious, matches.is_best
-        thresholds = ious.new_tensor(self.iou_thresholds)
-        interval = torch.bucketize(ious, thresholds, right=True)
-        quality = gt_classes.new_tensor(self.iou_labels)[interval]
-        if self.rule == "detectron":
-            is_best = is_best & (ious >= thresholds[0])
-        if self.rule != "paper":
-            quality[is_best] = 1
-        labels = gt_classes[matches.box_idxs]
-        labels[quality == 0] = self.num_classes
-        labels[quality == -1] = -1
-        return labels

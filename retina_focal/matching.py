@@ -5,18 +5,17 @@ The window has to reach the lowest threshold or, where that is lower, the best I
 the anchor nearest to the box's centre shows for each shape.
 """
 
-from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from detectron2.structures import Boxes
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-# Pairs of a box and an anchor that are held at a time.
+# IoUs that `match_dense` holds at a time.
 MAX_PAIRS = 1 << 20
-# Boxes whose windows are computed at a time.
-MAX_BOXES = 512
+# Boxes that `match_on_grid` takes at a time. A box has from tens of pairs to, as a line across the
+# whole image, tens of thousands.
+MAX_BOXES = 64
 # How far, in steps, an anchor may stand from where an exact grid has it.
 GRID_TOLERANCE = 1e-3
 # fp32 rounds an IoU by less than one part in 10^6; windows are computed in float64.
@@ -39,7 +38,7 @@ class AnchorGrid(NamedTuple):
     """R anchors as C shapes (those of all levels), each on a grid of its own.
 
     The anchor of shape c in column x and row y is number first[c] + [x, y] . stride[c], and spans
-    columns[:, c, x] by rows[:, c, y]. Tables of columns and rows: no copy of the R anchors.
+    columns[:, c, x] by rows[:, c, y].
     """
 
     levels: list[Tensor]  # (Hi x Wi x A, 4) anchors a level
@@ -52,40 +51,21 @@ class AnchorGrid(NamedTuple):
     first: Tensor  # (C,) int64
     stride: Tensor  # (C, 2) int64 from column to column, from row to row
 
-    @property
-    def num_anchors(self) -> int:
-        return sum(len(level) for level in self.levels)
 
-    @property
-    def origin(self) -> Tensor:
-        """(C, 4) float64 XYXY of the anchors in the first column and row."""
-        x, y = self.columns[..., 0], self.rows[..., 0]
-        return torch.stack([x[0], y[0], x[1], y[1]], 1).double()
+def match_dense(anchors: Tensor, gt_boxes: Tensor) -> Matches:
+    """All anchors by their highest IoU, in blocks of boxes so that memory stays bounded.
 
-    def at(self, shape: Tensor, column: Tensor, row: Tensor) -> tuple[Tensor, ...]:
-        """x0, y0, x1, y1 of the anchors in these places."""
-        (x0, x1), (y0, y1) = self.columns[:, shape, column], self.rows[:, shape, row]
-        return x0, y0, x1, y1
-
-    def take(self, anchor_idxs: Tensor) -> Boxes:
-        """The anchors of rising numbers."""
-        taken, first = [], 0
-        for level in self.levels:
-            inside = (anchor_idxs >= first) & (anchor_idxs < first + len(level))
-            taken.append(level[anchor_idxs[inside] - first])
-            first += len(level)
-        return Boxes(torch.cat(taken))
-
-
-def match_dense(anchors: Boxes, gt_boxes: Boxes) -> Matches:
-    """All anchors by their highest IoU, in blocks of boxes so that memory stays bounded."""
-    ious = anchors.tensor.new_zeros(len(anchors))
+    Args:
+        anchors: (R, 4) XYXY.
+        gt_boxes: (M, 4) XYXY.
+    """
+    ious = anchors.new_zeros(len(anchors))
     box_idxs = torch.zeros_like(ious, dtype=torch.int64)
     is_best = torch.zeros_like(ious, dtype=torch.bool)
-    columns = anchors.tensor.t().contiguous()[:, None]
+    sides = anchors.t().contiguous()[:, None]
     first = 0
-    for boxes in gt_boxes.tensor.split(max(1, MAX_PAIRS // max(1, len(anchors)))):
-        block = _iou(columns, boxes.t()[:, :, None])  # (boxes, R)
+    for boxes in gt_boxes.split(max(1, MAX_PAIRS // max(1, len(anchors)))):
+        block = _iou(sides[0::2], sides[1::2], boxes.t()[:, :, None])  # (boxes, R)
         block_ious, block_idxs = block.max(dim=0)
         better = block_ious > ious
         ious = torch.where(better, block_ious, ious)
@@ -96,18 +76,21 @@ def match_dense(anchors: Boxes, gt_boxes: Boxes) -> Matches:
     return Matches(torch.arange(len(anchors), device=ious.device), ious, box_idxs, is_best)
 
 
-def match_on_grid(grid: AnchorGrid, gt_boxes: Boxes, min_iou: float) -> Matches:
+def match_on_grid(grid: AnchorGrid, gt_boxes: Tensor, min_iou: float) -> Matches:
     """The same for anchors on a grid, without those that overlap no box by `min_iou` or best."""
-    num_anchors, boxes = grid.num_anchors, gt_boxes.tensor
+    num_anchors = sum(len(level) for level in grid.levels)
     # An IoU is not negative, so its bits order as it does: one maximum finds the highest IoU and,
     # of equals, the first box.
     packed = torch.zeros(num_anchors, dtype=torch.int64)
     is_best = torch.zeros(num_anchors, dtype=torch.bool)
-    for box, anchor, iou in _pairs(grid, boxes, min_iou):
-        rank = (iou.view(torch.int32).long() << 32) + (INT32_MAX - box)
+    first = 0
+    for boxes in gt_boxes.split(MAX_BOXES):
+        box, anchor, iou = _overlapping_pairs(grid, boxes, min_iou)
+        rank = (iou.view(torch.int32).long() << 32) + (INT32_MAX - first - box)
         packed.scatter_reduce_(0, anchor, rank, "amax")
         best_of_box = iou.new_zeros(len(boxes)).scatter_reduce_(0, box, iou, "amax")
         is_best[anchor[iou == best_of_box[box]]] = True
+        first += len(boxes)
     anchor_idxs = packed.nonzero().squeeze(1)
     packed, is_best = packed[anchor_idxs], is_best[anchor_idxs]
     ious = (packed >> 32).int().view(torch.float32)
@@ -115,87 +98,64 @@ def match_on_grid(grid: AnchorGrid, gt_boxes: Boxes, min_iou: float) -> Matches:
     # A low-quality match may overlap another box more, though that box has no use for it.
     low = (is_best & (ious < min_iou)).nonzero().squeeze(1)
     if len(low):
-        exact = match_dense(grid.take(anchor_idxs[low]), gt_boxes)
+        exact = match_dense(torch.cat(grid.levels)[anchor_idxs[low]], gt_boxes)
         ious[low], box_idxs[low] = exact.ious, exact.box_idxs
     return Matches(anchor_idxs, ious, box_idxs, is_best)
 
 
-def _pairs(
-    grid: AnchorGrid, boxes: Tensor, min_iou: float, first: int = 0
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(box, anchor, IoU > 0) of all pairs that reach `min_iou` or a box's best; no box is split."""
-    if len(boxes) > MAX_BOXES:
-        pieces = boxes.split(MAX_BOXES)
-    else:
-        shape, box, low, count = _windows(grid, boxes, min_iou)
-        num_pairs = count.prod(1)
-        total = int(num_pairs.sum())
-        if total <= MAX_PAIRS or len(boxes) == 1:
-            window = torch.repeat_interleave(num_pairs)
-            start = num_pairs.cumsum(0) - num_pairs
-            cell = torch.arange(total) - start[window]
-            shape, box, (column, row) = shape[window], box[window], low.t()[:, window]
-            width = count[:, 0][window]
-            below = cell.div(width, rounding_mode="floor")
-            column, row = column + cell - below * width, row + below
-            column_stride, row_stride = grid.stride.t()[:, shape]
-            anchor = grid.first[shape] + column * column_stride + row * row_stride
-            iou = _iou(grid.at(shape, column, row), boxes.t()[:, box])
-            overlap = (iou > 0).nonzero().squeeze(1)
-            yield box[overlap] + first, anchor[overlap], iou[overlap]
-            return
-        pieces = boxes.split((len(boxes) + 1) // 2)
-    for piece in pieces:
-        yield from _pairs(grid, piece, min_iou, first)
-        first += len(piece)
-
-
-def _windows(
+def _overlapping_pairs(
     grid: AnchorGrid, boxes: Tensor, min_iou: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Windows of the grid outside which no anchor reaches `min_iou` or the best IoU of the box.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Box, anchor and IoU > 0 of at least all pairs that reach `min_iou` or the box's best."""
+    low, high = boxes.double().split(2, dim=1)  # (M, 2) each
+    origin = torch.stack([grid.columns[..., 0], grid.rows[..., 0]], 2).double()
+    first_low, first_high = origin  # (C, 2) each, the anchors in the first column and row
 
-    Args:
-        boxes: (M, 4).
-    Returns:
-        shape, box: (V,) index of the anchor shape and of the box of each window.
-        low: (V, 2) first column and row.
-        count: (V, 2) columns and rows, at least 1.
-    """
-    iou = _nearest_iou(grid, boxes).amax(0).double().clamp(max=min_iou) * (1 - ROUNDING)  # (M,)
-    boxes = boxes.double()
-    sides = boxes[:, 2:] - boxes[:, :2]
+    # The anchor of each shape that is nearest to the box's centre, (C, M), shows the best IoU.
+    place = (low + high - (first_low + first_high)[:, None]) / (2 * grid.step[:, None])
+    nearest = torch.minimum(place.round().clamp(min=0), grid.size[:, None] - 1.0).long()
+    shape, (column, row) = torch.arange(len(nearest))[:, None], nearest.unbind(2)
+    iou = _iou(grid.columns[:, shape, column], grid.rows[:, shape, row], boxes.t()[:, None])
+    iou = iou.amax(0).double().clamp(max=min_iou) * (1 - ROUNDING)  # (M,)
+
     # IoU = I / (area + anchor area - I) >= iou needs an intersection I of at least this, (C, M).
-    areas = grid.smallest.prod(1)[:, None] + sides.prod(1)
+    areas = grid.smallest.prod(1)[:, None] + (high - low).prod(1)
     intersection = iou / (1 + iou) * areas
     # I is at most this wide and high, (C, M, 2), so it is at least so high and wide.
-    most = torch.minimum(sides, grid.largest[:, None])
+    most = torch.minimum(high - low, grid.largest[:, None])
     shape, box = (intersection <= most.prod(2)).nonzero(as_tuple=True)
     least = intersection[shape, box][:, None] / most[shape, box].flip(1)
     least = least.nan_to_num(0.0)  # 0 / 0: a box without an area
-    origin, step, size = grid.origin[shape], grid.step[shape], grid.size[shape]
-    low = (boxes[box, :2] + least - origin[:, 2:]) / step - GRID_TOLERANCE
-    high = (boxes[box, 2:] - least - origin[:, :2]) / step + GRID_TOLERANCE
-    low = low.ceil().clamp(min=0)
-    count = torch.minimum(high.floor(), size - 1.0) - low + 1
-    kept = (count > 0).all(1).nonzero().squeeze(1)
-    return shape[kept], box[kept], low[kept].long(), count[kept].long()
+
+    # One window a row: its first column and row, and how many of them, (V, 2) each.
+    start = (low[box] + least - first_high[shape]) / grid.step[shape] - GRID_TOLERANCE
+    stop = (high[box] - least - first_low[shape]) / grid.step[shape] + GRID_TOLERANCE
+    start = start.ceil().clamp(min=0)
+    count = (torch.minimum(stop.floor(), grid.size[shape] - 1.0) - start + 1).clamp(min=0).long()
+
+    # One pair a row, (P,).
+    num_pairs = count.prod(1)
+    window = torch.repeat_interleave(num_pairs)
+    cell = torch.arange(len(window)) - (num_pairs.cumsum(0) - num_pairs)[window]
+    shape, box, (column, row) = shape[window], box[window], start.long().t()[:, window]
+    width = count[:, 0][window]
+    below = cell.div(width, rounding_mode="floor")
+    column, row = column + cell - below * width, row + below
+    iou = _iou(grid.columns[:, shape, column], grid.rows[:, shape, row], boxes.t()[:, box])
+    column_stride, row_stride = grid.stride.t()[:, shape]
+    anchor = grid.first[shape] + column * column_stride + row * row_stride
+    overlap = (iou > 0).nonzero().squeeze(1)
+    return box[overlap], anchor[overlap], iou[overlap]
 
 
-def _nearest_iou(grid: AnchorGrid, boxes: Tensor) -> Tensor:
-    """(C, M) IoU of each box with the anchor of each shape nearest to its centre."""
-    centers = (boxes[:, :2] + boxes[:, 2:]).double() / 2
-    first_centers = (grid.origin[:, :2] + grid.origin[:, 2:]) / 2
-    cell = ((centers - first_centers[:, None]) / grid.step[:, None]).round()  # (C, M, 2)
-    cell = torch.minimum(cell.clamp(min=0), grid.size[:, None] - 1.0).long()
-    shape = torch.arange(len(cell))[:, None]
-    return _iou(grid.at(shape, *cell.unbind(2)), boxes.t()[:, None])
+def _iou(anchor_x: Tensor, anchor_y: Tensor, boxes: Tensor) -> Tensor:
+    """IoU by `pairwise_iou`'s operations in their order.
 
-
-def _iou(anchors: Iterable[Tensor], boxes: Iterable[Tensor]) -> Tensor:
-    """IoU of x0, y0, x1, y1 that broadcast, by `pairwise_iou`'s operations in their order."""
-    ax0, ay0, ax1, ay1 = anchors
-    bx0, by0, bx1, by1 = boxes
+    Args:
+        anchor_x, anchor_y: (2, ...) where the anchors begin and end.
+        boxes: (4, ...) XYXY; they broadcast.
+    """
+    (ax0, ax1), (ay0, ay1), (bx0, by0, bx1, by1) = anchor_x, anchor_y, boxes
     width = (torch.minimum(bx1, ax1) - torch.maximum(bx0, ax0)).clamp_(min=0)
     height = (torch.minimum(by1, ay1) - torch.maximum(by0, ay0)).clamp_(min=0)
     intersection = width.mul_(height)
@@ -204,74 +164,64 @@ def _iou(anchors: Iterable[Tensor], boxes: Iterable[Tensor]) -> Tensor:
     return torch.where(intersection > 0, iou, 0.0)
 
 
-def find_grid(anchors: list[Boxes]) -> AnchorGrid | None:
+def find_grid(levels: list[Tensor]) -> AnchorGrid | None:
     """The grid that anchors stand on, read off their coordinates; None where they stand on none.
 
     Args:
-        anchors: one Boxes a level, rows of cells, a cell's anchors next to each other.
+        levels: (Hi x Wi x A, 4) a level, rows of cells, a cell's anchors next to each other.
     """
-    first, shapes = 0, []
-    for level in anchors:
-        layout = _layout(level.tensor, first)
-        if layout is None:
+    columns, rows, sizes, strides, first = [], [], [], [], []  # an element a shape
+    num_anchors = 0
+    for anchors in levels:
+        if len(anchors) == 0:
             return None
-        shapes.append(layout)
-        first += len(level)
-    columns, rows, *rest = zip(*shapes, strict=True)
-    return AnchorGrid(
-        [x.tensor for x in anchors],
-        torch.cat(
-            [F.pad(x, (0, max(y.shape[2] for y in columns) - x.shape[2])) for x in columns], 1
-        ),
-        torch.cat([F.pad(x, (0, max(y.shape[2] for y in rows) - x.shape[2])) for x in rows], 1),
-        *(torch.cat(parts) for parts in rest),
-    )
-
-
-def _layout(anchors: Tensor, first: int) -> tuple[Tensor, ...] | None:
-    """The fields of an `AnchorGrid` that has one level, but the first field."""
-    if len(anchors) == 0:
-        return None
-    # The first anchor recurs one column to the right, and one row below.
-    same, after = anchors[:MAX_ROW] == anchors[0], anchors[:MAX_ROW] > anchors[0]
-    right = after[:, 0] & after[:, 2] & same[:, 1] & same[:, 3]
-    below = after[:, 1] & after[:, 3] & same[:, 0] & same[:, 2]
-    row_stride = int(below.int().argmax()) or len(anchors)
-    column_stride = int(right.int().argmax()) or row_stride
-    if len(anchors) % row_stride or row_stride % column_stride:
-        return None
-    # A coordinate at a time, and over the longest inner loop: several times as fast as (R, 4).
-    for i in range(4):
-        x = anchors[:, i].view(-1, row_stride)
-        recurs = x == x[0] if i in (0, 2) else x[:, column_stride:] == x[:, :-column_stride]
-        if not recurs.all():
+        # The first anchor recurs one column to the right, and one row below.
+        same, after = anchors[:MAX_ROW] == anchors[0], anchors[:MAX_ROW] > anchors[0]
+        right = after[:, 0] & after[:, 2] & same[:, 1] & same[:, 3]
+        below = after[:, 1] & after[:, 3] & same[:, 0] & same[:, 2]
+        row_stride = int(below.int().argmax()) or len(anchors)
+        column_stride = int(right.int().argmax()) or row_stride
+        if len(anchors) % row_stride or row_stride % column_stride:
             return None
-    cells = anchors.view(-1, row_stride // column_stride, column_stride, 4)
-    columns = cells[0, :, :, 0::2].permute(2, 1, 0)  # (2, A, W)
-    rows = cells[:, 0, :, 1::2].permute(2, 1, 0)  # (2, A, H)
-    x, y = _axis(*columns.double()), _axis(*rows.double())
-    if x is None or y is None:
-        return None
+        # A coordinate at a time, and over the longest inner loop: several times as fast as (R, 4).
+        for i in range(4):
+            x = anchors[:, i].view(-1, row_stride)
+            recurs = x == x[0] if i in (0, 2) else x[:, column_stride:] == x[:, :-column_stride]
+            if not recurs.all():
+                return None
+        cells = anchors.view(-1, row_stride // column_stride, column_stride, 4)  # (H, W, A, 4)
+        columns += cells[0, :, :, 0::2].unbind(1)
+        rows += cells[:, 0, :, 1::2].unbind(1)
+        sizes += [(cells.shape[1], cells.shape[0])] * column_stride
+        strides += [(column_stride, row_stride)] * column_stride
+        first += range(num_anchors, num_anchors + column_stride)
+        num_anchors += len(anchors)
+
+    size, axes = torch.tensor(sizes), []
+    for ends, length in zip((columns, rows), size.t(), strict=True):
+        table = pad_sequence(ends).permute(2, 1, 0)  # (2, C, longest)
+        low, high = table.double()
+        index = torch.arange(table.shape[2])
+        inside = index < length[:, None]
+        last = (length - 1)[:, None]
+        step = (low.gather(1, last) - low[:, :1]) / last.clamp(min=1)
+        step = torch.where(last == 0, 1.0, step)
+        unevenness = (torch.stack([low - low[:, :1], high - high[:, :1]]) - index * step).abs()
+        uneven = (unevenness > GRID_TOLERANCE / 2 * step) & inside
+        extent = high - low
+        if (step <= 0).any() or uneven.any() or (extent < 0).any():
+            return None
+        axes.append((table, step[:, 0], extent.where(inside, torch.inf).amin(1), extent.amax(1)))
+    (columns, *x), (rows, *y) = axes
     step, smallest, largest = (torch.stack(pair, 1) for pair in zip(x, y, strict=True))
-    size = torch.tensor([columns.shape[2], rows.shape[2]]).expand(column_stride, 2)
-    stride = torch.tensor([column_stride, row_stride]).expand(column_stride, 2)
-    number = torch.arange(first, first + column_stride)
-    return columns, rows, size, step, smallest, largest, number, stride
-
-
-def _axis(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Step, least and greatest extent, (A,) each, of A rising rows; None where they are uneven.
-
-    Args:
-        low, high: (A, L) where the anchors begin and end.
-    """
-    length = low.shape[1]
-    extent = high - low
-    step = (low[:, -1:] - low[:, :1]) / max(1, length - 1)
-    if length == 1:
-        step = torch.ones_like(step)
-    place = torch.arange(length) * step
-    uneven = torch.maximum((low - low[:, :1] - place).abs(), (high - high[:, :1] - place).abs())
-    if (step <= 0).any() or (uneven > GRID_TOLERANCE / 2 * step).any() or (extent < 0).any():
-        return None
-    return step.squeeze(1), extent.amin(1), extent.amax(1)
+    return AnchorGrid(
+        levels,
+        columns,
+        rows,
+        size,
+        step,
+        smallest,
+        largest,
+        first=torch.tensor(first),
+        stride=torch.tensor(strides),
+    )
