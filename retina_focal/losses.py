@@ -5,7 +5,7 @@ outputs, in whatever order they lie in memory, and corrects it at the few anchor
 background. It needs neither a permuted copy of the logits nor a one-hot target.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -43,10 +43,8 @@ def sigmoid_focal_loss(
 class DenseLoss(Protocol):
     """A binary loss that `dense_loss_sum` can sum: values, and derivatives by the logit."""
 
-    def foreground(self, logits: Tensor) -> Tensor: ...
-    def foreground_derivative(self, logits: Tensor) -> Tensor: ...
-    def background(self, logits: Tensor) -> Tensor: ...
-    def background_derivative(self, logits: Tensor) -> Tensor: ...
+    def value(self, logits: Tensor, foreground: bool) -> Tensor: ...
+    def derivative(self, logits: Tensor, foreground: bool) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -54,31 +52,26 @@ class SigmoidFocalLoss:
     """`sigmoid_focal_loss` in closed form, with its derivative (appendix B of the paper).
 
     With p = sigmoid(x), the background term is (1 - alpha) p^gamma softplus(x) and its derivative
-    (1 - alpha) p^gamma (gamma (1 - p) softplus(x) + p); the foreground term is its mirror image.
+    (1 - alpha) p^gamma (gamma (1 - p) softplus(x) + p); the foreground term is its mirror image,
+    alpha instead of 1 - alpha and -x instead of x.
     """
 
     alpha: float = 0.25
     gamma: float = 2.0
 
-    def foreground(self, logits: Tensor) -> Tensor:
-        return self._value(-logits) * (self.alpha if self.alpha >= 0 else 1.0)
+    def value(self, logits: Tensor, foreground: bool) -> Tensor:
+        x, alpha_t = (-logits, self.alpha) if foreground else (logits, 1 - self.alpha)
+        value = x.sigmoid().pow_(self.gamma).mul_(F.softplus(x))
+        return value.mul_(alpha_t) if self.alpha >= 0 else value
 
-    def foreground_derivative(self, logits: Tensor) -> Tensor:
-        return self._derivative(-logits) * (-self.alpha if self.alpha >= 0 else -1.0)
-
-    def background(self, logits: Tensor) -> Tensor:
-        return self._value(logits) * (1 - self.alpha if self.alpha >= 0 else 1.0)
-
-    def background_derivative(self, logits: Tensor) -> Tensor:
-        return self._derivative(logits) * (1 - self.alpha if self.alpha >= 0 else 1.0)
-
-    def _value(self, x: Tensor) -> Tensor:
-        return x.sigmoid().pow_(self.gamma).mul_(F.softplus(x))
-
-    def _derivative(self, x: Tensor) -> Tensor:
+    def derivative(self, logits: Tensor, foreground: bool) -> Tensor:
+        x, alpha_t = (-logits, self.alpha) if foreground else (logits, 1 - self.alpha)
         p = x.sigmoid()
         slope = torch.rsub(p, 1).mul_(self.gamma).mul_(F.softplus(x)).add_(p)
-        return p.pow_(self.gamma).mul_(slope)
+        derivative = p.pow_(self.gamma).mul_(slope)
+        if self.alpha >= 0:
+            derivative.mul_(alpha_t)
+        return derivative.neg_() if foreground else derivative
 
 
 class LevelTargets(NamedTuple):
@@ -106,7 +99,10 @@ def dense_loss_sum(
     Returns:
         (N,) fp32 sums, one an image. Gradients cannot be differentiated again (RuntimeError).
     """
-    return _DenseLossSum.apply(loss, targets, num_classes, *(_dense(x) for x in logits))
+    dense = [
+        x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous() for x in logits
+    ]
+    return _DenseLossSum.apply(loss, targets, num_classes, *dense)
 
 
 class _DenseLossSum(torch.autograd.Function):
@@ -119,14 +115,17 @@ class _DenseLossSum(torch.autograd.Function):
         # float64: the ignored anchors are subtracted again from sums of millions of terms.
         sums = torch.zeros(len(logits[0]), dtype=torch.float64, device=logits[0].device)
         for x, (foreground, ignored) in zip(logits, targets, strict=True):
-            for image, chunk in _chunks(x):
-                sums[image] += loss.background(chunk.float()).sum()
+            size = x.shape[1:].numel()
+            # Rows in memory order, whichever of the two layouts that is.
+            for image, row in enumerate(x.as_strided((len(x), size), (size, 1))):
+                for chunk in row.split(CHUNK_SIZE):
+                    sums[image] += loss.value(chunk.float(), foreground=False).sum()
             per_class = x.unflatten(1, (-1, num_classes))
             positive = per_class[foreground].float()
-            correction = loss.foreground(positive) - loss.background(positive)
+            correction = loss.value(positive, True) - loss.value(positive, False)
             sums.index_add_(0, foreground[0], correction.double())
             image, anchor, row, column = ignored
-            excess = loss.background(per_class[image, anchor, :, row, column].float())
+            excess = loss.value(per_class[image, anchor, :, row, column].float(), foreground=False)
             sums.index_add_(0, image, -excess.double().sum(1))
         return sums.float()
 
@@ -141,28 +140,18 @@ class _DenseLossSum(torch.autograd.Function):
         grads = []
         for x, (foreground, ignored) in zip(ctx.saved_tensors, ctx.targets, strict=True):
             grad = torch.empty_like(x)
-            for (image, chunk), (_, out) in zip(_chunks(x), _chunks(grad), strict=True):
-                out.copy_(ctx.loss.background_derivative(chunk.float()).mul_(grad_sums[image]))
+            size = x.shape[1:].numel()
+            rows, grad_rows = (t.as_strided((len(x), size), (size, 1)) for t in (x, grad))
+            for row, grad_row, grad_sum in zip(rows, grad_rows, grad_sums, strict=True):
+                chunks = zip(row.split(CHUNK_SIZE), grad_row.split(CHUNK_SIZE), strict=True)
+                for chunk, grad_chunk in chunks:
+                    derivative = ctx.loss.derivative(chunk.float(), foreground=False)
+                    grad_chunk.copy_(derivative.mul_(grad_sum))
             per_class = grad.unflatten(1, (-1, ctx.num_classes))
             positive = x.unflatten(1, (-1, ctx.num_classes))[foreground].float()
-            derivative = ctx.loss.foreground_derivative(positive) * grad_sums[foreground[0]]
-            per_class[foreground] = derivative.to(grad.dtype)
+            derivative = ctx.loss.derivative(positive, foreground=True)
+            per_class[foreground] = (derivative * grad_sums[foreground[0]]).to(grad.dtype)
             image, anchor, row, column = ignored
             per_class[image, anchor, :, row, column] = 0
             grads.append(grad)
         return None, None, None, *grads
-
-
-def _dense(x: Tensor) -> Tensor:
-    """`x` itself where `_chunks` can walk it without a copy, else a contiguous copy."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    return x if x.is_contiguous() or channels_last else x.contiguous()
-
-
-def _chunks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(image index, flat view) pieces of a dense (N, C, H, W) tensor, in memory order."""
-    if not x.is_contiguous():
-        x = x.permute(0, 2, 3, 1)
-    for image, flat in enumerate(x.flatten(1)):
-        for chunk in flat.split(CHUNK_SIZE):
-            yield image, chunk

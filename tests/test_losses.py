@@ -81,13 +81,9 @@ def test_saturated_logits_have_finite_values_and_gradients(gamma):
     assert loss.isfinite().all() and grad.isfinite().all()
     dense = SigmoidFocalLoss(0.25, gamma)
     with torch.no_grad():
-        for function in (
-            dense.foreground,
-            dense.background,
-            dense.foreground_derivative,
-            dense.background_derivative,
-        ):
-            assert function(x).isfinite().all()
+        for foreground in (False, True):
+            assert dense.value(x, foreground).isfinite().all()
+            assert dense.derivative(x, foreground).isfinite().all()
 
 
 @pytest.mark.parametrize("alpha", [-1.0, 0.0, 0.25, 1.0])
@@ -98,8 +94,8 @@ def test_closed_form_equals_the_definition_and_its_autograd(alpha, gamma):
     definition = sigmoid_focal_loss(x, targets, alpha, gamma)
     (derivative,) = torch.autograd.grad(definition.sum(), x)
     loss, (negative, positive) = SigmoidFocalLoss(alpha, gamma), x.detach().view(2, -1)
-    value = torch.cat([loss.background(negative), loss.foreground(positive)])
-    slope = torch.cat([loss.background_derivative(negative), loss.foreground_derivative(positive)])
+    value = torch.cat([loss.value(negative, False), loss.value(positive, True)])
+    slope = torch.cat([loss.derivative(negative, False), loss.derivative(positive, True)])
     torch.testing.assert_close(value, definition.detach(), rtol=1e-9, atol=1e-40)
     torch.testing.assert_close(slope, derivative, rtol=2e-9, atol=1e-40)
 
