@@ -106,7 +106,7 @@ class Criterion(nn.Module):
             logits: (N, A x K, Hi, Wi) a level.
             deltas: (N, A x 4, Hi, Wi) a level.
             labels, matched_idxs: (N, R) each, from `Assigner`.
-            gt_instances: N images with `gt_boxes`.
+            gt_instances: N images with `gt_boxes`, on any device.
         Returns:
             losses: scalars `loss_cls` and `loss_box_reg`.
             statistics: what is worth logging, numbers on the host.
@@ -165,10 +165,11 @@ class Criterion(nn.Module):
         gt_instances: list[Instances],
     ) -> tuple[list[LevelTargets], Positives]:
         """What is not background, by level, and the positive anchors' boxes."""
-        gt_boxes = torch.cat([x.gt_boxes.tensor for x in gt_instances])
-        counts = torch.tensor([0] + [len(x) for x in gt_instances[:-1]], device=labels.device)
+        boxes_per_image = [x.gt_boxes.tensor for x in gt_instances]
+        gt_boxes = torch.cat(boxes_per_image).to(labels.device)
+        counts = torch.tensor([0] + [len(x) for x in boxes_per_image[:-1]], device=labels.device)
         first_box = counts.cumsum(0)  # (N,) row of each image's first box in gt_boxes
-        sizes = [len(x) for x in anchors]
+        sizes = [len(x.tensor) for x in anchors]
         targets, positives = [], []
         for level_anchors, x, d, level_labels, level_idxs in zip(
             anchors,
@@ -181,9 +182,13 @@ class Criterion(nn.Module):
             image, index = (level_labels != self.num_classes).nonzero(as_tuple=True)
             level_label = level_labels[image, index]
             is_positive = level_label >= 0
-            location = _locate(index, d.shape[1] // 4, x.shape[-1])
-            n, a, y, x_ = (i[is_positive] for i in (image, *location))
-            ignored = tuple(i[~is_positive] for i in (image, *location))
+            # A level's anchors are numbered by row, column and anchor of the cell.
+            num_anchors, width = d.shape[1] // 4, x.shape[-1]
+            row = index.div(num_anchors * width, rounding_mode="floor")
+            column = index.div(num_anchors, rounding_mode="floor") - row * width
+            location = (image, index % num_anchors, row, column)
+            n, a, y, x_ = (i[is_positive] for i in location)
+            ignored = tuple(i[~is_positive] for i in location)
             targets.append(LevelTargets((n, a, level_label[is_positive], y, x_), ignored))
             index = index[is_positive]
             positives.append(
@@ -205,13 +210,6 @@ class Criterion(nn.Module):
         )
         if f"{prefix}loss_normalizer" in missing_keys:
             missing_keys.remove(f"{prefix}loss_normalizer")
-
-
-def _locate(index: Tensor, num_anchors: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchor, row and column of an index into one level's (Hi x Wi x A) anchors."""
-    cell = index.div(num_anchors, rounding_mode="floor")
-    row = cell.div(width, rounding_mode="floor")
-    return index - cell * num_anchors, row, cell - row * width
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

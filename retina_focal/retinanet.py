@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data.detection_utils import convert_image_to_rgb
-from detectron2.layers import move_device_like
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, detector_postprocess
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.structures import Boxes, ImageList, Instances
@@ -129,18 +128,25 @@ class FocalRetinaNet(nn.Module):
         if not self.training:
             results = self.postprocessor(anchors, logits, deltas, images.image_sizes)
             return _rescale(results, batched_inputs)
-        gt_instances = self._ground_truth(batched_inputs)
+        gt_instances = _ground_truth(batched_inputs, self.criterion.num_classes)
         labels, matched_idxs = self.assigner(anchors, gt_instances)
         losses, statistics = self.criterion(
             anchors, logits, deltas, labels, matched_idxs, gt_instances
         )
         if has_event_storage():
-            self._log(statistics, batched_inputs, images, anchors, logits, deltas)
+            storage = get_event_storage()
+            for name, value in statistics.items():
+                storage.put_scalar(name, value)
+            if self.vis_period > 0 and storage.iter % self.vis_period == 0:
+                first = [x[:1] for x in logits], [x[:1] for x in deltas], images.image_sizes[:1]
+                result = self.postprocessor(anchors, *first)[0]
+                storage.put_image(*_draw_training(batched_inputs[0], result, self.input_format))
         return losses
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise, pad and batch the images: (N, C, H, W) of the largest size, zero-padded."""
-        images = [move_device_like(x["image"], self.pixel_mean) for x in batched_inputs]
+        # To the tensor, not to its device: a trace would keep that as a constant.
+        images = [x["image"].to(self.pixel_mean) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(
             images,
@@ -153,38 +159,6 @@ class FocalRetinaNet(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Labels and matched indices, (N, R) each; see `Assigner.__call__`."""
         return self.assigner(anchors, gt_instances)
-
-    def _ground_truth(self, batched_inputs: list[dict]) -> list[Instances]:
-        """Ground truth on the model's device, checked while it still lies on the host."""
-        if "instances" not in batched_inputs[0]:
-            raise ValueError(
-                f"{_record(batched_inputs[0], 0)} has no 'instances', but the model is in training "
-                "mode; for inference call model.eval() first"
-            )
-        for index, record in enumerate(batched_inputs):
-            _check_ground_truth(record["instances"], self.num_classes, _record(record, index))
-        return [record["instances"].to(self.device) for record in batched_inputs]
-
-    def _log(
-        self,
-        statistics: dict[str, float],
-        batched_inputs: list[dict],
-        images: ImageList,
-        anchors: list[Boxes],
-        logits: list[Tensor],
-        deltas: list[Tensor],
-    ) -> None:
-        storage = get_event_storage()
-        storage.put_scalars(**statistics)
-        if self.vis_period > 0 and storage.iter % self.vis_period == 0:
-            results = self.postprocessor(
-                anchors,
-                [x[:1] for x in logits],
-                [x[:1] for x in deltas],
-                images.image_sizes[:1],
-            )
-            name, image = _draw_training(batched_inputs[0], results[0], self.input_format)
-            storage.put_image(name, image)
 
     def _check_num_classes(self, num_classes: int | None) -> None:
         found = {
@@ -213,31 +187,39 @@ def _check_in_features(in_features: list[str], available: list[str]) -> None:
         )
 
 
-def _record(record: dict, index: int) -> str:
+def _ground_truth(batched_inputs: list[dict], num_classes: int) -> list[Instances]:
+    """Ground truth as it lies on the host, checked before the loss turns into NaN or crashes."""
+    for index, record in enumerate(batched_inputs):
+        if "instances" not in record:
+            raise ValueError(
+                f"{_record_name(record, index)} has no 'instances', but the model is in training "
+                "mode; for inference call model.eval() first"
+            )
+        instances = record["instances"]
+        boxes, classes = instances.gt_boxes.tensor, instances.gt_classes
+        bad = ~boxes.isfinite().all(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
+        if bad.any():
+            box = int(bad.nonzero()[0])
+            raise ValueError(
+                f"{_record_name(record, index)}: box {box} is {boxes[box].tolist()}; expected "
+                "finite XYXY pixels with x0 <= x1 and y0 <= y1: correct or remove that annotation"
+            )
+        bad = (classes < 0) | (classes >= num_classes)
+        if bad.any():
+            box = int(bad.nonzero()[0])
+            raise ValueError(
+                f"{_record_name(record, index)}: box {box} has class {int(classes[box])}, but the "
+                f"model has {num_classes} classes, 0 to {num_classes - 1}; set "
+                "MODEL.RETINANET.NUM_CLASSES to the data set's"
+            )
+    return [record["instances"] for record in batched_inputs]
+
+
+def _record_name(record: dict, index: int) -> str:
     """What an error message calls one element of a batch."""
     return (
         f"image '{record['file_name']}'" if "file_name" in record else f"image {index} of the batch"
     )
-
-
-def _check_ground_truth(instances: Instances, num_classes: int, record: str) -> None:
-    """Refuse boxes and classes that would turn the loss into NaN or point outside the logits."""
-    boxes, classes = instances.gt_boxes.tensor, instances.gt_classes
-    bad = ~boxes.isfinite().all(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
-    if bad.any():
-        index = int(bad.nonzero()[0])
-        raise ValueError(
-            f"{record}: box {index} is {boxes[index].tolist()}; expected finite XYXY pixels with "
-            "x0 <= x1 and y0 <= y1: correct or remove that annotation"
-        )
-    bad = (classes < 0) | (classes >= num_classes)
-    if bad.any():
-        index = int(bad.nonzero()[0])
-        raise ValueError(
-            f"{record}: box {index} has class {int(classes[index])}, but the model has "
-            f"{num_classes} classes, 0 to {num_classes - 1}; set MODEL.RETINANET.NUM_CLASSES to "
-            "the data set's"
-        )
 
 
 def _rescale(results: list[Instances], batched_inputs: list[dict]) -> list[dict]:
