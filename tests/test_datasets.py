@@ -1,0 +1,102 @@
+"""Data sets from the config: registered once, refused in words."""
+
+import json
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from retina_focal import get_cfg
+from retina_focal.datasets import check_num_classes, register_coco_json, register_datasets
+
+CONTENT = {
+    "images": [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}],
+    "annotations": [
+        {"id": 1, "image_id": 1, "category_id": 9, "bbox": [1, 2, 10, 8], "area": 80, "iscrowd": 0}
+    ],
+    "categories": [{"id": 9, "name": "second"}, {"id": 4, "name": "first"}],
+}
+
+
+@pytest.fixture
+def row(tmp_path, request):
+    """A row of ``DATASETS.COCO_JSON`` whose name is forgotten after the test."""
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(CONTENT))
+    name = f"data_set_of_{request.node.name}"
+    yield [name, str(path), str(tmp_path)]
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_classes_follow_the_category_ids_as_in_the_loaded_records(row):
+    register_coco_json(*row)
+    metadata = MetadataCatalog.get(row[0])
+    assert (metadata.thing_classes, metadata.evaluator_type) == (["first", "second"], "coco")
+    record = DatasetCatalog.get(row[0])[0]  # asserts itself that the classes are the same
+    assert record["annotations"][0]["category_id"] == metadata.thing_classes.index("second")
+
+
+def test_the_same_row_again_changes_nothing(row):
+    cfg = get_cfg()
+    cfg.DATASETS.COCO_JSON = [row, list(row)]
+    register_datasets(cfg)
+    register_datasets(cfg)
+    assert row[0] in DatasetCatalog
+
+
+def test_the_same_name_with_other_files_is_an_error_naming_both(row, tmp_path):
+    register_coco_json(*row)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(CONTENT))
+    with pytest.raises(ValueError, match=r"annotations\.json.*other\.json"):
+        register_coco_json(row[0], str(other), row[2])
+
+
+def test_a_config_without_the_key_registers_nothing():
+    from detectron2.config import get_cfg as detectron2_get_cfg
+
+    register_datasets(detectron2_get_cfg())
+
+
+@pytest.mark.parametrize(
+    "content, error, message",
+    [
+        (None, FileNotFoundError, r"annotations\.json' does not exist"),
+        ("{", ValueError, "is not JSON"),
+        ("[]", ValueError, "no 'categories'; expected COCO format"),
+        ('{"images": []}', ValueError, "no 'categories'; expected COCO format"),
+    ],
+)
+def test_a_file_that_is_not_coco_is_refused_with_what_was_expected(row, content, error, message):
+    path = row[1]
+    with open(path, "w") as file:
+        file.write(content or "")
+    if content is None:
+        import os
+
+        os.remove(path)
+    with pytest.raises(error, match=message):
+        register_coco_json(*row)
+    assert row[0] not in DatasetCatalog
+
+
+def test_a_missing_image_folder_is_named(row):
+    with pytest.raises(FileNotFoundError, match="image folder 'nowhere'"):
+        register_coco_json(row[0], row[1], "nowhere")
+
+
+def test_a_row_of_another_length_is_refused(row):
+    cfg = get_cfg()
+    cfg.DATASETS.COCO_JSON = [row[:2]]
+    with pytest.raises(ValueError, match=r"\[name, annotation json, image folder\]"):
+        register_datasets(cfg)
+
+
+def test_another_number_of_classes_is_refused_with_what_to_type(row):
+    register_coco_json(*row)
+    check_num_classes([row[0]], 2)
+    with pytest.raises(
+        ValueError, match=r"2 classes.* is 80; add: MODEL\.RETINANET\.NUM_CLASSES 2"
+    ):
+        check_num_classes([row[0]], 80)

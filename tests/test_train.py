@@ -1,0 +1,184 @@
+"""Training through the command line, as a user types it: files, resuming, several processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from retina_focal.tools import cli, train
+
+ROOT = Path(__file__).parent.parent
+SMALL = """
+    MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.DEPTH 18
+    MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.RESNETS.NORM BN MODEL.FPN.OUT_CHANNELS 16
+    MODEL.RETINANET.NUM_CLASSES 2 MODEL.RETINANET.NUM_CONVS 1 INPUT.MIN_SIZE_TRAIN (64,)
+    INPUT.MIN_SIZE_TEST 64 DATALOADER.NUM_WORKERS 0 SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 2
+    SOLVER.STEPS (1,) SOLVER.BASE_LR 1e-3 SOLVER.CHECKPOINT_PERIOD 1 SEED 1
+""".replace("''", '""').split()
+SMALL = ["" if word == '""' else word for word in SMALL]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Six pictures of coloured rectangles, two classes, in COCO format."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(6):
+        picture = np.full((64, 96, 3), 128, np.uint8)
+        for label in (0, 1):
+            x, y = generator.integers(0, 48), generator.integers(0, 32)
+            picture[y : y + 28, x : x + 36] = (255, 0, 0) if label else (0, 0, 255)
+            box = [int(x), int(y), 36, 28]
+            annotations.append(
+                {
+                    "id": 2 * i + label + 1,
+                    "image_id": i,
+                    "category_id": label + 1,
+                    "bbox": box,
+                    "area": 36 * 28,
+                    "iscrowd": 0,
+                }
+            )
+        cv2.imwrite(str(folder / f"{i}.png"), picture)
+        images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 96})
+    categories = [{"id": 1, "name": "red"}, {"id": 2, "name": "blue"}]
+    content = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+    (folder / "a.json").write_text(json.dumps(content))
+    return folder
+
+
+def run_train(data: Path, output: Path, *arguments: str, opts: list[str] = ()) -> str:
+    """`train_net.py` in a process of its own; what it printed."""
+    command = [
+        sys.executable, "-W", "ignore", str(ROOT / "train_net.py"),
+        "--config-file", "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        "--dataset", "rectangles", str(data / "a.json"), str(data), *arguments,
+        "DATASETS.TRAIN", "('rectangles',)", "DATASETS.TEST", "('rectangles',)",
+        "OUTPUT_DIR", str(output), *SMALL, *opts,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+def metrics(output: Path) -> dict[str, float]:
+    """The last value of everything that was logged."""
+    lines = (output / "metrics.json").read_text().splitlines()
+    return {name: value for line in lines for name, value in json.loads(line).items()}
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    """The output folder of two iterations."""
+    output = tmp_path_factory.mktemp("trained")
+    run_train(data, output)
+    return output
+
+
+def test_training_leaves_config_weights_metrics_and_an_evaluation(trained):
+    for name in ("config.yaml", "model_final.pth", "inference/coco_instances_results.json"):
+        assert (trained / name).is_file(), name
+    last = metrics(trained)
+    assert {"loss_cls", "loss_box_reg", "num_pos_anchors", "bbox/AP"} <= set(last)
+    assert last["num_pos_anchors"] > 0
+
+
+def test_evaluation_alone_gives_the_detections_of_the_training_run(data, trained, tmp_path):
+    weights = ["MODEL.WEIGHTS", str(trained / "model_final.pth")]
+    run_train(data, tmp_path, "--eval-only", opts=weights)
+    results = [
+        json.loads((folder / "inference/coco_instances_results.json").read_text())
+        for folder in (trained, tmp_path)
+    ]
+    assert results[0] == results[1]
+
+
+def test_resume_goes_on_after_the_last_checkpoint(data, trained, tmp_path):
+    printed = run_train(
+        data, trained, "--resume", opts=["SOLVER.MAX_ITER", "3", "TEST.EVAL_PERIOD", "0"]
+    )
+    assert "Starting training from iteration 2" in printed
+    checkpoint = torch.load(trained / "model_final.pth", weights_only=True)
+    assert checkpoint["iteration"] == 2
+
+
+def test_two_processes_without_a_gpu_train_and_evaluate(data, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("--num-gpus then asks for GPUs")
+    printed = run_train(data, tmp_path, "--num-gpus", "2")
+    assert "World size: 2" in printed
+    assert "bbox/AP" in metrics(tmp_path)
+
+
+def test_a_lazy_config_trains_and_evaluates(data, tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text(
+        f"""
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig
+from detectron2.data import transforms as T
+
+cfg = LazyConfig.load({str(ROOT / "configs/lazy/retinanet_R_50_FPN_1x.py")!r})
+model, optimizer, lr_multiplier = cfg.model, cfg.optimizer, cfg.lr_multiplier
+train, dataloader = cfg.train, cfg.dataloader
+for name in ("train", "test"):
+    dataloader[name].dataset.names = "rectangles"
+    dataloader[name].num_workers = 0
+    dataloader[name].mapper.augmentations = [L(T.Resize)(shape=(64, 96))]
+dataloader.train.total_batch_size = 2
+dataloader.evaluator.dataset_name = "rectangles"
+dataloader.evaluator.output_dir = train.output_dir = {str(tmp_path / "output")!r}
+train.max_iter, train.init_checkpoint = 2, ""
+optimizer.lr = 1e-6  # a random network with frozen norms has gradients of its own size
+model.num_classes = 2
+"""
+    )
+    results = train.run(
+        train.parse_args(
+            ["--config-file", str(path), "--dataset", "rectangles", str(data / "a.json"), str(data)]
+        )
+    )
+    assert "bbox" in results
+    assert (tmp_path / "output/model_final.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--config-file is missing"),
+        (["--config-file", "retinanet_R_50_1x.yaml"], "near it: "),
+        (
+            ["--config-file", "quick_start/trees.yaml", "--num-machines", "2"],
+            "--dist-url tcp://ADDRESS:PORT",
+        ),
+    ],
+)
+def test_arguments_that_cannot_run_are_refused_in_words(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.parse_args(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_tool_explains_itself(capsys):
+    cli.main([])
+    listed = capsys.readouterr().out
+    for name in cli.TOOLS:
+        assert name in listed
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([name, "--help"])
+        assert stopped.value.code == 0
+        assert f"retina-focal {name}" in capsys.readouterr().out
+
+
+def test_an_unknown_tool_is_answered_with_those_there_are():
+    with pytest.raises(SystemExit, match="no tool 'trian'; it has train"):
+        cli.main(["trian"])
