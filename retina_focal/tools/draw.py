@@ -10,7 +10,6 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import inference_context
 from detectron2.structures import Boxes, BoxMode
-from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
@@ -18,8 +17,11 @@ from retina_focal.engine import Trainer
 from retina_focal.tools.train import argument_parser, load_cfg
 
 PANEL_WIDTH = 480  # pixels
+WHITE = (255, 255, 255)
 HEADER_HEIGHT = 32  # pixels
 GAP = 6  # pixels between panels
+# RGB of the first classes, bright on dark and on green ground alike.
+COLORS = ((255, 225, 25), (255, 0, 255), (0, 255, 255), (255, 130, 48), (170, 255, 195))
 
 
 def main(argv: list[str]) -> None:
@@ -61,7 +63,8 @@ def draw_detections(
                 _panel(image, *_ground_truth(record)),
                 _panel(image, detections.pred_boxes, detections.pred_classes.numpy()),
             ]
-            rows.append(cv2.hconcat([panels[0], _blank(len(panels[0]), GAP), panels[1]]))
+            gap = np.full((len(panels[0]), GAP, 3), 255, np.uint8)
+            rows.append(cv2.hconcat([panels[0], gap, panels[1]]))
     classes = MetadataCatalog.get(name).thing_classes
     header = _header(rows[0].shape[1], classes, score_thresh)
     _write_whole(output, cv2.vconcat([header, *rows]))
@@ -79,29 +82,25 @@ def _panel(image: np.ndarray, boxes: Boxes, classes: np.ndarray) -> np.ndarray:
     """(H, PANEL_WIDTH, 3) RGB with a box an object, coloured by class."""
     scale = PANEL_WIDTH / image.shape[1]
     image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    picture = Visualizer(image).overlay_instances(
-        boxes=boxes.tensor.numpy() * scale, assigned_colors=[_color(c) for c in classes], alpha=1
-    )
-    return picture.get_image()
+    # Not overlay_instances: it draws boxes half transparent.
+    visualizer = Visualizer(image)
+    for box, index in zip(boxes.tensor.numpy() * scale, classes, strict=True):
+        visualizer.draw_box(box, alpha=1, edge_color=_color(index))
+    return visualizer.output.get_image()
 
 
 def _color(index: int) -> np.ndarray:
     """RGB in [0, 1] of a class."""
-    palette = colormap(rgb=True, maximum=1)
-    return palette[index % len(palette)]
-
-
-def _blank(height: int, width: int) -> np.ndarray:
-    return np.full((height, width, 3), 255, np.uint8)
+    return np.array(COLORS[index % len(COLORS)]) / 255
 
 
 def _header(width: int, classes: list[str], score_thresh: float) -> np.ndarray:
     """What the two columns are, and the colours of the first classes."""
-    header = _blank(HEADER_HEIGHT, width)
+    header = np.zeros((HEADER_HEIGHT, width, 3), np.uint8)
     draw = (cv2.FONT_HERSHEY_SIMPLEX, 0.5)
-    cv2.putText(header, "ground truth", (8, 21), *draw, (0, 0, 0), 1, cv2.LINE_AA)
+    cv2.putText(header, "ground truth", (8, 21), *draw, WHITE, 1, cv2.LINE_AA)
     text = f"detections, score > {score_thresh:g}"
-    cv2.putText(header, text, (PANEL_WIDTH + GAP + 8, 21), *draw, (0, 0, 0), 1, cv2.LINE_AA)
+    cv2.putText(header, text, (PANEL_WIDTH + GAP + 8, 21), *draw, WHITE, 1, cv2.LINE_AA)
     x = 140
     for index, name in enumerate(classes):
         x_end = x + cv2.getTextSize(name, *draw, 1)[0][0] + 16
