@@ -46,8 +46,10 @@ def pair(request) -> tuple[nn.Module, nn.Module]:
 
 @pytest.fixture(scope="module")
 def batch() -> list[dict]:
-    """Two images of different size, one of them without boxes."""
-    return pictures([(128, 160), (160, 96)], num_boxes=[6, 0])
+    """Two images of different size, one of them without boxes; one box has low matches only."""
+    records = pictures([(128, 160), (160, 96)], num_boxes=[6, 0])
+    records[0]["instances"].gt_boxes.tensor[0] = torch.tensor([20.0, 30.0, 27.0, 36.0])
+    return records
 
 
 def sgd_steps(
@@ -143,6 +145,7 @@ def test_detections_equal_stock_without_a_score_threshold(pair, batch):
         logits, _ = stock.head(list(stock.backbone(stock.preprocess_image(batch).tensor).values()))
     for model in (stock, plugin):
         model.head.cls_score.weight.data /= logits[0].std().clamp(min=1 / 30)
+        model.max_detections_per_image = 2000  # to see the last of a level's 1,000 candidates
     for ours, theirs in zip(detect(plugin, batch, 0.0), detect(stock, batch, 0.0), strict=True):
         assert len(theirs) >= MIN_DETECTIONS
         assert_same_detections(ours, theirs)
