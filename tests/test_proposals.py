@@ -1,0 +1,90 @@
+"""The focal loss in detectron2's two-stage models: all anchors, none sampled."""
+
+import logging
+
+import pytest
+import torch
+from conftest import pictures
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+from detectron2.config import get_cfg as detectron2_get_cfg
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from retina_focal import sigmoid_focal_loss
+
+ON_P3_P7 = {
+    "MODEL.BACKBONE.NAME": "build_retina_focal_resnet_fpn_backbone",
+    "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
+    "MODEL.RPN.IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
+    "MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4", "p5"],
+}
+
+
+def faster_rcnn_cfg(**extra: object) -> CfgNode:
+    """detectron2's Faster R-CNN with 32 channels and the proposal generator's two names changed."""
+    cfg = detectron2_get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"))
+    small = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.WEIGHTS": "",
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "MODEL.RESNETS.DEPTH": 18,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+        "MODEL.RESNETS.NORM": "BN",
+        "MODEL.FPN.OUT_CHANNELS": 32,
+        "MODEL.ROI_HEADS.NUM_CLASSES": 3,
+        "MODEL.PROPOSAL_GENERATOR.NAME": "FocalRPN",
+        "MODEL.RPN.HEAD_NAME": "FocalRPNHead",
+    }
+    cfg.merge_from_list([x for pair in {**small, **extra}.items() for x in pair])
+    return cfg
+
+
+@pytest.mark.parametrize("levels", [{}, ON_P3_P7], ids=["P2-P6", "P3-P7"])
+def test_faster_rcnn_takes_a_training_step_and_detects(levels):
+    torch.manual_seed(0)
+    model = build_model(faster_rcnn_cfg(**levels)).train()
+    batch = pictures([(128, 160), (96, 128)], num_boxes=[4, 0])
+    with EventStorage() as storage:
+        losses = model(batch)
+        assert storage.latest()["rpn/num_pos_anchors"][0] > 0
+    assert {"loss_rpn_cls", "loss_rpn_loc"} <= set(losses)
+    sum(losses.values()).backward()
+    for name, parameter in model.proposal_generator.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+    with torch.no_grad():
+        results = model.eval()([{"image": batch[0]["image"]}])
+    assert results[0]["instances"].has("pred_boxes")
+
+
+def test_every_anchor_that_is_not_ignored_counts():
+    torch.manual_seed(0)
+    generator = build_model(faster_rcnn_cfg()).proposal_generator
+    anchors = generator.anchor_generator([torch.zeros(1, 32, s, s) for s in (32, 16, 8, 4, 2)])
+    counts = [len(x) for x in anchors]
+    gt = pictures([(128, 128)], num_boxes=[5])[0]["instances"]
+    labels, boxes = generator.label_and_sample_anchors(anchors, [gt])
+    logits = [torch.randn(1, count) for count in counts]
+    deltas = [torch.zeros(1, count, 4) for count in counts]
+    kept = labels[0] >= 0
+    assert kept.sum() > generator.batch_size_per_image  # which sampling would have left
+    with EventStorage():
+        found = generator.losses(anchors, logits, labels, deltas, boxes)["loss_rpn_cls"]
+    expected = sigmoid_focal_loss(torch.cat(logits, 1)[0][kept], (labels[0][kept] == 1).float())
+    normalizer = 0.9 * 100 + 0.1 * (labels[0] == 1).sum()  # the first step of detectron2's average
+    torch.testing.assert_close(found, expected.sum() / normalizer, rtol=1e-5, atol=0)
+
+
+def test_objectness_starts_at_the_prior():
+    torch.manual_seed(0)
+    head = build_model(faster_rcnn_cfg()).proposal_generator.rpn_head
+    logits, _ = head([torch.randn(1, 32, 16, 16)])
+    assert logits[0].sigmoid().mean().item() == pytest.approx(0.01, rel=0.02)
+
+
+def test_what_sampling_would_need_is_said_to_be_unused(caplog):
+    with caplog.at_level(logging.INFO, logger="retina_focal"):
+        build_model(faster_rcnn_cfg())
+    assert "BATCH_SIZE_PER_IMAGE (256) and POSITIVE_FRACTION (0.5) are unused" in caplog.text
