@@ -137,6 +137,26 @@ def test_losses_equal_stock(pair, batch):
                 assert losses[name].item() == pytest.approx(expected[name].item(), rel=1e-6)
 
 
+def test_the_head_gradient_of_each_loss_equals_stock(pair, batch):
+    # The weights after some steps would not show it: at first most gradients are tiny beside them.
+    for name in ("loss_cls", "loss_box_reg"):
+        gradients = []
+        for model in pair:
+            model = copy.deepcopy(model)
+            with EventStorage():
+                model(batch)[name].backward()
+            gradients.append({n: p.grad for n, p in model.head.named_parameters()})
+        expected, found = gradients
+        largest = max(g.norm() for g in expected.values() if g is not None)
+        for parameter, gradient in expected.items():
+            if gradient is None:
+                assert found[parameter] is None or not found[parameter].any()
+                continue
+            # A bias in front of BN has no gradient but rounding: that is compared with the largest.
+            scale = torch.maximum(gradient.norm(), 0.01 * largest)
+            assert (found[parameter] - gradient).norm() < 1e-5 * scale, (name, parameter)
+
+
 def test_detections_equal_stock_without_a_score_threshold(pair, batch):
     stock, plugin = (copy.deepcopy(model) for model in pair)
     stock.eval()  # a forward in training mode would move the statistics of one of the two
