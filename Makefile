@@ -21,8 +21,9 @@ setup: .venv/.requirements .venv/.detectron2 .venv/.package
 train: setup
 	.venv/bin/retina-focal quick-start trees
 
+# A process a core with one thread each: the tensors are too small to share.
 test: setup
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --dist loadfile
 
 lint: setup
 	.venv/bin/ruff check .

@@ -14,7 +14,7 @@ setup(
     install_requires=["torch", "torchvision", "fvcore", "pycocotools", "opencv-python"],
     extras_require={
         "timm": ["timm"],
-        "test": ["timm", "pytest", "hypothesis"],
+        "test": ["timm", "pytest", "pytest-xdist", "hypothesis"],
         "dev": ["ruff"],
     },
     entry_points={"console_scripts": ["retina-focal = retina_focal.tools.cli:main"]},
