@@ -1,5 +1,6 @@
 """Data sets in COCO format, registered from the config or the command line."""
 
+import difflib
 import json
 import os
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from detectron2.utils.file_io import PathManager
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -58,6 +60,29 @@ def register_coco_json(name: str, json_file: str, image_root: str) -> None:
     DatasetCatalog.register(name, lambda: load_coco_json(json_file, image_root, name))
 
 
+def check_data_sets(names: Sequence[str]) -> None:
+    """Look for the data sets before anything is built.
+
+    Raises:
+        ValueError: a name is not registered.
+        FileNotFoundError: its annotation file is missing.
+    """
+    for name in names:
+        if name not in DatasetCatalog:
+            near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+            raise ValueError(
+                f"data set '{name}' is not registered{'; near it: ' if near else ''}"
+                f"{', '.join(near)}; to register your own add: --dataset {name} JSON IMAGES"
+            )
+        json_file = MetadataCatalog.get(name).get("json_file")
+        if json_file is not None and not PathManager.isfile(json_file):
+            raise FileNotFoundError(
+                f"data set '{name}': the annotation file '{json_file}' does not exist; detectron2 "
+                "looks for its own data sets in the folder that DETECTRON2_DATASETS names, now "
+                f"'{os.environ.get('DETECTRON2_DATASETS', 'datasets')}'"
+            )
+
+
 def check_num_classes(names: Sequence[str], num_classes: int) -> None:
     """Compare the model's number of classes with that of each data set that tells its classes.
 
@@ -81,10 +106,10 @@ def _read_classes(name: str, json_file: str) -> list[str]:
             f"data set '{name}': the annotation file '{json_file}' does not exist "
             f"(relative paths start from {os.getcwd()})"
         )
-    with open(json_file) as file:
+    with open(json_file, encoding="utf-8") as file:
         try:
             content = json.load(file)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no text at all
             raise ValueError(f"data set '{name}': {json_file} is not JSON: {error}") from error
     categories = content.get("categories") if isinstance(content, dict) else None
     if not categories:
@@ -92,4 +117,10 @@ def _read_classes(name: str, json_file: str) -> list[str]:
             f"data set '{name}': {json_file} has no 'categories'; expected COCO format, an object "
             "with 'images', 'annotations' and 'categories'"
         )
-    return [category["name"] for category in sorted(categories, key=lambda c: c["id"])]
+    try:
+        return [category["name"] for category in sorted(categories, key=lambda c: c["id"])]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"data set '{name}': the 'categories' of {json_file} are {str(categories)[:80]}; "
+            'expected a list of {"id": 1, "name": "..."}'
+        ) from error

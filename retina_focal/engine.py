@@ -25,6 +25,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+logger = logging.getLogger(__name__)
+
 
 class Trainer(DefaultTrainer):
     """`DefaultTrainer` that evaluates by the data set's type, with gloo processes on a CPU."""
@@ -97,10 +99,20 @@ def distribute(model: nn.Module, **ddp_options: bool) -> nn.Module:
     return create_ddp_model(model, **options)
 
 
+def available_device(device: str) -> str:
+    """`device`, or "cpu", said in a line, where that is a GPU and the machine has none."""
+    if not device.startswith("cuda") or torch.cuda.is_available():
+        return device
+    if comm.is_main_process():
+        logger.warning("no GPU was found; running on the CPU instead of '%s'", device)
+    return "cpu"
+
+
 def share_cores(num_local_processes: int) -> None:
     """Give each of this machine's processes its part of the cores for CPU arithmetic.
 
-    torch takes all cores in every process, and they get into each other's way.
+    torch takes all cores in every process, and they get into each other's way. OMP_NUM_THREADS,
+    where it is set, is the user's own choice for each process and stays.
     """
-    if num_local_processes > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_processes))
+    if num_local_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // num_local_processes))

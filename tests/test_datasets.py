@@ -1,12 +1,18 @@
 """Data sets from the config: registered once, refused in words."""
 
 import json
+from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from retina_focal import get_cfg
-from retina_focal.datasets import check_num_classes, register_coco_json, register_datasets
+from retina_focal.datasets import (
+    check_data_sets,
+    check_num_classes,
+    register_coco_json,
+    register_datasets,
+)
 
 CONTENT = {
     "images": [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}],
@@ -66,6 +72,8 @@ def test_a_config_without_the_key_registers_nothing():
         ("{", ValueError, "is not JSON"),
         ("[]", ValueError, "no 'categories'; expected COCO format"),
         ('{"images": []}', ValueError, "no 'categories'; expected COCO format"),
+        ('{"categories": ["cell"]}', ValueError, r"are \['cell'\]; expected a list of"),
+        ('{"categories": [{"id": 1}]}', ValueError, r"are \[{'id': 1}\]; expected a list of"),
     ],
 )
 def test_a_file_that_is_not_coco_is_refused_with_what_was_expected(row, content, error, message):
@@ -100,3 +108,27 @@ def test_another_number_of_classes_is_refused_with_what_to_type(row):
         ValueError, match=r"2 classes.* is 80; add: MODEL\.RETINANET\.NUM_CLASSES 2"
     ):
         check_num_classes([row[0]], 80)
+
+
+def test_a_picture_in_place_of_the_annotations_is_refused(row):
+    with open(row[1], "wb") as file:
+        file.write(b"\x89PNG\xff")
+    with pytest.raises(ValueError, match=r"annotations\.json is not JSON"):
+        register_coco_json(*row)
+
+
+def test_an_unknown_data_set_lists_near_names_and_how_to_register(row):
+    register_coco_json(*row)
+    check_data_sets([row[0]])
+    with pytest.raises(ValueError, match=f"near it: .*{row[0]}.*--dataset {row[0]}s JSON IMAGES"):
+        check_data_sets([f"{row[0]}s"])
+
+
+def test_a_registered_data_set_without_its_file_names_detectron2s_folder(row, monkeypatch):
+    register_coco_json(*row)
+    Path(row[1]).unlink()
+    monkeypatch.setenv("DETECTRON2_DATASETS", "/data")
+    with pytest.raises(
+        FileNotFoundError, match=f"{row[1]}.*DETECTRON2_DATASETS names, now '/data'"
+    ):
+        check_data_sets([row[0]])

@@ -78,3 +78,21 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(cfg, tmp_path):
     with pytest.raises(OSError, match="expected a folder that exists"):
         draw.draw_detections(cfg, Detector(), str(tmp_path / "nowhere" / "p.png"))
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] + [".png"] * 4
+
+
+@pytest.mark.parametrize("name", ["p.xyz", "p", "nowhere/p.png"])
+def test_a_name_that_no_picture_can_have_is_refused_before_any_detection(cfg, tmp_path, name):
+    with pytest.raises((OSError, ValueError), match="can't write"):
+        draw.draw_detections(cfg, None, str(tmp_path / name))
+
+
+def test_a_record_without_annotations_has_no_ground_truth():
+    boxes, classes = draw._ground_truth({"file_name": "test-dev.jpg"})
+    assert len(boxes) == len(classes) == 0
+
+
+def test_drawing_without_weights_is_refused(cfg, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(cfg.dump())
+    with pytest.raises(SystemExit, match=r"add: MODEL\.WEIGHTS output/model_final\.pth"):
+        draw.main(["--config-file", "c.yaml"])

@@ -2,6 +2,9 @@
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 TOOLS = {
     "train": "train and evaluate a config (= train_net.py)",
@@ -24,6 +27,16 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"retina-focal has no tool '{name}'; it has {', '.join(TOOLS)}")
     sys.argv = [f"retina-focal {name}", *rest]  # what usage lines call the program
     importlib.import_module(f"retina_focal.tools.{name.replace('-', '_')}").main(rest)
+
+
+@contextmanager
+def exit_in_words() -> Iterator[None]:
+    """End the program with the message alone where a config or its data sets are wrong."""
+    try:
+        yield
+    except (AssertionError, KeyError, OSError, ValueError) as error:  # yacs asserts
+        message = error.args[0] if isinstance(error, KeyError) else error  # its str() adds quotes
+        sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Detections beside ground truth, as one picture: `retina-focal draw`."""
 
+import argparse
 import os
 
 import cv2
@@ -13,8 +14,10 @@ from detectron2.structures import Boxes, BoxMode
 from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
+from retina_focal.datasets import check_data_sets
 from retina_focal.engine import Trainer
-from retina_focal.tools.train import argument_parser, load_cfg
+from retina_focal.tools.cli import exit_in_words
+from retina_focal.tools.train import add_dataset_argument, load_cfg
 
 PANEL_WIDTH = 480  # pixels
 WHITE = (255, 255, 255)
@@ -26,12 +29,20 @@ COLORS = ((255, 225, 25), (255, 0, 255), (0, 255, 255), (255, 130, 48), (170, 25
 
 def main(argv: list[str]) -> None:
     """``retina-focal draw``: images of a config's test set, with the weights that it names."""
-    parser = argument_parser(epilog="")
+    parser = argparse.ArgumentParser(prog="retina-focal draw", description=__doc__.splitlines()[0])
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="as of train")
+    add_dataset_argument(parser)
     parser.add_argument("--output", default="detections.png", help="default: %(default)s")
     parser.add_argument("--num-images", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--score-thresh", type=float, default=0.3, help="default: %(default)s")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     args = parser.parse_args(argv)
-    cfg = load_cfg(args.config_file, args.opts, args.dataset)
+    with exit_in_words():
+        _check_output(args.output)
+        cfg = load_cfg(args.config_file, args.opts, args.dataset)
+        check_data_sets(cfg.DATASETS.TEST[:1])
+        if not cfg.MODEL.WEIGHTS:
+            raise ValueError("no weights are given; add: MODEL.WEIGHTS output/model_final.pth")
     model = Trainer.build_model(cfg)
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     draw_detections(cfg, model, args.output, args.num_images, args.score_thresh)
@@ -48,9 +59,15 @@ def draw_detections(
         output: file to write; its ending tells the format.
         num_images: rows, spread evenly over the data set.
         score_thresh: detections of a higher score are drawn, [0, 1].
+    Raises:
+        ValueError: the data set has no images, or no picture can have that name.
+        OSError: the picture can't be written.
     """
+    _check_output(output)
     name = cfg.DATASETS.TEST[0]
     records = DatasetCatalog.get(name)
+    if not records:
+        raise ValueError(f"data set '{name}' has no images; expected at least one to draw")
     chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round().astype(int)
     mapper = DatasetMapper(cfg, is_train=False)
     rows = []
@@ -72,7 +89,7 @@ def draw_detections(
 
 def _ground_truth(record: dict) -> tuple[Boxes, np.ndarray]:
     """Boxes and classes of one record of a data set; crowds are not objects."""
-    annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
+    annotations = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     classes = np.array([a["category_id"] for a in annotations], dtype=int)
     return Boxes(np.array(boxes, dtype=np.float32).reshape(-1, 4)), classes
@@ -112,10 +129,22 @@ def _header(width: int, classes: list[str], score_thresh: float) -> np.ndarray:
     return header
 
 
+def _check_output(path: str) -> None:
+    """Before minutes of detection rather than after them."""
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise FileNotFoundError(f"can't write '{path}'; expected a folder that exists")
+    if not cv2.haveImageWriter(path):
+        raise ValueError(f"can't write '{path}'; expected a name that ends in .png or .jpg")
+
+
 def _write_whole(path: str, image: np.ndarray) -> None:
     """Write an RGB image, the file whole or not at all."""
     stem, ending = os.path.splitext(path)
     partial = f"{stem}.partial{ending}"
-    if not cv2.imwrite(partial, image[:, :, ::-1]):
-        raise OSError(f"could not write {path}; expected a folder that exists and .png or .jpg")
-    os.replace(partial, path)
+    try:
+        if not cv2.imwrite(partial, image[:, :, ::-1]):
+            raise OSError(f"could not write '{path}'; is the disk full?")
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)

@@ -5,7 +5,6 @@ On a GPU that script serves as well; this one also runs gloo processes on a CPU.
 
 import argparse
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
@@ -21,16 +20,17 @@ from omegaconf import DictConfig
 from torch import nn
 
 from retina_focal.datasets import register_coco_json
-from retina_focal.engine import distribute
+from retina_focal.engine import available_device, distribute
+from retina_focal.tools.cli import exit_in_words
 
 
 def run(args: argparse.Namespace) -> dict:
     """Train, or with `--eval-only` evaluate, the LazyConfig file `args.config_file`."""
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
-    for row in args.dataset:
-        register_coco_json(*row)
-    if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():
-        cfg.train.device = "cpu"
+    with exit_in_words():
+        for row in args.dataset:
+            register_coco_json(*row)
+    cfg.train.device = available_device(cfg.train.device)
     default_setup(cfg, args)
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
@@ -53,21 +53,20 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict:
         results.update(evaluate(cfg, model))
         return results
 
+    saver = writer = None  # all but the main process
+    if comm.is_main_process():
+        saver = hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
+        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        writer = hooks.PeriodicWriter(writers, period=cfg.train.log_period)
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            saver,  # before the evaluation: should that fail, the weights are kept
             hooks.EvalHook(cfg.train.eval_period, evaluate_and_keep),
+            writer,
         ]
     )
-    if comm.is_main_process():
-        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
-        trainer.register_hooks(
-            [
-                hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
-                hooks.PeriodicWriter(writers, period=cfg.train.log_period),
-            ]
-        )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     resumed = resume and checkpointer.has_checkpoint()
     trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)

@@ -1,16 +1,19 @@
 """Train and evaluate from a config: `retina-focal train`, and `train_net.py`."""
 
 import argparse
+import sys
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
+from torch.multiprocessing import ProcessExitedException
 
 from retina_focal.config import config_path, get_cfg
-from retina_focal.datasets import check_num_classes, register_datasets
-from retina_focal.engine import Trainer, share_cores
+from retina_focal.datasets import check_data_sets, check_num_classes, register_datasets
+from retina_focal.engine import Trainer, available_device, share_cores
 from retina_focal.tools import lazy_train
+from retina_focal.tools.cli import exit_in_words
 
 EPILOG = """
 Examples:
@@ -26,19 +29,24 @@ Examples:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run on every process that it asks for."""
     args = parse_args(argv)
-    launch(
-        run,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    try:
+        launch(
+            run,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except ProcessExitedException as error:  # the process itself has said why
+        sys.exit(str(error))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of `train`, checked as far as they can be without reading the config."""
-    parser = argument_parser(EPILOG)
+    parser = default_argument_parser(epilog=EPILOG)
+    parser.set_defaults(dist_url="auto")
+    add_dataset_argument(parser)
     args = parser.parse_args(argv)
     if not args.config_file:
         parser.error("--config-file is missing; for example: --config-file quick_start/trees.yaml")
@@ -49,6 +57,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if 0 < torch.cuda.device_count() < args.num_gpus:
         parser.error(f"--num-gpus is {args.num_gpus}, but there are {torch.cuda.device_count()}")
+    flags = [option for option in args.opts if option.startswith("--")]
+    if flags:
+        parser.error(f"{flags[0]} comes after the options {args.opts[0]} ...; put it before them")
     try:
         args.config_file = config_path(args.config_file)
     except FileNotFoundError as error:
@@ -56,10 +67,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def argument_parser(epilog: str) -> argparse.ArgumentParser:
-    """detectron2's flags and `--dataset`."""
-    parser = default_argument_parser(epilog=epilog)
-    parser.set_defaults(dist_url="auto")
+def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
+    """`--dataset NAME JSON IMAGES`, a list of rows."""
     parser.add_argument(
         "--dataset",
         nargs=3,
@@ -68,7 +77,6 @@ def argument_parser(epilog: str) -> argparse.ArgumentParser:
         metavar=("NAME", "JSON", "IMAGES"),
         help="register a data set in COCO format; may be repeated",
     )
-    return parser
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -88,12 +96,17 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def set_up(args: argparse.Namespace) -> CfgNode:
-    """The config that the arguments ask for, with logging to its output folder."""
-    cfg = load_cfg(args.config_file, args.opts, args.dataset)
+    """The config that the arguments ask for, with logging to its output folder.
+
+    Exits in words where the config or a data set is wrong.
+    """
+    with exit_in_words():
+        cfg = load_cfg(args.config_file, args.opts, args.dataset)
+        names = cfg.DATASETS.TEST if args.eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+        check_data_sets(names)
+        if cfg.MODEL.META_ARCHITECTURE == "FocalRetinaNet":
+            check_num_classes(names, cfg.MODEL.RETINANET.NUM_CLASSES)
     default_setup(cfg, args)
-    if cfg.MODEL.META_ARCHITECTURE == "FocalRetinaNet":
-        names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-        check_num_classes(names, cfg.MODEL.RETINANET.NUM_CLASSES)
     return cfg
 
 
@@ -117,8 +130,7 @@ def load_cfg(config_file: str, opts: list[str] = (), datasets: list[list[str]] =
     cfg.merge_from_file(config_path(config_file))
     cfg.merge_from_list(list(opts))
     cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *map(list, datasets)]
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     cfg.freeze()
     register_datasets(cfg)
     return cfg
