@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from retina_focal.tools import cli, train
+from retina_focal.tools import cli, quick_start, train
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -159,6 +159,10 @@ model.num_classes = 2
             ["--config-file", "quick_start/trees.yaml", "--num-machines", "2"],
             "--dist-url tcp://ADDRESS:PORT",
         ),
+        (
+            ["--config-file", "quick_start/trees.yaml", "SOLVER.MAX_ITER", "2", "--resume"],
+            "--resume comes after the options SOLVER.MAX_ITER",
+        ),
     ],
 )
 def test_arguments_that_cannot_run_are_refused_in_words(arguments, message, capsys):
@@ -166,6 +170,36 @@ def test_arguments_that_cannot_run_are_refused_in_words(arguments, message, caps
         train.parse_args(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["MODEL.NOPE", "1"], "retina-focal train: Non-existent key: MODEL.NOPE"),
+        (["DATASETS.TRAIN", "('nowhere',)"], "data set 'nowhere' is not registered"),
+        (["--dataset", "cells", "nowhere.json", "."], "'nowhere.json' does not exist"),
+    ],
+)
+def test_a_wrong_config_ends_the_tool_in_words_and_makes_no_folder(
+    arguments, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["retina-focal"])
+    with pytest.raises(SystemExit, match=message):
+        cli.main(
+            ["train", "--config-file", "COCO-Detection/retinanet_R_50_FPN_1x.yaml", *arguments]
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quick_start_goes_on_only_where_the_last_checkpoint_is_not_the_final_one(tmp_path):
+    assert not quick_start._is_unfinished(tmp_path)
+    last = tmp_path / "last_checkpoint"
+    last.write_text("model_0000099.pth")
+    (tmp_path / "model_final.pth").touch()  # of an earlier run, or half of it
+    assert quick_start._is_unfinished(tmp_path)
+    last.write_text("model_final.pth")
+    assert not quick_start._is_unfinished(tmp_path)
 
 
 def test_every_tool_explains_itself(capsys):

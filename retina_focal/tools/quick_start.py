@@ -31,7 +31,8 @@ def main(argv: list[str]) -> None:
     picture = os.path.join(cfg.OUTPUT_DIR, "detections.png")
     draw_detections(cfg, trainer.model, picture)
     print(f"detections beside ground truth: {picture}")
-    ap = trainer.results["bbox"]
+    # With several test sets the results are keyed by name; the picture shows the first one's too.
+    ap = trainer.results.get(cfg.DATASETS.TEST[0], trainer.results)["bbox"]
     print(
         f"AP {ap['AP']:.1f}  AP50 {ap['AP50']:.1f}  "
         f"({TEST_IMAGES[args.name]}, {minutes} min {seconds} s)"
@@ -40,6 +41,6 @@ def main(argv: list[str]) -> None:
 
 def _is_unfinished(output_dir: Path) -> bool:
     """Whether the folder holds a run that stopped between its first checkpoint and its last."""
-    return (output_dir / "last_checkpoint").is_file() and not (
-        output_dir / "model_final.pth"
-    ).is_file()
+    # Not by model_final.pth: an earlier run may have left it, or an interruption half of it.
+    last = output_dir / "last_checkpoint"
+    return last.is_file() and last.read_text() != "model_final.pth"
