@@ -71,7 +71,7 @@ def _default_node() -> CfgNode:
     node.ASSIGNMENT = "detectron2"
 
     # What the losses are divided by: "ema" moving average of the positives of this process;
-    # "image" the positives of each image, then the mean over images (Sec. 3.2 of the paper);
+    # "image" the positives of each image, then the mean over images (Sec. 4.1, "Focal Loss");
     # "batch" the positives of this process; "global" the positives of all processes.
     node.NORMALIZER = "ema"
 
