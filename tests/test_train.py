@@ -63,7 +63,11 @@ def run_train(data: Path, output: Path, *arguments: str, opts: list[str] = ()) -
         "DATASETS.TRAIN", "('rectangles',)", "DATASETS.TEST", "('rectangles',)",
         "OUTPUT_DIR", str(output), *SMALL, *opts,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout + result.stderr
