@@ -6,7 +6,7 @@ with detectron2's tools/; see the YAML for hardware, time and AP. Not run.
 
 from detectron2 import model_zoo
 
-from .model import model  # noqa: F401
+from .model import model
 
 _stock = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
 dataloader = _stock.dataloader

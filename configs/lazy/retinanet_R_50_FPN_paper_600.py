@@ -5,7 +5,7 @@ The paper's other scales are two overrides; testing follows training:
   dataloader.train.mapper.augmentations.0.max_size=1333
 """
 
-from .retinanet_R_50_FPN_1x import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
+from .retinanet_R_50_FPN_1x import dataloader, lr_multiplier, model, optimizer, train
 
 model.assigner.rule = "paper"
 model.criterion.normalizer = "image"

@@ -3,7 +3,7 @@
 from detectron2.config import LazyCall as L
 from detectron2.modeling.backbone.resnet import BottleneckBlock, ResNet
 
-from .retinanet_R_101_FPN_paper_800_jitter import (  # noqa: F401
+from .retinanet_R_101_FPN_paper_800_jitter import (
     dataloader,
     lr_multiplier,
     model,
