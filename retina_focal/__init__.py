@@ -24,6 +24,7 @@ from retina_focal.backbone import (
 )
 from retina_focal.config import add_retina_focal_config, get_cfg
 from retina_focal.criterion import Criterion
+from retina_focal.datasets import register_datasets
 from retina_focal.head import DENSE_HEAD_REGISTRY, FocalRetinaNetHead
 from retina_focal.losses import SigmoidFocalLoss, sigmoid_focal_loss
 from retina_focal.postprocess import Postprocessor
@@ -46,5 +47,6 @@ __all__ = [
     "build_retina_focal_resnet_single_backbone",
     "build_retina_focal_timm_fpn_backbone",
     "get_cfg",
+    "register_datasets",
     "sigmoid_focal_loss",
 ]

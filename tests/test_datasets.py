@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from retina_focal import get_cfg
+from retina_focal import get_cfg, register_datasets
 from retina_focal.datasets import (
     check_data_sets,
     check_num_classes,
     register_coco_json,
-    register_datasets,
 )
 
 CONTENT = {
