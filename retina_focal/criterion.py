@@ -116,7 +116,9 @@ class Criterion(nn.Module):
         )
         num_positives = torch.bincount(positives.image, minlength=len(labels))  # (N,)
         normalizers = self.normalizers(num_positives)
-        loss_cls = dense_loss_sum(self.classification_loss, logits, targets, self.num_classes)
+        loss_cls = dense_loss_sum(
+            self.classification_loss, logits, targets, self.num_classes, normalizers.reciprocal()
+        )
         loss_box_reg = box_regression_loss(
             positives.deltas,
             positives.anchors,
@@ -126,7 +128,7 @@ class Criterion(nn.Module):
             self.smooth_l1_beta,
         )
         losses = {
-            "loss_cls": (loss_cls / normalizers).sum(),
+            "loss_cls": loss_cls,
             "loss_box_reg": (loss_box_reg / normalizers[positives.image]).sum(),
         }
         return losses, {"num_pos_anchors": len(positives.image) / len(labels)}

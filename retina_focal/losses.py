@@ -2,19 +2,25 @@
 
 Nearly every anchor is background, so the dense sum takes the background term over the raw head
 outputs, in whatever order they lie in memory, and corrects it at the few anchors that are not
-background. It needs neither a permuted copy of the logits nor a one-hot target.
+background. It needs neither a permuted copy of the logits nor a one-hot target. Value and gradient
+come from one pass, so that the exponential and the logarithm, most of the cost, are taken once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements per step of the dense sum: the temporaries of one step stay in the second-level cache.
-CHUNK_SIZE = 1 << 16
+# Elements per step of the dense sum. On a CPU the temporaries of one step stay in the cache;
+# elsewhere a step should outlast its launches.
+CPU_CHUNK_SIZE = 1 << 16
+CHUNK_SIZE = 1 << 24
+# exp(80) and its reciprocal are normal fp32 numbers.
+MAX_EXPONENT = 80.0
 
 
 def sigmoid_focal_loss(
@@ -41,10 +47,13 @@ def sigmoid_focal_loss(
 
 
 class DenseLoss(Protocol):
-    """A binary loss that `dense_loss_sum` can sum: values, and derivatives by the logit."""
+    """A binary loss that `dense_loss_sum` can sum.
 
-    def value(self, logits: Tensor, foreground: bool) -> Tensor: ...
-    def derivative(self, logits: Tensor, foreground: bool) -> Tensor: ...
+    Called with fp32 or fp64 logits of any shape and whether they are the object's class; returns
+    the loss of each and its derivative by the logit, both of the same shape.
+    """
+
+    def __call__(self, logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -52,26 +61,26 @@ class SigmoidFocalLoss:
     """`sigmoid_focal_loss` in closed form, with its derivative (appendix B of the paper).
 
     With p = sigmoid(x), the background term is (1 - alpha) p^gamma softplus(x) and its derivative
-    (1 - alpha) p^gamma (gamma (1 - p) softplus(x) + p); the foreground term is its mirror image,
+    (1 - alpha) p^gamma (p + gamma (1 - p) softplus(x)); the foreground term is its mirror image,
     alpha instead of 1 - alpha and -x instead of x.
     """
 
     alpha: float = 0.25
     gamma: float = 2.0
 
-    def value(self, logits: Tensor, foreground: bool) -> Tensor:
+    def __call__(self, logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
         x, alpha_t = (-logits, self.alpha) if foreground else (logits, 1 - self.alpha)
-        value = x.sigmoid().pow_(self.gamma).mul_(F.softplus(x))
-        return value.mul_(alpha_t) if self.alpha >= 0 else value
-
-    def derivative(self, logits: Tensor, foreground: bool) -> Tensor:
-        x, alpha_t = (-logits, self.alpha) if foreground else (logits, 1 - self.alpha)
-        p = x.sigmoid()
-        slope = torch.rsub(p, 1).mul_(self.gamma).mul_(F.softplus(x)).add_(p)
-        derivative = p.pow_(self.gamma).mul_(slope)
+        exp = x.clamp(max=MAX_EXPONENT).exp_()
+        softplus = torch.maximum(exp.log1p(), x)  # x is the larger one only beyond the clamp
+        complement = (exp + 1).reciprocal_()  # 1 - p
+        p = exp.mul_(complement)
+        # log p = x - softplus(x).
+        weight = p.square() if self.gamma == 2 else (x - softplus).mul_(self.gamma).exp_()
         if self.alpha >= 0:
-            derivative.mul_(alpha_t)
-        return derivative.neg_() if foreground else derivative
+            weight.mul_(alpha_t)
+        value = softplus.mul_(weight)
+        derivative = weight.mul_(p).addcmul_(complement, value, value=self.gamma)
+        return value, derivative.neg_() if foreground else derivative
 
 
 class LevelTargets(NamedTuple):
@@ -89,69 +98,92 @@ def dense_loss_sum(
     logits: Sequence[Tensor],
     targets: Sequence[LevelTargets],
     num_classes: int,
+    weights: Tensor,
 ) -> Tensor:
-    """Sum of a binary classification loss over every class of every anchor that is not ignored.
+    """Weighted sum of a binary loss over every class of every anchor that is not ignored.
 
     Args:
         logits: raw head outputs, (N, A x K, Hi, Wi) a level, contiguous or channels_last (anything
             else is copied), any floating dtype; the arithmetic is fp32.
         targets: what is not background, a `LevelTargets` a level.
+        weights: (N,) fp32, of each image's loss; gets no gradient.
     Returns:
-        (N,) fp32 sums, one an image. Gradients cannot be differentiated again (RuntimeError).
+        fp32 scalar. Its gradient, made with it, is all the memory that is kept; it cannot be
+        differentiated again (RuntimeError).
     """
     dense = [
         x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous() for x in logits
     ]
-    return _DenseLossSum.apply(loss, targets, num_classes, *dense)
+    return _DenseLossSum.apply(loss, targets, num_classes, weights, *dense)
 
 
 class _DenseLossSum(torch.autograd.Function):
-    """Background everywhere, corrected where `targets` says; the logits are all that is saved."""
+    """Background everywhere, corrected where `targets` says."""
 
     @staticmethod
-    def forward(ctx, loss, targets, num_classes, *logits):
-        ctx.loss, ctx.targets, ctx.num_classes = loss, targets, num_classes
-        ctx.save_for_backward(*logits)
+    def forward(ctx, loss, targets, num_classes, weights, *logits):
         # float64: the ignored anchors are subtracted again from sums of millions of terms.
-        sums = torch.zeros(len(logits[0]), dtype=torch.float64, device=logits[0].device)
-        for x, (foreground, ignored) in zip(logits, targets, strict=True):
-            size = x.shape[1:].numel()
-            # Rows in memory order, whichever of the two layouts that is.
-            for image, row in enumerate(x.as_strided((len(x), size), (size, 1))):
-                for chunk in row.split(CHUNK_SIZE):
-                    sums[image] += loss.value(chunk.float(), foreground=False).sum()
+        sums = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
+        grads = []
+        for x, needs_grad, (foreground, ignored) in zip(
+            logits, ctx.needs_input_grad[4:], targets, strict=True
+        ):
+            grad = torch.empty_like(x) if needs_grad else None
+            _add_background(loss, x, weights, sums, grad)
+
+            # Both corrections: the true term instead of the background's, or nothing instead.
             per_class = x.unflatten(1, (-1, num_classes))
             positive = per_class[foreground].float()
-            correction = loss.value(positive, True) - loss.value(positive, False)
-            sums.index_add_(0, foreground[0], correction.double())
+            value, derivative = loss(positive, foreground=True)
+            sums.index_add_(0, foreground[0], (value - loss(positive, False)[0]).double())
             image, anchor, row, column = ignored
-            excess = loss.value(per_class[image, anchor, :, row, column].float(), foreground=False)
+            excess, _ = loss(per_class[image, anchor, :, row, column].float(), foreground=False)
             sums.index_add_(0, image, -excess.double().sum(1))
-        return sums.float()
+            if needs_grad:
+                grad_per_class = grad.unflatten(1, (-1, num_classes))
+                grad_per_class[foreground] = derivative.mul_(weights[foreground[0]]).to(grad.dtype)
+                grad_per_class[image, anchor, :, row, column] = 0
+                grads.append(grad)
+        ctx.save_for_backward(*grads)
+        return sums.mul_(weights).sum().float()
 
     @staticmethod
-    def backward(ctx, grad_sums):
+    def backward(ctx, grad_output):
         # Not once_differentiable: that lets create_graph=True pass, with a gradient that is wrong.
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the gradient of dense_loss_sum is a closed form that cannot be differentiated "
                 "again (create_graph=True); sum sigmoid_focal_loss over the logits instead"
             )
-        grads = []
-        for x, (foreground, ignored) in zip(ctx.saved_tensors, ctx.targets, strict=True):
-            grad = torch.empty_like(x)
-            size = x.shape[1:].numel()
-            rows, grad_rows = (t.as_strided((len(x), size), (size, 1)) for t in (x, grad))
-            for row, grad_row, grad_sum in zip(rows, grad_rows, grad_sums, strict=True):
-                chunks = zip(row.split(CHUNK_SIZE), grad_row.split(CHUNK_SIZE), strict=True)
-                for chunk, grad_chunk in chunks:
-                    derivative = ctx.loss.derivative(chunk.float(), foreground=False)
-                    grad_chunk.copy_(derivative.mul_(grad_sum))
-            per_class = grad.unflatten(1, (-1, ctx.num_classes))
-            positive = x.unflatten(1, (-1, ctx.num_classes))[foreground].float()
-            derivative = ctx.loss.derivative(positive, foreground=True)
-            per_class[foreground] = (derivative * grad_sums[foreground[0]]).to(grad.dtype)
-            image, anchor, row, column = ignored
-            per_class[image, anchor, :, row, column] = 0
-            grads.append(grad)
-        return None, None, None, *grads
+        saved = iter(ctx.saved_tensors)
+        grads = [next(saved) if needed else None for needed in ctx.needs_input_grad[4:]]
+        # Usually 1; looking costs nothing on a CPU, and elsewhere more than the product.
+        if grad_output.device.type != "cpu" or grad_output != 1:
+            grads = [None if grad is None else grad * grad_output for grad in grads]
+        return None, None, None, None, *grads
+
+
+def _add_background(
+    loss: DenseLoss, logits: Tensor, weights: Tensor, sums: Tensor, grad: Tensor | None
+) -> None:
+    """Add each image's loss to `sums`, all as background, and write the weighted gradient.
+
+    Args:
+        logits: (N, ...), contiguous or channels_last.
+        weights, sums: (N,).
+        grad: as `logits`, in the same memory order.
+    """
+    chunk_size = CPU_CHUNK_SIZE if logits.device.type == "cpu" else CHUNK_SIZE
+    size = logits.shape[1:].numel()
+
+    def chunks(tensor: Tensor, image: int) -> tuple[Tensor, ...]:
+        # In memory order, whichever of the two layouts that is.
+        return tensor.as_strided((len(tensor), size), (size, 1))[image].split(chunk_size)
+
+    for image, weight in enumerate(weights):
+        grad_chunks = repeat(None) if grad is None else chunks(grad, image)
+        for chunk, grad_chunk in zip(chunks(logits, image), grad_chunks, strict=False):
+            value, derivative = loss(chunk.float(), foreground=False)
+            sums[image] += value.sum()
+            if grad_chunk is not None:
+                grad_chunk.copy_(derivative.mul_(weight))
