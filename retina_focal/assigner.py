@@ -8,7 +8,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from retina_focal.config import retina_focal_node
-from retina_focal.matching import find_grid, match_dense, match_on_grid
+from retina_focal.matching import AnchorGrid, find_grid, match_dense, match_on_grid
 
 ASSIGNMENTS = ("detectron2", "detectron", "paper")
 
@@ -58,6 +58,8 @@ class Assigner:
         self.iou_thresholds = tuple(iou_thresholds)
         self.iou_labels = tuple(iou_labels)
         self.rule = rule
+        # Of the last anchors: finding it takes as long as matching twenty boxes.
+        self.grid: AnchorGrid | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -83,7 +85,14 @@ class Assigner:
         levels = [x.tensor for x in anchors]
         device = levels[0].device
         # Windows have sizes that the host must know: on another device they would make it wait.
-        grid = find_grid(levels) if device.type == "cpu" else None
+        if device.type != "cpu":
+            self.grid = None
+        elif (
+            self.grid is None
+            or len(self.grid.levels) != len(levels)
+            or not all(map(torch.equal, self.grid.levels, levels))
+        ):
+            self.grid = find_grid(levels)
         thresholds = torch.tensor(self.iou_thresholds, device=device)
         label_of_interval = torch.tensor(self.iou_labels, device=device)
         unmatched = self.num_classes if self.iou_labels[0] == 0 else -1
@@ -95,18 +104,18 @@ class Assigner:
             gt_classes = instances.gt_classes.to(device)
             if len(gt_boxes) == 0:
                 continue
-            if grid is None:
+            if self.grid is None:
                 matches = match_dense(torch.cat(levels), gt_boxes)
             else:
-                matches = match_on_grid(grid, gt_boxes, self.iou_thresholds[0])
+                matches = match_on_grid(self.grid, gt_boxes, self.iou_thresholds[0])
             quality = label_of_interval[torch.bucketize(matches.ious, thresholds, right=True)]
             if self.rule == "detectron2":
-                quality[matches.is_best] = 1
+                quality.masked_fill_(matches.is_best, 1)
             elif self.rule == "detectron":
-                quality[matches.is_best & (matches.ious >= thresholds[0])] = 1
+                quality.masked_fill_(matches.is_best & (matches.ious >= thresholds[0]), 1)
             matched_labels = gt_classes[matches.box_idxs]
-            matched_labels[quality == 0] = self.num_classes
-            matched_labels[quality == -1] = -1
+            matched_labels.masked_fill_(quality == 0, self.num_classes)
+            matched_labels.masked_fill_(quality == -1, -1)
             labels[i, matches.anchor_idxs] = matched_labels
             matched_idxs[i, matches.anchor_idxs] = matches.box_idxs
         return labels, matched_idxs

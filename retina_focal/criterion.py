@@ -168,37 +168,35 @@ class Criterion(nn.Module):
     ) -> tuple[list[LevelTargets], Positives]:
         """What is not background, by level, and the positive anchors' boxes."""
         boxes_per_image = [x.gt_boxes.tensor for x in gt_instances]
-        gt_boxes = torch.cat(boxes_per_image).to(labels.device)
-        counts = torch.tensor([0] + [len(x) for x in boxes_per_image[:-1]], device=labels.device)
-        first_box = counts.cumsum(0)  # (N,) row of each image's first box in gt_boxes
+        gt_boxes = torch.cat(boxes_per_image).to(labels.device, non_blocking=True)
+        counts = [0] + [len(x) for x in boxes_per_image[:-1]]
+        first_box = torch.tensor(counts).cumsum(0)  # row of each image's first box in gt_boxes
+        first_box = first_box.to(labels.device, non_blocking=True)
         sizes = [len(x.tensor) for x in anchors]
+        # A level's anchors are numbered by row, column and anchor of the cell.
+        cells = [(-1, *x.shape[-2:], d.shape[1] // 4) for x, d in zip(logits, deltas, strict=True)]
+        labels, matched_idxs = (
+            [level.unflatten(1, shape[1:]) for level, shape in zip(levels, cells, strict=True)]
+            for levels in (labels.split(sizes, 1), matched_idxs.split(sizes, 1))
+        )
+        is_positive = [(label >= 0) & (label < self.num_classes) for label in labels]
+        places = _find(is_positive + [label < 0 for label in labels])
         targets, positives = [], []
-        for level_anchors, x, d, level_labels, level_idxs in zip(
-            anchors,
-            logits,
-            deltas,
-            labels.split(sizes, 1),
-            matched_idxs.split(sizes, 1),
-            strict=True,
-        ):
-            image, index = (level_labels != self.num_classes).nonzero(as_tuple=True)
-            level_label = level_labels[image, index]
-            is_positive = level_label >= 0
-            # A level's anchors are numbered by row, column and anchor of the cell.
-            num_anchors, width = d.shape[1] // 4, x.shape[-1]
-            row = index.div(num_anchors * width, rounding_mode="floor")
-            column = index.div(num_anchors, rounding_mode="floor") - row * width
-            location = (image, index % num_anchors, row, column)
-            n, a, y, x_ = (i[is_positive] for i in location)
-            ignored = tuple(i[~is_positive] for i in location)
-            targets.append(LevelTargets((n, a, level_label[is_positive], y, x_), ignored))
-            index = index[is_positive]
+        for i, (level_anchors, d, shape) in enumerate(zip(anchors, deltas, cells, strict=True)):
+            image, row, column, anchor = place = places[i]
+            ignored_image, ignored_row, ignored_column, ignored_anchor = places[len(anchors) + i]
+            targets.append(
+                LevelTargets(
+                    foreground=(image, anchor, labels[i][place], row, column),
+                    ignored=(ignored_image, ignored_anchor, ignored_row, ignored_column),
+                )
+            )
             positives.append(
                 Positives(
-                    image=n,
-                    deltas=d.unflatten(1, (-1, 4))[n, a, :, y, x_],
-                    anchors=level_anchors.tensor[index],
-                    gt_boxes=gt_boxes[first_box[n] + level_idxs[n, index]],
+                    image=image,
+                    deltas=d.unflatten(1, (-1, 4))[image, anchor, :, row, column],
+                    anchors=level_anchors.tensor.unflatten(0, shape[1:])[row, column, anchor],
+                    gt_boxes=gt_boxes[first_box[image] + matched_idxs[i][place]],
                 )
             )
         return targets, Positives(*(torch.cat(parts) for parts in zip(*positives, strict=True)))
@@ -212,6 +210,31 @@ class Criterion(nn.Module):
         )
         if f"{prefix}loss_normalizer" in missing_keys:
             missing_keys.remove(f"{prefix}loss_normalizer")
+
+
+def _find(masks: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    """`nonzero(as_tuple=True)` of every mask."""
+    if masks[0].device.type == "cpu":
+        return [mask.nonzero(as_tuple=True) for mask in masks]
+    return _find_waiting_once(masks)
+
+
+def _find_waiting_once(masks: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    """`_find` for a GPU, where the host waits for each number that decides a size: once for all."""
+    counts = torch.stack([mask.sum() for mask in masks]).tolist()
+    found = []
+    for mask, count in zip(masks, counts, strict=True):
+        # Each True writes its index where it comes in the order, the others past the end.
+        is_true = mask.flatten()
+        rank = (is_true.cumsum(0) - 1).where(is_true, count)
+        index = torch.arange(len(rank), device=rank.device)
+        index = rank.new_empty(count + 1).scatter_(0, rank, index)[:count]
+        place = []
+        for size in reversed(mask.shape[1:]):
+            place.append(index % size)
+            index = index.div(size, rounding_mode="floor")
+        found.append((index, *reversed(place)))
+    return found
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -174,16 +174,14 @@ def _add_background(
         grad: as `logits`, in the same memory order.
     """
     chunk_size = CPU_CHUNK_SIZE if logits.device.type == "cpu" else CHUNK_SIZE
-    size = logits.shape[1:].numel()
-
-    def chunks(tensor: Tensor, image: int) -> tuple[Tensor, ...]:
-        # In memory order, whichever of the two layouts that is.
-        return tensor.as_strided((len(tensor), size), (size, 1))[image].split(chunk_size)
-
-    for image, weight in enumerate(weights):
-        grad_chunks = repeat(None) if grad is None else chunks(grad, image)
-        for chunk, grad_chunk in zip(chunks(logits, image), grad_chunks, strict=False):
-            value, derivative = loss(chunk.float(), foreground=False)
+    # Rows in memory order, whichever of the two layouts that is.
+    shape, strides = (len(logits), logits[0].numel()), (logits[0].numel(), 1)
+    rows = logits.as_strided(shape, strides)
+    grad_rows = repeat(None) if grad is None else grad.as_strided(shape, strides)
+    for image, (row, grad_row) in enumerate(zip(rows, grad_rows, strict=False)):
+        for begin in range(0, len(row), chunk_size):
+            chunk = slice(begin, begin + chunk_size)
+            value, derivative = loss(row[chunk].float(), foreground=False)
             sums[image] += value.sum()
-            if grad_chunk is not None:
-                grad_chunk.copy_(derivative.mul_(weight))
+            if grad_row is not None:
+                grad_row[chunk] = derivative.mul_(weights[image])

@@ -342,3 +342,18 @@ def test_labels_do_not_depend_on_the_size_of_the_pieces(boxes, max_boxes):
         patch.setattr(matching, "MAX_BOXES", max_boxes)
         pieces = Assigner(num_classes=NUM_CLASSES)(anchors, [target])
     assert torch.equal(whole[0], pieces[0]) and torch.equal(whole[1], pieces[1])
+
+
+def test_other_anchors_of_the_same_sizes_are_not_taken_for_the_last_ones():
+    boxes = torch.tensor([[3.0, 5.0, 40.0, 44.0], [20.0, 10.0, 90.0, 60.0]])
+    instances = Instances((96, 96), gt_boxes=Boxes(boxes), gt_classes=torch.tensor([0, 1]))
+    assigner = Assigner(num_classes=2)
+    coarse, fine = (
+        DefaultAnchorGenerator(sizes=[[size]], aspect_ratios=[[1.0]], strides=[8], offset=0.0)(
+            [torch.zeros(1, 1, 12, 12)]
+        )
+        for size in (48.0, 32.0)
+    )
+    for anchors in (coarse, fine, fine, [*fine, *coarse], fine):
+        expected = Assigner(num_classes=2)(anchors, [instances])
+        assert all(map(torch.equal, assigner(anchors, [instances]), expected))

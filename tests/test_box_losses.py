@@ -6,6 +6,7 @@ import torchvision.ops as ops
 from detectron2.modeling.box_regression import Box2BoxTransform
 from fvcore.nn import smooth_l1_loss
 
+from retina_focal import box_losses
 from retina_focal.box_losses import BOX_LOSSES, IOU_LOSSES, box_regression_loss
 
 TRANSFORM = Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0))
@@ -90,3 +91,13 @@ def test_iou_losses_do_not_depend_on_scale(case, name):
     small = box_regression_loss(deltas, anchors, gt_boxes, TRANSFORM, name)
     large = box_regression_loss(deltas, 4 * anchors, 4 * gt_boxes, TRANSFORM, name)
     torch.testing.assert_close(small, large, rtol=1e-4, atol=1e-5)
+
+
+def test_deltas_are_detectron2s_to_the_last_bit():
+    generator = torch.Generator().manual_seed(0)
+    corners = 500 * torch.rand(2, 1000, 2, generator=generator)
+    sizes = 1 + 300 * torch.rand(2, 1000, 2, generator=generator)
+    anchors, gt_boxes = torch.cat([corners, corners + sizes], dim=2)
+    transform = Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
+    deltas = box_losses._encode(anchors, gt_boxes, transform.weights)
+    assert torch.equal(deltas, transform.get_deltas(anchors, gt_boxes))

@@ -9,8 +9,11 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from fvcore.nn import sigmoid_focal_loss as fvcore_focal_loss
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from retina_focal import Assigner, Criterion
+from retina_focal import Assigner, Criterion, assigner
+from retina_focal import criterion as criterion_module
 from retina_focal.box_losses import BOX_LOSSES, box_regression_loss
 
 K, A = 4, 3
@@ -186,3 +189,59 @@ def test_config_without_our_node_means_stock():
 def test_unknown_names_are_refused_in_words(arguments, message):
     with pytest.raises(ValueError, match=message):
         criterion(**arguments)
+
+
+def test_places_are_found_waiting_once_as_by_nonzero():
+    generator = torch.Generator().manual_seed(0)
+    masks = [
+        torch.rand(shape, generator=generator) < fraction
+        for shape in [(2, 3, 4, 9), (1, 1, 1, 1), (3, 1, 5, 2)]
+        for fraction in (0.0, 0.1, 1.0)
+    ]
+    for mask, place in zip(masks, criterion_module._find_waiting_once(masks), strict=True):
+        torch.testing.assert_close(place, mask.nonzero(as_tuple=True), rtol=0, atol=0)
+
+
+class HostReads(TorchFunctionMode):
+    """Counts the calls by which Python learns what a tensor holds."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        reads = "tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"
+        self.count += function.__name__ in reads
+        return function(*args, **(kwargs or {}))
+
+
+class SizesFromValues(TorchDispatchMode):
+    """Lists the operations whose result has a size that the host must learn from the values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name.startswith(("index", "_index")) and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for argument in args
+            if isinstance(argument, (list, tuple))
+            for index in argument
+        )
+        known = "nonzero", "masked_select", "repeat_interleave", "_unique2", "equal"
+        if by_mask or name.startswith(known) or name == "_local_scalar_dense":
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", assigner.ASSIGNMENTS)
+def test_the_path_for_gpus_waits_for_the_device_once(monkeypatch, rule):
+    monkeypatch.setattr(assigner, "find_grid", lambda levels: None)
+    monkeypatch.setattr(criterion_module, "_find", criterion_module._find_waiting_once)
+    anchors, logits, deltas, _, _, instances = case()
+    module = criterion()
+    with HostReads() as reads, SizesFromValues() as sizes:
+        matching = Assigner(num_classes=K, rule=rule)(anchors, instances)
+        losses, _ = module(anchors, logits, deltas, *matching, instances)
+    assert sizes.found == [] and reads.count == 1
+    assert losses["loss_box_reg"] > 0
