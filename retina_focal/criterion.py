@@ -180,7 +180,7 @@ class Criterion(nn.Module):
             for levels in (labels.split(sizes, 1), matched_idxs.split(sizes, 1))
         )
         is_positive = [(label >= 0) & (label < self.num_classes) for label in labels]
-        places = _find(is_positive + [label < 0 for label in labels])
+        places = _places(is_positive + [label < 0 for label in labels])
         targets, positives = [], []
         for i, (level_anchors, d, shape) in enumerate(zip(anchors, deltas, cells, strict=True)):
             image, row, column, anchor = place = places[i]
@@ -212,15 +212,11 @@ class Criterion(nn.Module):
             missing_keys.remove(f"{prefix}loss_normalizer")
 
 
-def _find(masks: list[Tensor]) -> list[tuple[Tensor, ...]]:
-    """`nonzero(as_tuple=True)` of every mask."""
-    if masks[0].device.type == "cpu":
-        return [mask.nonzero(as_tuple=True) for mask in masks]
-    return _find_waiting_once(masks)
+def _places(masks: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    """`nonzero(as_tuple=True)` of every mask.
 
-
-def _find_waiting_once(masks: list[Tensor]) -> list[tuple[Tensor, ...]]:
-    """`_find` for a GPU, where the host waits for each number that decides a size: once for all."""
+    A GPU's host has to wait for every number that decides a size: here once for all masks.
+    """
     counts = torch.stack([mask.sum() for mask in masks]).tolist()
     found = []
     for mask, count in zip(masks, counts, strict=True):

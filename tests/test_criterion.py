@@ -198,7 +198,7 @@ def test_places_are_found_waiting_once_as_by_nonzero():
         for shape in [(2, 3, 4, 9), (1, 1, 1, 1), (3, 1, 5, 2)]
         for fraction in (0.0, 0.1, 1.0)
     ]
-    for mask, place in zip(masks, criterion_module._find_waiting_once(masks), strict=True):
+    for mask, place in zip(masks, criterion_module._places(masks), strict=True):
         torch.testing.assert_close(place, mask.nonzero(as_tuple=True), rtol=0, atol=0)
 
 
@@ -237,7 +237,6 @@ class SizesFromValues(TorchDispatchMode):
 @pytest.mark.parametrize("rule", assigner.ASSIGNMENTS)
 def test_the_path_for_gpus_waits_for_the_device_once(monkeypatch, rule):
     monkeypatch.setattr(assigner, "find_grid", lambda levels: None)
-    monkeypatch.setattr(criterion_module, "_find", criterion_module._find_waiting_once)
     anchors, logits, deltas, _, _, instances = case()
     module = criterion()
     with HostReads() as reads, SizesFromValues() as sizes:
