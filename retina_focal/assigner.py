@@ -93,15 +93,15 @@ class Assigner:
             or not all(map(torch.equal, self.grid.levels, levels))
         ):
             self.grid = find_grid(levels)
-        thresholds = torch.tensor(self.iou_thresholds, device=device)
-        label_of_interval = torch.tensor(self.iou_labels, device=device)
+        thresholds = torch.tensor(self.iou_thresholds).to(device, non_blocking=True)
+        label_of_interval = torch.tensor(self.iou_labels).to(device, non_blocking=True)
         unmatched = self.num_classes if self.iou_labels[0] == 0 else -1
         size = (len(gt_instances), sum(len(x) for x in levels))
         labels = torch.full(size, unmatched, device=device)
         matched_idxs = torch.zeros_like(labels)
         for i, instances in enumerate(gt_instances):
-            gt_boxes = instances.gt_boxes.tensor.to(device)
-            gt_classes = instances.gt_classes.to(device)
+            gt_boxes = instances.gt_boxes.tensor.to(device, non_blocking=True)
+            gt_classes = instances.gt_classes.to(device, non_blocking=True)
             if len(gt_boxes) == 0:
                 continue
             if self.grid is None:

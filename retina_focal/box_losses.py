@@ -41,9 +41,11 @@ def box_regression_loss(
         anchor_size, gt_size = anchors[:, 2:] - anchors[:, :2], gt_boxes[:, 2:] - gt_boxes[:, :2]
         anchor_centre = anchors[:, :2] + 0.5 * anchor_size
         gt_centre = gt_boxes[:, :2] + 0.5 * gt_size
-        weights = anchors.new_tensor(box2box_transform.weights)
-        shift = weights[:2] * (gt_centre - anchor_centre) / anchor_size
-        gt_deltas = torch.cat([shift, weights[2:] * (gt_size / anchor_size).log()], dim=1)
+        wx, wy, ww, wh = box2box_transform.weights
+        width, height = anchor_size.unbind(1)
+        dx, dy = (gt_centre - anchor_centre).unbind(1)
+        dw, dh = (gt_size / anchor_size).log().unbind(1)
+        gt_deltas = torch.stack((wx * dx / width, wy * dy / height, ww * dw, wh * dh), dim=1)
         return smooth_l1_loss(pred_deltas, gt_deltas, beta=smooth_l1_beta).sum(1)
     pred_boxes = box2box_transform.apply_deltas(pred_deltas, anchors)
     return IOU_LOSSES[loss_type](pred_boxes, gt_boxes)

@@ -6,6 +6,7 @@ The first value named in a comment is the default and means "as stock detectron2
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -29,6 +30,12 @@ def get_cfg() -> CfgNode:
 def retina_focal_node(cfg: CfgNode) -> CfgNode:
     """``cfg.MODEL.RETINA_FOCAL``, or the defaults for a config that never had the node."""
     return cfg.MODEL.RETINA_FOCAL if "RETINA_FOCAL" in cfg.MODEL else _default_node()
+
+
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value of a key that is none of its choices (ValueError)."""
+    if value not in choices:
+        raise ValueError(f"{key} is '{value}'; expected one of {', '.join(choices)}")
 
 
 def config_path(name: str) -> str:
@@ -74,6 +81,10 @@ def _default_node() -> CfgNode:
     # "image" the positives of each image, then the mean over images (Sec. 4.1, "Focal Loss");
     # "batch" the positives of this process; "global" the positives of all processes.
     node.NORMALIZER = "ema"
+
+    # Backbone and head: "fp32", or what an outer autocast (SOLVER.AMP.ENABLED) makes it; "bf16";
+    # "fp16", for inference; "auto" bf16 where the processor has it. The rest is always fp32.
+    node.PRECISION = "fp32"
 
     # Octave anchors of OctaveAnchorGenerator (Sec. 4, "Anchors"): one base size a level, in pixels,
     # each repeated at 2^(i / SCALES_PER_OCTAVE) for i < SCALES_PER_OCTAVE.

@@ -10,7 +10,7 @@ from detectron2.utils import comm
 from torch import Tensor, distributed, nn
 
 from retina_focal.box_losses import BOX_LOSSES, box_regression_loss
-from retina_focal.config import retina_focal_node
+from retina_focal.config import check_choice, retina_focal_node
 from retina_focal.losses import LevelTargets, SigmoidFocalLoss, dense_loss_sum
 
 NORMALIZERS = ("ema", "image", "batch", "global")
@@ -62,8 +62,8 @@ class Criterion(nn.Module):
             ValueError: an unknown name, or a focusing parameter below 0.
         """
         super().__init__()
-        _check_choice("MODEL.RETINA_FOCAL.NORMALIZER", normalizer, NORMALIZERS)
-        _check_choice("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", box_reg_loss_type, BOX_LOSSES)
+        check_choice("MODEL.RETINA_FOCAL.NORMALIZER", normalizer, NORMALIZERS)
+        check_choice("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", box_reg_loss_type, BOX_LOSSES)
         if focal_loss_gamma < 0:
             raise ValueError(
                 f"MODEL.RETINANET.FOCAL_LOSS_GAMMA is {focal_loss_gamma}; expected at least 0 "
@@ -231,8 +231,3 @@ def _places(masks: list[Tensor]) -> list[tuple[Tensor, ...]]:
             index = index.div(size, rounding_mode="floor")
         found.append((index, *reversed(place)))
     return found
-
-
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{key} is '{value}'; expected one of {', '.join(choices)}")

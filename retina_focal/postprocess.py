@@ -9,11 +9,15 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+# Half precision rounds a threshold by less, between scores of 1e-6 and 1 - 1e-6.
+MARGIN = 0.1
+
 
 class Postprocessor:
     """Score threshold, top candidates of each level, decoding, NMS of each class.
 
-    The threshold is compared with the logits, and only what passes it gets a sigmoid and a box.
+    Logits are compared with about the threshold's; only what passes gets a sigmoid, the exact
+    comparison and a box.
     """
 
     @configurable
@@ -106,8 +110,11 @@ class Postprocessor:
         height, width = logits.shape[-2:]
         num_anchors = deltas.shape[0] // 4
         logits = logits.flatten()
-        passed = (logits > logit(self.score_thresh)).nonzero().squeeze(1)
-        scores, order = _top(logits[passed].float().sigmoid(), self.topk_candidates)
+        passed = (logits > logit(self.score_thresh) - MARGIN).nonzero().squeeze(1)
+        scores = logits[passed].float().sigmoid()
+        exactly = (scores > self.score_thresh).nonzero().squeeze(1)
+        passed = passed[exactly]
+        scores, order = _top(scores[exactly], self.topk_candidates)
         channel, cell = _divmod(passed[order], height * width)
         anchor, classes = _divmod(channel, self.num_classes)
         chosen_deltas = deltas.view(num_anchors, 4, -1)[anchor, :, cell]

@@ -11,9 +11,11 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from retina_focal.assigner import Assigner
+from retina_focal.config import check_choice, retina_focal_node
 from retina_focal.criterion import Criterion
 from retina_focal.head import build_dense_head
 from retina_focal.postprocess import Postprocessor
+from retina_focal.precision import PRECISIONS, autocast
 
 # Highest-scoring predictions drawn beside the ground truth every VIS_PERIOD iterations.
 VIS_MAX_BOXES = 20
@@ -50,6 +52,7 @@ class FocalRetinaNet(nn.Module):
         postprocessor: Postprocessor,
         pixel_mean: list[float],
         pixel_std: list[float],
+        precision: str = "fp32",
         vis_period: int = 0,
         input_format: str = "BGR",
         num_classes: int | None = None,
@@ -64,13 +67,15 @@ class FocalRetinaNet(nn.Module):
             criterion: predictions and labels to losses.
             postprocessor: predictions to detections.
             pixel_mean, pixel_std: per channel, in `input_format` order, 0 to 255.
+            precision: of backbone and head, see `precision.autocast`.
             vis_period: iterations between training pictures in the event storage; 0: none.
             input_format: channel order of the images, for those pictures.
             num_classes: K; only checked against the parts: a LazyConfig's one place for it.
         Raises:
-            ValueError: the parts disagree on the number of classes.
+            ValueError: an unknown precision, or the parts disagree on the number of classes.
         """
         super().__init__()
+        check_choice("MODEL.RETINA_FOCAL.PRECISION", precision, PRECISIONS)
         self.backbone = backbone
         self.head = head
         self.head_in_features = head_in_features
@@ -78,6 +83,7 @@ class FocalRetinaNet(nn.Module):
         self.assigner = assigner
         self.criterion = criterion
         self.postprocessor = postprocessor
+        self.precision = precision
         self.vis_period = vis_period
         self.input_format = input_format
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
@@ -100,6 +106,7 @@ class FocalRetinaNet(nn.Module):
             "postprocessor": Postprocessor(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "precision": retina_focal_node(cfg).PRECISION,
             "vis_period": cfg.VIS_PERIOD,
             "input_format": cfg.INPUT.FORMAT,
         }
@@ -121,9 +128,12 @@ class FocalRetinaNet(nn.Module):
             In training {"loss_cls", "loss_box_reg"}; otherwise a dict with `instances` an image.
         """
         images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        features = [features[name] for name in self.head_in_features]
-        logits, deltas = self.head(features)
+        with autocast(self.precision, images.tensor.device.type, self.training) as inner:
+            # Half precision is fastest in channels_last; fp32 on a CPU is slowest.
+            layout = torch.channels_last if inner else torch.preserve_format
+            features = self.backbone(images.tensor.to(memory_format=layout))
+            features = [features[name] for name in self.head_in_features]
+            logits, deltas = self.head(features)
         anchors = self.anchor_generator(features)
         if not self.training:
             results = self.postprocessor(anchors, logits, deltas, images.image_sizes)

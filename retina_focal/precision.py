@@ -1,0 +1,51 @@
+"""What backbone and head compute in, by ``MODEL.RETINA_FOCAL.PRECISION``."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("fp32", *DTYPES, "auto")
+
+
+def autocast(precision: str, device_type: str, training: bool) -> AbstractContextManager:
+    """The context to run backbone and head in.
+
+    Args:
+        precision: one of `PRECISIONS`. "fp32" opens no autocast and leaves an outer one alone;
+            "auto" is "bf16" where `has_bf16`, else "fp32".
+        device_type: "cpu", "cuda", ...
+        training: whether gradients will be taken.
+    Raises:
+        ValueError: "fp16" in training, or an outer autocast of another dtype.
+    """
+    if precision == "auto":
+        precision = "bf16" if has_bf16(device_type) else "fp32"
+    if precision == "fp32":
+        return nullcontext()
+    if precision == "fp16" and training:
+        raise ValueError(
+            "MODEL.RETINA_FOCAL.PRECISION fp16 is for inference, as its gradients underflow unless "
+            "the loss is scaled; to train in fp16 set PRECISION fp32 and SOLVER.AMP.ENABLED True"
+        )
+    outer = torch.get_autocast_dtype(device_type)
+    if torch.is_autocast_enabled(device_type) and outer != DTYPES[precision]:
+        raise ValueError(
+            f"MODEL.RETINA_FOCAL.PRECISION is {precision}, but the model is called inside an "
+            f"autocast to {outer}; set PRECISION fp32, which leaves that one alone, or open none "
+            "(SOLVER.AMP.ENABLED False)"
+        )
+    return torch.autocast(device_type, DTYPES[precision])
+
+
+@cache
+def has_bf16(device_type: str) -> bool:
+    """Whether the device multiplies bf16 natively, not by way of fp32."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type != "cpu":
+        return False
+    # Names that torch has had only for some versions.
+    instructions = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    return any(getattr(torch.cpu, name, bool)() for name in instructions)

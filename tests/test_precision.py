@@ -1,0 +1,109 @@
+"""Laws of PRECISION: what backbone and head compute in, and what the rest never leaves."""
+
+import pytest
+import torch
+from conftest import PLUGIN, pictures, small_cfg
+from detectron2.modeling import build_model
+
+from retina_focal import add_retina_focal_config, precision
+from retina_focal.precision import PRECISIONS, autocast
+
+SIZES = [(64, 96), (80, 64)]
+
+
+def model(value):
+    cfg = small_cfg(**PLUGIN)
+    add_retina_focal_config(cfg)
+    cfg.MODEL.RETINA_FOCAL.PRECISION = value
+    torch.manual_seed(0)
+    return build_model(cfg)
+
+
+def seen_by_the_criterion(model, batch):
+    """Dtypes of logits and deltas, and the losses."""
+    seen = []
+    hook = model.criterion.register_forward_pre_hook(
+        lambda module, args: seen.extend(x.dtype for level in args[1:3] for x in level)
+    )
+    losses = model.train()(batch)
+    hook.remove()
+    return set(seen), losses
+
+
+@pytest.mark.parametrize("value, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_backbone_and_head_compute_in_the_precision_and_the_losses_in_fp32(value, dtype):
+    batch = pictures(SIZES, [3, 2])
+    dtypes, losses = seen_by_the_criterion(model(value), batch)
+    assert dtypes == {dtype}
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    sum(losses.values()).backward()
+
+
+def test_fp32_leaves_an_outer_autocast_alone():
+    with torch.autocast("cpu", torch.bfloat16):
+        dtypes, _ = seen_by_the_criterion(model("fp32"), pictures(SIZES, [3, 2]))
+    assert dtypes == {torch.bfloat16}
+
+
+def test_bf16_changes_losses_and_gradients_by_its_rounding():
+    batch = pictures(SIZES, [3, 2])
+    results = []
+    for value in ("fp32", "bf16"):
+        module = model(value).train()
+        losses = module(batch)
+        sum(losses.values()).backward()
+        results.append((losses, module.head.cls_score.weight.grad))
+    (full, full_grad), (half, half_grad) = results
+    for name in full:
+        # bf16 has 8 bits; some 25 layers.
+        assert half[name].item() == pytest.approx(full[name].item(), rel=0.05)
+        assert half[name].item() != full[name].item()
+    cosine = torch.cosine_similarity(full_grad.flatten(), half_grad.flatten(), dim=0)
+    assert cosine > 0.99
+
+
+@pytest.mark.parametrize("value", ["bf16", "fp16"])
+def test_detections_come_in_fp32(value):
+    module = model(value).eval()
+    module.test_score_thresh = 0.0
+    with torch.no_grad():
+        instances = module(pictures(SIZES, [1, 1]))[0]["instances"]
+    assert len(instances) > 0
+    assert instances.scores.dtype == instances.pred_boxes.tensor.dtype == torch.float32
+
+
+def test_auto_is_bf16_where_the_processor_has_it(monkeypatch):
+    for available, dtype in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(precision, "has_bf16", lambda _, found=available: found)
+        with autocast("auto", "cpu", training=True):
+            found = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        assert found is dtype
+
+
+def test_half_precision_runs_in_channels_last_and_fp32_as_it_comes():
+    formats = {}
+    for value in ("fp32", "bf16"):
+        module = model(value).eval()
+        module.backbone.register_forward_pre_hook(
+            lambda _, args, value=value: formats.update(
+                {value: args[0].is_contiguous(memory_format=torch.channels_last)}
+            )
+        )
+        with torch.no_grad():
+            module(pictures(SIZES, [1, 1]))
+    assert formats == {"fp32": False, "bf16": True}
+
+
+def test_what_cannot_be_meant_is_refused_in_words():
+    with pytest.raises(ValueError, match=r"PRECISION is 'int8'; expected one of fp32, bf16"):
+        model("int8")
+    with pytest.raises(ValueError, match=r"fp16 is for inference.*SOLVER.AMP.ENABLED True"):
+        model("fp16").train()(pictures(SIZES, [1, 1]))
+    with (
+        torch.autocast("cpu", torch.float16),
+        pytest.raises(
+            ValueError, match=r"inside an autocast to torch\.float16; set PRECISION fp32"
+        ),
+    ):
+        autocast("bf16", "cpu", training=False)
+    assert PRECISIONS == ("fp32", "bf16", "fp16", "auto")
