@@ -86,6 +86,10 @@ def _default_node() -> CfgNode:
     # "fp16", for inference; "auto" bf16 where the processor has it. The rest is always fp32.
     node.PRECISION = "fp32"
 
+    # Micro-batches that the package's trainer runs one after another for one step of the optimizer:
+    # less memory, the same gradient. SOLVER.IMS_PER_BATCH stays the images of a step.
+    node.ACCUMULATE_STEPS = 1
+
     # Octave anchors of OctaveAnchorGenerator (Sec. 4, "Anchors"): one base size a level, in pixels,
     # each repeated at 2^(i / SCALES_PER_OCTAVE) for i < SCALES_PER_OCTAVE.
     node.ANCHORS = CfgNode()

@@ -75,6 +75,8 @@ class Criterion(nn.Module):
         self.smooth_l1_beta = smooth_l1_beta
         self.box_reg_loss_type = box_reg_loss_type
         self.normalizer = normalizer
+        # (N,) of the next forward pass, where it is a part of a step: see `accumulation`.
+        self.given_normalizers: Tensor | None = None
         if normalizer == "ema":
             self.register_buffer("loss_normalizer", torch.tensor(EMA_START))
 
@@ -114,8 +116,9 @@ class Criterion(nn.Module):
         targets, positives = self._gather(
             anchors, logits, deltas, labels, matched_idxs, gt_instances
         )
-        num_positives = torch.bincount(positives.image, minlength=len(labels))  # (N,)
-        normalizers = self.normalizers(num_positives)
+        normalizers = self.given_normalizers
+        if normalizers is None:
+            normalizers = self.normalizers(torch.bincount(positives.image, minlength=len(labels)))
         loss_cls = dense_loss_sum(
             self.classification_loss, logits, targets, self.num_classes, normalizers.reciprocal()
         )
@@ -137,7 +140,7 @@ class Criterion(nn.Module):
         """What to divide each image's loss sums by.
 
         Args:
-            num_positives: (N,) positive anchors of each image.
+            num_positives: (N,) positive anchors of each image of this process's step.
         Returns:
             (N,) fp32.
         """

@@ -3,6 +3,8 @@
 import logging
 import os
 import weakref
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -25,6 +27,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from retina_focal.accumulation import AccumulatingAMPTrainer, AccumulatingTrainer
+from retina_focal.config import retina_focal_node
+
 logger = logging.getLogger(__name__)
 
 
@@ -36,18 +41,18 @@ class Trainer(DefaultTrainer):
         Args:
             cfg: a config that `register_datasets` has seen.
         Raises:
-            ValueError: SyncBN on a CPU with several processes.
+            ValueError: SyncBN on a CPU with several processes, or micro-batches that do not fit.
         """
         # Not DefaultTrainer.__init__: it gives DDP a device number, which a CPU model refuses.
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        training_steps = _training_steps(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = step(distribute(model), data_loader, optimizer)
+        self._trainer = training_steps(distribute(model), data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = DetectionCheckpointer(
             self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
@@ -78,6 +83,28 @@ class Trainer(DefaultTrainer):
             "or pascal_voc: set it by MetadataCatalog.get(name).evaluator_type, or register the "
             "data set with --dataset NAME JSON IMAGES"
         )
+
+
+def _training_steps(cfg: CfgNode) -> Callable[..., SimpleTrainer]:
+    """What makes the object that runs the steps, from model, data loader and optimizer."""
+    num_micro_batches = retina_focal_node(cfg).ACCUMULATE_STEPS
+    if num_micro_batches == 1:
+        return AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+    images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    if num_micro_batches < 1 or images % num_micro_batches:
+        raise ValueError(
+            f"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS is {num_micro_batches}, but a process has "
+            f"{images} images a step (SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}, processes "
+            f"{comm.get_world_size()}); set ACCUMULATE_STEPS to a divisor of {images}"
+        )
+    if cfg.MODEL.META_ARCHITECTURE != "FocalRetinaNet":
+        raise ValueError(
+            f"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS is {num_micro_batches}, but "
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} cannot count its positives "
+            "beforehand; set ACCUMULATE_STEPS 1 or META_ARCHITECTURE FocalRetinaNet"
+        )
+    steps = AccumulatingAMPTrainer if cfg.SOLVER.AMP.ENABLED else AccumulatingTrainer
+    return partial(steps, num_micro_batches=num_micro_batches)
 
 
 def distribute(model: nn.Module, **ddp_options: bool) -> nn.Module:

@@ -170,6 +170,23 @@ class FocalRetinaNet(nn.Module):
         """Labels and matched indices, (N, R) each; see `Assigner.__call__`."""
         return self.assigner(anchors, gt_instances)
 
+    @torch.no_grad()
+    def count_positives(self, batched_inputs: list[dict]) -> Tensor:
+        """(N,) positive anchors of each image, as a training step finds them, network not run."""
+        sizes = [torch.empty(x["image"].shape, device="meta") for x in batched_inputs]
+        images = ImageList.from_tensors(
+            sizes,
+            self.backbone.size_divisibility,
+            padding_constraints=self.backbone.padding_constraints,
+        )
+        shapes = self.backbone.output_shape()
+        strides = [shapes[name].stride for name in self.head_in_features]
+        height, width = images.tensor.shape[-2:]
+        features = [torch.empty(1, 1, -(-height // s), -(-width // s)) for s in strides]
+        gt_instances = _ground_truth(batched_inputs, self.num_classes)
+        labels, _ = self.assigner(self.anchor_generator(features), gt_instances)
+        return ((labels >= 0) & (labels < self.num_classes)).sum(1)
+
     def _check_num_classes(self, num_classes: int | None) -> None:
         found = {
             "assigner": self.assigner.num_classes,

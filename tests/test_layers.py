@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "losses", "box_losses", "matching", "precision"},
     {"sampling", "anchors", "assigner", "head", "backbone", "postprocess"},
     {"criterion"},
-    {"retinanet", "proposals", "checkpoint", "datasets"},
+    {"retinanet", "proposals", "checkpoint", "datasets", "accumulation"},
     {"engine"},
 ]
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}

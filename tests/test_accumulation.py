@@ -1,0 +1,155 @@
+"""Laws of gradient accumulation: micro-batches give what the whole batch gives."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import pictures
+from detectron2.engine import launch
+from detectron2.utils import comm
+from test_engine import distance, needs_cpu_processes, step, tiny_cfg, tiny_model
+
+from retina_focal.accumulation import (
+    AccumulatingAMPTrainer,
+    AccumulatingTrainer,
+    accumulate_gradients,
+)
+from retina_focal.criterion import NORMALIZERS
+from retina_focal.engine import Trainer, distribute
+
+# One size, as different sizes pad differently; one image without a box.
+SIZES, NUM_BOXES = [(64, 96)] * 4, [5, 0, 2, 9]
+
+
+def accumulated(model, batch, num_micro_batches):
+    """The loss and, by name, the gradients."""
+    losses = accumulate_gradients(model, batch, num_micro_batches, lambda loss: loss.backward())
+    gradients = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+    assert not any(loss.requires_grad for loss in losses.values())
+    return float(sum(losses.values())), gradients
+
+
+@pytest.mark.parametrize("num_micro_batches", [2, 4])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_loss_and_gradient_are_the_whole_batchs(normalizer, num_micro_batches):
+    batch = pictures(SIZES, NUM_BOXES)
+    whole, split = (tiny_model(normalizer=normalizer).train() for _ in range(2))
+    loss, gradients = step(whole, batch)
+    split_loss, split_gradients = accumulated(split, batch, num_micro_batches)
+    assert split_loss == pytest.approx(loss, rel=1e-6)
+    # fp32 sums over the images in another order.
+    assert distance(gradients, split_gradients) < 5e-6
+    assert split.criterion.given_normalizers is None
+
+
+def test_the_moving_average_moves_once_a_step():
+    batch = pictures(SIZES, NUM_BOXES)
+    whole, split = (tiny_model(normalizer="ema").train() for _ in range(2))
+    step(whole, batch)
+    accumulated(split, batch, 4)
+    assert whole.criterion.loss_normalizer != 100
+    assert torch.equal(whole.criterion.loss_normalizer, split.criterion.loss_normalizer)
+
+
+def test_positives_are_counted_as_the_training_step_finds_them():
+    model = tiny_model().train()
+    seen = []
+    model.criterion.register_forward_pre_hook(lambda module, args: seen.append(args[3]))
+    # 72x90 is padded to 96x96.
+    for sizes in (SIZES, [(72, 90), (64, 64), (50, 96), (32, 33)]):
+        batch = pictures(sizes, NUM_BOXES)
+        counts = model.count_positives(batch)
+        model(batch)
+        labels = seen.pop()
+        assert counts.tolist() == ((labels >= 0) & (labels < model.num_classes)).sum(1).tolist()
+        assert counts.sum() > 0
+
+
+def test_after_an_error_the_next_step_divides_by_its_own_positives():
+    model = tiny_model().train()
+    batch = pictures(SIZES, NUM_BOXES)
+
+    def fail(loss):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        accumulate_gradients(model, batch, 2, fail)
+    assert model.criterion.given_normalizers is None
+
+
+def in_one_of_two_processes(folder: str) -> None:
+    """Two micro-batches of one image in each process."""
+    rank = comm.get_rank()
+    model = distribute(tiny_model(normalizer="global").train())
+    mine = pictures(SIZES, NUM_BOXES)[2 * rank : 2 * rank + 2]
+    synchronised = []
+    model.register_comm_hook(None, lambda _, bucket: _average(bucket, synchronised))
+    torch.save((accumulated(model, mine, 2), len(synchronised)), Path(folder, f"{rank}.pth"))
+
+
+def _average(bucket, synchronised):
+    synchronised.append(bucket.index())
+    future = torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0] / 2)
+
+
+@needs_cpu_processes
+def test_processes_synchronise_once_and_give_what_one_process_gives(tmp_path):
+    launch(in_one_of_two_processes, 2, dist_url="auto", args=(str(tmp_path),))
+    loss, gradients = step(tiny_model(normalizer="global").train(), pictures(SIZES, NUM_BOXES))
+    results = [torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1)]
+    assert sum(split_loss for (split_loss, _), _ in results) / 2 == pytest.approx(loss, rel=1e-6)
+    for (_, split_gradients), num_synchronised in results:
+        # 1e-5: fp32 in another order.
+        assert distance(gradients, split_gradients) < 1e-5
+        assert num_synchronised == 1  # one bucket, in the last micro-batch
+
+
+def trained(batch, num_micro_batches):
+    """Weights after two steps of the optimizer through the trainer's steps."""
+    model = tiny_model(normalizer="image")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    trainer = AccumulatingTrainer(
+        model, [batch] * 2, optimizer, num_micro_batches=num_micro_batches
+    )
+    trainer.train(0, 2)
+    return model.state_dict()
+
+
+def test_the_trainer_steps_once_for_all_micro_batches():
+    batch = pictures(SIZES, NUM_BOXES)
+    whole, split = trained(batch, 1), trained(batch, 4)
+    for name, weight in whole.items():
+        torch.testing.assert_close(split[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def trainer_cfg(**settings):
+    return tiny_cfg(
+        **{"SOLVER.IMS_PER_BATCH": 4, "MODEL.RETINA_FOCAL.ACCUMULATE_STEPS": 2, **settings}
+    )
+
+
+@pytest.mark.parametrize(
+    "amp, steps", [(False, AccumulatingTrainer), (True, AccumulatingAMPTrainer)]
+)
+def test_the_config_chooses_the_steps(monkeypatch, amp, steps):
+    monkeypatch.setattr(Trainer, "build_train_loader", lambda self, cfg: [])
+    trainer = Trainer(trainer_cfg(**{"SOLVER.AMP.ENABLED": amp}))
+    assert type(trainer._trainer) is steps and trainer._trainer.num_micro_batches == 2
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS": 3},
+            r"ACCUMULATE_STEPS is 3, but a process has 4 images a step.*to a divisor of 4",
+        ),
+        ({"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS": 0}, "ACCUMULATE_STEPS is 0"),
+        ({"MODEL.META_ARCHITECTURE": "RetinaNet"}, "RetinaNet cannot count its positives"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words(monkeypatch, settings, message):
+    monkeypatch.setattr(Trainer, "build_train_loader", lambda self, cfg: [])
+    with pytest.raises(ValueError, match=message):
+        Trainer(trainer_cfg(**settings))
