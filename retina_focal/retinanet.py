@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from retina_focal.assigner import Assigner
 from retina_focal.config import check_choice, retina_focal_node
 from retina_focal.criterion import Criterion
+from retina_focal.folding import fold_frozen_norms
 from retina_focal.head import build_dense_head
 from retina_focal.postprocess import Postprocessor
 from retina_focal.precision import PRECISIONS, autocast
@@ -59,7 +60,7 @@ class FocalRetinaNet(nn.Module):
     ):
         """
         Args:
-            backbone: images to named feature maps.
+            backbone: images to named feature maps; its frozen norms are folded, in place.
             head: (N, C, Hi, Wi) features to raw logits and deltas, see `FocalRetinaNetHead`.
             head_in_features: names of the backbone's outputs that the head sees, P3 first.
             anchor_generator: features to one Boxes a level.
@@ -76,6 +77,7 @@ class FocalRetinaNet(nn.Module):
         """
         super().__init__()
         check_choice("MODEL.RETINA_FOCAL.PRECISION", precision, PRECISIONS)
+        fold_frozen_norms(backbone)
         self.backbone = backbone
         self.head = head
         self.head_in_features = head_in_features

@@ -9,7 +9,7 @@ import retina_focal
 
 PACKAGE = Path(retina_focal.__file__).parent
 LAYERS = [
-    {"config", "losses", "box_losses", "matching", "precision"},
+    {"config", "losses", "box_losses", "matching", "precision", "folding"},
     {"sampling", "anchors", "assigner", "head", "backbone", "postprocess"},
     {"criterion"},
     {"retinanet", "proposals", "checkpoint", "datasets", "accumulation"},

@@ -1,0 +1,142 @@
+"""Laws of folding: the same network, parameters and names, without the norms' passes."""
+
+import copy
+
+import pytest
+import torch
+from conftest import PLUGIN, STOCK, pictures, small_cfg
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from retina_focal.folding import FoldedConv2d, fold_frozen_norms
+
+
+def conv(bias=False, seed=0, **kwargs):
+    """A convolution whose frozen norm has seen data."""
+    generator = torch.Generator().manual_seed(seed)
+    norm = FrozenBatchNorm2d(8)
+    for buffer in (norm.weight, norm.bias, norm.running_mean):
+        buffer.copy_(torch.randn(8, generator=generator))
+    norm.running_var.copy_(0.5 + torch.rand(8, generator=generator))
+    return Conv2d(6, 8, 3, bias=bias, norm=norm, **kwargs)
+
+
+def image():
+    return torch.randn(2, 6, 9, 11, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_output_and_gradients_are_those_of_convolution_and_norm(bias, training):
+    plain = conv(bias, stride=2, padding=1, activation=torch.nn.functional.relu).train(training)
+    folded = FoldedConv2d(copy.deepcopy(plain))
+    assert folded.training is training
+    results = []
+    for module in (plain, folded):
+        x = image().requires_grad_()
+        y = module(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in module.parameters())])
+    # Folding rounds w s instead of y s.
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_state_dict_is_the_same_folded_or_not():
+    plain = conv()
+    expected = copy.deepcopy(plain.state_dict())
+    folded = FoldedConv2d(plain).eval()
+    with torch.no_grad():
+        folded(image())
+    state = folded.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+CHANGES = {
+    "parameter": lambda module: module.weight.mul_(2),
+    "buffer": lambda module: module.norm.running_var.mul_(2),
+    "checkpoint": lambda module: module.load_state_dict(conv(seed=3).state_dict()),
+    "dtype": lambda module: module.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_the_cache_is_dropped_when_a_parameter_or_buffer_changes(change):
+    folded = FoldedConv2d(conv()).eval()
+    with torch.no_grad():
+        folded(image())
+        change(folded)
+        x = image().to(folded.weight.dtype)
+        torch.testing.assert_close(folded(x), conv_then_norm(folded, x), rtol=1e-4, atol=1e-4)
+
+
+def conv_then_norm(module, x):
+    y = torch.nn.functional.conv2d(x, module.weight)
+    return module.norm(y)
+
+
+def test_the_cache_is_made_in_eval_and_dropped_by_train(monkeypatch):
+    calls = []
+    fold = FoldedConv2d._fold
+    monkeypatch.setattr(FoldedConv2d, "_fold", lambda self: calls.append(1) or fold(self))
+    folded = FoldedConv2d(conv()).eval()
+    with torch.no_grad():
+        folded(image()), folded(image())
+        assert len(calls) == 1
+        folded.train().eval()
+        folded(image())
+    assert len(calls) == 2
+    folded(image())  # a gradient is asked for: the product is a part of the graph
+    assert len(calls) == 3
+
+
+def frozen_models():
+    """Stock and plugin with the same weights and frozen norms that have seen data."""
+    stock, plugin = (build_model(small_cfg(norm="FrozenBN", **names)) for names in (STOCK, PLUGIN))
+    generator = torch.Generator().manual_seed(0)
+    for module in stock.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            # Small weights: each block adds to its input, and nothing norms the sum.
+            module.weight.copy_(0.1 + 0.2 * torch.rand(module.weight.shape, generator=generator))
+            module.running_var.copy_(0.5 + torch.rand(module.weight.shape, generator=generator))
+    plugin.load_state_dict(stock.state_dict(), strict=True)
+    return stock, plugin
+
+
+def test_a_frozen_resnet_is_folded_whole_and_gives_stocks_losses_and_detections():
+    stock, plugin = frozen_models()
+    folded = [m for m in plugin.modules() if isinstance(m, FoldedConv2d)]
+    norms = [m for m in plugin.modules() if isinstance(m, FrozenBatchNorm2d)]
+    assert len(folded) == len(norms) > 0
+    batch = pictures([(64, 96), (80, 64)], [3, 2])
+    with EventStorage():
+        expected, losses = stock.train()(batch), plugin.train()(batch)
+    for name in expected:
+        assert losses[name].item() == pytest.approx(expected[name].item(), rel=1e-5)
+    stock.eval(), plugin.eval()
+    stock.test_score_thresh = plugin.test_score_thresh = 0.0
+    with torch.no_grad():
+        for one, other in zip(stock(batch), plugin(batch), strict=True):
+            one, other = one["instances"], other["instances"]
+            torch.testing.assert_close(other.scores, one.scores, rtol=0, atol=1e-4)
+
+
+def test_nothing_else_is_folded():
+    model = torch.nn.Sequential(Conv2d(3, 4, 1, norm=torch.nn.BatchNorm2d(4)), Conv2d(4, 4, 1))
+    before = list(model)
+    fold_frozen_norms(model)
+    assert all(one is other for one, other in zip(before, model, strict=True))
+
+
+@pytest.mark.parametrize("part", ["backbone", "head"])
+def test_backbone_and_head_compile_into_one_graph(part):
+    _, plugin = frozen_models()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        features = list(plugin.backbone(images).values())
+        inputs = images if part == "backbone" else features
+        module = getattr(plugin, part)
+        # "eager" runs the captured graph as it is: no compiler needed.
+        compiled = torch.compile(module, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(inputs), module(inputs), rtol=1e-5, atol=1e-5)
