@@ -1,5 +1,8 @@
 """Small models and pictures that several test modules share."""
 
+from pathlib import Path
+
+import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
@@ -7,6 +10,7 @@ from detectron2.config import get_cfg as detectron2_get_cfg
 from detectron2.structures import Boxes, Instances
 
 import retina_focal  # noqa: F401, registers the names below
+from retina_focal.tools.sample_data import SampleDataError, prepare_weights
 
 STOCK_YAML = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 STOCK = {
@@ -61,3 +65,14 @@ def pictures(
         instances = Instances((height, width), gt_boxes=boxes, gt_classes=classes)
         batch.append({"image": image.to(torch.uint8), "instances": instances})
     return batch
+
+
+@pytest.fixture(scope="session")
+def lite0_weights(tmp_path_factory) -> Path:
+    """ImageNet weights of EfficientNet-Lite0 as the quick starts load them."""
+    path = tmp_path_factory.mktemp("weights") / "tf_efficientnet_lite0.pth"
+    try:
+        prepare_weights(path)
+    except SampleDataError as error:
+        pytest.skip(f"offline and not cached: {error}")
+    return path

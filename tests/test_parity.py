@@ -171,7 +171,8 @@ def test_detections_equal_stock_without_a_score_threshold(pair, batch):
         assert_same_detections(ours, theirs)
 
 
-@pytest.mark.parametrize(("depth", "norm"), [(18, "GN"), (50, "BN")])
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("norm", ["BN", "GN"])
 def test_detections_equal_stock_after_training(depth, norm):
     stock, plugin = build_pair(depth, norm, norm)  # a head with norm learns in few steps
     train = pictures([(96, 128), (128, 96)], num_boxes=[10, 12], seed=1)

