@@ -26,7 +26,14 @@ from retina_focal.config import add_retina_focal_config, get_cfg
 from retina_focal.criterion import Criterion
 from retina_focal.datasets import register_datasets
 from retina_focal.head import DENSE_HEAD_REGISTRY, FocalRetinaNetHead
-from retina_focal.losses import SigmoidFocalLoss, sigmoid_focal_loss
+from retina_focal.losses import (
+    FocalStarLoss,
+    HingeLoss,
+    SigmoidFocalLoss,
+    focal_star_loss,
+    hinge_loss,
+    sigmoid_focal_loss,
+)
 from retina_focal.postprocess import Postprocessor
 from retina_focal.proposals import FocalRPN, FocalRPNHead
 from retina_focal.retinanet import FocalRetinaNet
@@ -39,6 +46,8 @@ __all__ = [
     "FocalRPNHead",
     "FocalRetinaNet",
     "FocalRetinaNetHead",
+    "FocalStarLoss",
+    "HingeLoss",
     "OctaveAnchorGenerator",
     "Postprocessor",
     "SigmoidFocalLoss",
@@ -46,7 +55,9 @@ __all__ = [
     "build_retina_focal_resnet_fpn_backbone",
     "build_retina_focal_resnet_single_backbone",
     "build_retina_focal_timm_fpn_backbone",
+    "focal_star_loss",
     "get_cfg",
+    "hinge_loss",
     "register_datasets",
     "sigmoid_focal_loss",
 ]

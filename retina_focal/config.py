@@ -82,6 +82,16 @@ def _default_node() -> CfgNode:
     # "batch" the positives of this process; "global" the positives of all processes.
     node.NORMALIZER = "ema"
 
+    # Loss of each class of each anchor: "focal" with MODEL.RETINANET.FOCAL_LOSS_ALPHA and _GAMMA
+    # (gamma 0: alpha-balanced cross entropy); "cross_entropy" -log(p_t), without alpha;
+    # "focal_star" -log(sigmoid(gamma x_t + beta)) / gamma with FOCAL_LOSS_GAMMA and FOCAL_STAR.BETA
+    # (appendix A); "hinge" max(0, HINGE.MARGIN - p_t) (Sec. 5.1).
+    node.CLS_LOSS = "focal"
+    node.FOCAL_STAR = CfgNode()
+    node.FOCAL_STAR.BETA = 1.0
+    node.HINGE = CfgNode()
+    node.HINGE.MARGIN = 0.5
+
     # Backbone and head: "fp32", or what an outer autocast (SOLVER.AMP.ENABLED) makes it; "bf16";
     # "fp16", for inference; "auto" bf16 where the processor has it. The rest is always fp32.
     node.PRECISION = "fp32"

@@ -11,8 +11,15 @@ from torch import Tensor, distributed, nn
 
 from retina_focal.box_losses import BOX_LOSSES, box_regression_loss
 from retina_focal.config import check_choice, retina_focal_node
-from retina_focal.losses import LevelTargets, SigmoidFocalLoss, dense_loss_sum
+from retina_focal.losses import (
+    DenseLoss,
+    LevelTargets,
+    SigmoidFocalLoss,
+    build_classification_loss,
+    dense_loss_sum,
+)
 
+FOCAL_LOSS = SigmoidFocalLoss()
 NORMALIZERS = ("ema", "image", "batch", "global")
 # detectron2's moving average: N <- 0.9 N + 0.1 max(P, 1), from N = 100.
 EMA_MOMENTUM = 0.9
@@ -29,7 +36,7 @@ class Positives(NamedTuple):
 
 
 class Criterion(nn.Module):
-    """Focal loss over all anchors that are not ignored, box loss over the positive ones.
+    """Class loss over all anchors that are not ignored, box loss over the positive ones.
 
     Only the normaliser "ema" has state: the buffer `loss_normalizer`, which a checkpoint may lack.
     """
@@ -40,8 +47,7 @@ class Criterion(nn.Module):
         *,
         num_classes: int,
         box2box_transform: Box2BoxTransform,
-        focal_loss_alpha: float = 0.25,
-        focal_loss_gamma: float = 2.0,
+        classification_loss: DenseLoss = FOCAL_LOSS,
         smooth_l1_beta: float = 0.0,
         box_reg_loss_type: str = "smooth_l1",
         normalizer: str = "ema",
@@ -50,8 +56,7 @@ class Criterion(nn.Module):
         Args:
             num_classes: K.
             box2box_transform: encodes boxes as deltas.
-            focal_loss_alpha: weight of positives in [0, 1]; < 0: no balancing.
-            focal_loss_gamma: focusing parameter >= 0.
+            classification_loss: of each class of an anchor, see `losses`.
             smooth_l1_beta: where smooth L1 turns from quadratic to linear, in deltas; 0 is L1.
             box_reg_loss_type: one of `box_losses.BOX_LOSSES`.
             normalizer: one of `NORMALIZERS`; with P positives and W processes, "image" divides each
@@ -59,19 +64,14 @@ class Criterion(nn.Module):
                 max(P of this process, 1), "ema" by their moving average, "global" by
                 max(P of all processes, 1) / W.
         Raises:
-            ValueError: an unknown name, or a focusing parameter below 0.
+            ValueError: an unknown name.
         """
         super().__init__()
         check_choice("MODEL.RETINA_FOCAL.NORMALIZER", normalizer, NORMALIZERS)
         check_choice("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", box_reg_loss_type, BOX_LOSSES)
-        if focal_loss_gamma < 0:
-            raise ValueError(
-                f"MODEL.RETINANET.FOCAL_LOSS_GAMMA is {focal_loss_gamma}; expected at least 0 "
-                "(0 is cross entropy, the paper's value is 2)"
-            )
         self.num_classes = num_classes
         self.box2box_transform = box2box_transform
-        self.classification_loss = SigmoidFocalLoss(focal_loss_alpha, focal_loss_gamma)
+        self.classification_loss = classification_loss
         self.smooth_l1_beta = smooth_l1_beta
         self.box_reg_loss_type = box_reg_loss_type
         self.normalizer = normalizer
@@ -86,8 +86,7 @@ class Criterion(nn.Module):
         return {
             "num_classes": node.NUM_CLASSES,
             "box2box_transform": Box2BoxTransform(weights=node.BBOX_REG_WEIGHTS),
-            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
-            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "classification_loss": build_classification_loss(cfg),
             "smooth_l1_beta": node.SMOOTH_L1_LOSS_BETA,
             "box_reg_loss_type": node.BBOX_REG_LOSS_TYPE,
             "normalizer": retina_focal_node(cfg).NORMALIZER,

@@ -1,4 +1,4 @@
-"""The focal loss: the per-element definition, and the same loss summed over dense head outputs.
+"""Classification losses: their definitions per element, and their sum over dense head outputs.
 
 Nearly every anchor is background, so the dense sum takes the background term over the raw head
 outputs, in whatever order they lie in memory, and corrects it at the few anchors that are not
@@ -13,7 +13,10 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from torch import Tensor
+
+from retina_focal.config import retina_focal_node
 
 # Elements per step of the dense sum. On a CPU the temporaries of one step stay in the cache;
 # elsewhere a step should outlast its launches.
@@ -46,6 +49,41 @@ def sigmoid_focal_loss(
     return loss
 
 
+def focal_star_loss(
+    logits: Tensor, targets: Tensor, gamma: float = 2.0, beta: float = 1.0
+) -> Tensor:
+    """FL*(x_t) = -log(sigmoid(gamma x_t + beta)) / gamma, per element (appendix A of the paper).
+
+    x_t is the logit for targets of 1 and its negative elsewhere; gamma, above 0, makes the curve
+    steep and beta shifts it. gamma 1 with beta 0 is cross entropy. There is no alpha.
+
+    Args:
+        logits: any shape.
+        targets: same shape, 1 for the object's class and 0 elsewhere.
+    Returns:
+        The loss, same shape as `logits`, not reduced.
+    """
+    x_t = logits * (2 * targets - 1)
+    return -F.logsigmoid(gamma * x_t + beta) / gamma
+
+
+def hinge_loss(logits: Tensor, targets: Tensor, margin: float = 0.5) -> Tensor:
+    """max(0, m - p_t), per element (Sec. 5.1 of the paper, where it did not train stably).
+
+    On the probability, not on the logit as in a support vector machine: what is classified with
+    p_t >= m is not trained further, and what is hopelessly wrong has a vanishing gradient.
+
+    Args:
+        logits: any shape.
+        targets: same shape, 1 for the object's class and 0 elsewhere.
+        margin: m in (0, 1].
+    Returns:
+        The loss, same shape as `logits`, not reduced.
+    """
+    p_t = (logits * (2 * targets - 1)).sigmoid()
+    return F.relu(margin - p_t)
+
+
 class DenseLoss(Protocol):
     """A binary loss that `dense_loss_sum` can sum.
 
@@ -63,10 +101,20 @@ class SigmoidFocalLoss:
     With p = sigmoid(x), the background term is (1 - alpha) p^gamma softplus(x) and its derivative
     (1 - alpha) p^gamma (p + gamma (1 - p) softplus(x)); the foreground term is its mirror image,
     alpha instead of 1 - alpha and -x instead of x.
+
+    Raises:
+        ValueError: gamma below 0.
     """
 
     alpha: float = 0.25
     gamma: float = 2.0
+
+    def __post_init__(self):
+        if not self.gamma >= 0:
+            raise ValueError(
+                f"MODEL.RETINANET.FOCAL_LOSS_GAMMA is {self.gamma}; expected at least 0 "
+                "(0 is cross entropy, the paper's value is 2)"
+            )
 
     def __call__(self, logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
         x, alpha_t = (-logits, self.alpha) if foreground else (logits, 1 - self.alpha)
@@ -81,6 +129,80 @@ class SigmoidFocalLoss:
         value = softplus.mul_(weight)
         derivative = weight.mul_(p).addcmul_(complement, value, value=self.gamma)
         return value, derivative.neg_() if foreground else derivative
+
+
+@dataclass(frozen=True)
+class FocalStarLoss:
+    """`focal_star_loss` with its derivative.
+
+    The background term is softplus(gamma x - beta) / gamma and its derivative
+    sigmoid(gamma x - beta); the foreground term is its mirror image, -x instead of x.
+
+    Raises:
+        ValueError: gamma not above 0.
+    """
+
+    gamma: float = 2.0
+    beta: float = 1.0
+
+    def __post_init__(self):
+        if not self.gamma > 0:
+            raise ValueError(
+                f"MODEL.RETINANET.FOCAL_LOSS_GAMMA is {self.gamma}; MODEL.RETINA_FOCAL.CLS_LOSS "
+                "'focal_star' divides by it and expects it above 0 (the paper's values are 2, with "
+                "FOCAL_STAR.BETA 1, and 4, with BETA 0); for gamma 0 use 'focal'"
+            )
+
+    def __call__(self, logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        wrong = logits * (-self.gamma if foreground else self.gamma) - self.beta
+        value = F.logsigmoid(-wrong).div_(-self.gamma)
+        derivative = wrong.sigmoid_()
+        return value, derivative.neg_() if foreground else derivative
+
+
+@dataclass(frozen=True)
+class HingeLoss:
+    """`hinge_loss` with its derivative: p_t (1 - p_t) towards the wrong side where p_t < m, else 0.
+
+    Raises:
+        ValueError: a margin outside (0, 1].
+    """
+
+    margin: float = 0.5
+
+    def __post_init__(self):
+        if not 0 < self.margin <= 1:
+            raise ValueError(
+                f"MODEL.RETINA_FOCAL.HINGE.MARGIN is {self.margin}; expected above 0 and at most 1:"
+                " p_t is a probability (the package's value is 0.5)"
+            )
+
+    def __call__(self, logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        x_t = logits if foreground else -logits
+        p_t, complement = x_t.sigmoid(), x_t.neg().sigmoid_()
+        value = (self.margin - p_t).relu_()
+        derivative = p_t.mul_(complement).mul_(value > 0)
+        return value, derivative.neg_() if foreground else derivative
+
+
+def build_classification_loss(cfg: CfgNode) -> DenseLoss:
+    """The loss that ``MODEL.RETINA_FOCAL.CLS_LOSS`` names.
+
+    Raises:
+        ValueError: an unknown name, or a parameter out of its range.
+    """
+    stock, ours = cfg.MODEL.RETINANET, retina_focal_node(cfg)
+    losses = {
+        "focal": lambda: SigmoidFocalLoss(stock.FOCAL_LOSS_ALPHA, stock.FOCAL_LOSS_GAMMA),
+        "cross_entropy": lambda: SigmoidFocalLoss(alpha=-1, gamma=0),
+        "focal_star": lambda: FocalStarLoss(stock.FOCAL_LOSS_GAMMA, ours.FOCAL_STAR.BETA),
+        "hinge": lambda: HingeLoss(ours.HINGE.MARGIN),
+    }
+    if ours.CLS_LOSS not in losses:
+        raise ValueError(
+            f"MODEL.RETINA_FOCAL.CLS_LOSS is '{ours.CLS_LOSS}'; expected one of {', '.join(losses)}"
+        )
+    return losses[ours.CLS_LOSS]()
 
 
 class LevelTargets(NamedTuple):
@@ -153,7 +275,8 @@ class _DenseLossSum(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the gradient of dense_loss_sum is a closed form that cannot be differentiated "
-                "again (create_graph=True); sum sigmoid_focal_loss over the logits instead"
+                "again (create_graph=True); sum the loss's definition, such as sigmoid_focal_loss, "
+                "over the logits instead"
             )
         saved = iter(ctx.saved_tensors)
         grads = [next(saved) if needed else None for needed in ctx.needs_input_grad[4:]]

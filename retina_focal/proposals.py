@@ -7,15 +7,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.proposal_generator.build import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.modeling.proposal_generator.rpn import RPN, RPN_HEAD_REGISTRY, StandardRPNHead
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from retina_focal.box_losses import box_regression_loss
-from retina_focal.config import retina_focal_node
 from retina_focal.criterion import Criterion
 from retina_focal.head import prior_bias
-from retina_focal.losses import sigmoid_focal_loss
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +65,13 @@ class FocalRPN(RPN):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         arguments = super().from_config(cfg, input_shape)
-        criterion = Criterion(
-            num_classes=1,
-            box2box_transform=arguments["box2box_transform"],
-            focal_loss_alpha=cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA,
-            focal_loss_gamma=cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA,
-            smooth_l1_beta=cfg.MODEL.RPN.SMOOTH_L1_BETA,
-            box_reg_loss_type=cfg.MODEL.RPN.BBOX_REG_LOSS_TYPE,
-            normalizer=retina_focal_node(cfg).NORMALIZER,
-        )
+        of_rpn = {
+            "num_classes": 1,
+            "box2box_transform": arguments["box2box_transform"],
+            "smooth_l1_beta": cfg.MODEL.RPN.SMOOTH_L1_BETA,
+            "box_reg_loss_type": cfg.MODEL.RPN.BBOX_REG_LOSS_TYPE,
+        }
+        criterion = Criterion(**{**Criterion.from_config(cfg), **of_rpn})
         return {**arguments, "criterion": criterion}
 
     def _subsample_labels(self, label: Tensor) -> Tensor:
@@ -101,24 +96,17 @@ class FocalRPN(RPN):
         Returns:
             Scalars `loss_rpn_cls` and `loss_rpn_loc`.
         """
-        labels = torch.stack(gt_labels)  # (N, R)
-        logits = torch.cat(pred_objectness_logits, dim=1).float()
-        normalizers = self.criterion.normalizers((labels == 1).sum(1))
-        loss = self.criterion.classification_loss
-        per_anchor = sigmoid_focal_loss(logits, (labels == 1).float(), loss.alpha, loss.gamma)
-        image, index = (labels == 1).nonzero(as_tuple=True)
-        per_positive = box_regression_loss(
-            torch.cat(pred_anchor_deltas, dim=1)[image, index],
-            Boxes.cat(anchors).tensor[index],
-            torch.stack(gt_boxes)[image, index],
-            self.box2box_transform,
-            self.criterion.box_reg_loss_type,
-            self.criterion.smooth_l1_beta,
+        labels = torch.stack(gt_labels).long()  # (N, R)
+        # Every level is one cell to the criterion, every anchor of an image has a box of its own.
+        losses, statistics = self.criterion(
+            anchors,
+            [x[..., None, None] for x in pred_objectness_logits],
+            [x.flatten(1)[..., None, None] for x in pred_anchor_deltas],
+            torch.where(labels < 0, labels, 1 - labels),  # class 0 is the object, 1 background
+            torch.arange(labels.shape[1], device=labels.device).expand_as(labels),
+            [Instances((0, 0), gt_boxes=Boxes(boxes)) for boxes in gt_boxes],
         )
         if has_event_storage():
-            get_event_storage().put_scalar("rpn/num_pos_anchors", len(image) / len(labels))
-        losses = {
-            "loss_rpn_cls": (per_anchor * (labels >= 0) / normalizers[:, None]).sum(),
-            "loss_rpn_loc": (per_positive / normalizers[image]).sum(),
-        }
+            get_event_storage().put_scalar("rpn/num_pos_anchors", statistics["num_pos_anchors"])
+        losses = {"loss_rpn_cls": losses["loss_cls"], "loss_rpn_loc": losses["loss_box_reg"]}
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}

@@ -1,4 +1,4 @@
-"""Laws of the focal loss and of its dense sum."""
+"""Laws of the classification losses and of their dense sum."""
 
 import pytest
 import torch
@@ -6,11 +6,18 @@ import torch.nn.functional as F
 from fvcore.nn import sigmoid_focal_loss as fvcore_focal_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 
+from retina_focal import get_cfg
 from retina_focal.losses import (
+    FocalStarLoss,
+    HingeLoss,
     LevelTargets,
     SigmoidFocalLoss,
+    build_classification_loss,
     dense_loss_sum,
+    focal_star_loss,
+    hinge_loss,
     sigmoid_focal_loss,
 )
 
@@ -44,13 +51,14 @@ def test_value_and_gradient_equal_the_textbook_form(alpha, gamma):
     torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-8, atol=1e-14)
 
 
+@pytest.mark.parametrize("peer", [fvcore_focal_loss, torchvision_focal_loss])
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 5.0])
-def test_value_and_gradient_equal_fvcore(alpha, gamma):
-    # fvcore computes in fp32 and cancels in 1 - p_t: hence an absolute tolerance of a few ulp of 1.
+def test_value_and_gradient_equal_fvcore_and_torchvision(alpha, gamma, peer):
+    # Both cancel in 1 - p_t, in fp32: hence an absolute tolerance of a few ulp of 1.
     x, targets = logits_and_targets(20, torch.float32)
     ours = sigmoid_focal_loss(x, targets, alpha, gamma)
-    theirs = fvcore_focal_loss(x, targets, alpha, gamma)
+    theirs = peer(x, targets, alpha, gamma)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     (ours_grad,) = torch.autograd.grad(ours.sum(), x)
     (theirs_grad,) = torch.autograd.grad(theirs.sum(), x)
@@ -98,6 +106,119 @@ def test_closed_form_equals_the_definition_and_its_autograd(alpha, gamma):
     torch.testing.assert_close(slope, derivative, rtol=1e-12, atol=1e-40)
 
 
+# Each loss by name: the config that makes it, its definition and the form that a textbook prints.
+# Of p_t both textbooks take what does not cancel: sigmoid(x_t).
+CHOICES = {
+    "cross_entropy": (
+        {"MODEL.RETINANET.FOCAL_LOSS_ALPHA": 0.75, "MODEL.RETINANET.FOCAL_LOSS_GAMMA": 5.0},
+        lambda x, t: sigmoid_focal_loss(x, t, -1, 0),
+        lambda x, t: F.binary_cross_entropy_with_logits(x, t, reduction="none"),
+    ),
+    "focal_star": (
+        {"MODEL.RETINA_FOCAL.FOCAL_STAR.BETA": 1.0},
+        lambda x, t: focal_star_loss(x, t, 2.0, 1.0),
+        lambda x, t: torch.logaddexp(torch.zeros(()), -2 * torch.where(t == 1, x, -x) - 1) / 2,
+    ),
+    "focal_star, gamma 4": (
+        {"MODEL.RETINANET.FOCAL_LOSS_GAMMA": 4.0, "MODEL.RETINA_FOCAL.FOCAL_STAR.BETA": 0.0},
+        lambda x, t: focal_star_loss(x, t, 4.0, 0.0),
+        lambda x, t: -(4 * torch.where(t == 1, x, -x)).sigmoid().clamp(min=1e-200).log() / 4,
+    ),
+    "hinge": (
+        {},
+        lambda x, t: hinge_loss(x, t, 0.5),
+        lambda x, t: (0.5 - torch.where(t == 1, x, -x).sigmoid()).clamp(min=0),
+    ),
+    "hinge, margin 0.8": (
+        {"MODEL.RETINA_FOCAL.HINGE.MARGIN": 0.8},
+        lambda x, t: hinge_loss(x, t, 0.8),
+        lambda x, t: (0.8 - torch.where(t == 1, x, -x).sigmoid()).clamp(min=0),
+    ),
+}
+
+
+def loss_cfg(name, keys):
+    cfg = get_cfg()
+    pairs = {"MODEL.RETINA_FOCAL.CLS_LOSS": name.split(",")[0], **keys}
+    cfg.merge_from_list([x for pair in pairs.items() for x in pair])
+    return cfg
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_each_named_loss_equals_its_definition_and_the_textbook(name):
+    keys, definition, textbook_form = CHOICES[name]
+    loss = build_classification_loss(loss_cfg(name, keys))
+    x, targets = logits_and_targets(100)
+    # Logits of 0 are the kink of hinge at m 0.5, where a derivative is a matter of taste.
+    apart = x.detach().abs() > 1e-9
+    negative, positive = x.detach().view(2, -1)
+    parts = zip(loss(negative, False), loss(positive, True), strict=True)
+    value, slope = (torch.cat(part) for part in parts)
+    for reference in (definition, textbook_form):
+        expected = reference(x, targets)
+        (derivative,) = torch.autograd.grad(expected.sum(), x)
+        # 1e-14: the textbooks round at an ulp of 1, or of the margin, where the loss is less.
+        torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(slope[apart], derivative[apart], rtol=1e-12, atol=1e-14)
+
+
+def test_the_losses_where_the_values_are_known_by_heart():
+    """At logit 0, p is 1/2: CE log 2; FL* log(1 + e^-beta) / gamma; hinge m - 1/2."""
+    x = torch.zeros(1, dtype=torch.float64)
+    for foreground in (False, True):
+        assert SigmoidFocalLoss(-1, 0)(x, foreground)[0].item() == pytest.approx(0.69314718056)
+        assert FocalStarLoss(2, 1)(x, foreground)[0].item() == pytest.approx(0.31326168752 / 2)
+        assert FocalStarLoss(4, 0)(x, foreground)[0].item() == pytest.approx(0.69314718056 / 4)
+        assert HingeLoss(0.75)(x, foreground)[0].item() == 0.25
+
+
+def test_gamma_0_with_alpha_is_alpha_balanced_cross_entropy():
+    x, targets = logits_and_targets(100)
+    weights = torch.where(targets == 1, 0.75, 0.25).double()
+    theirs = F.binary_cross_entropy_with_logits(x, targets, weights, reduction="none")
+    keys = {"MODEL.RETINANET.FOCAL_LOSS_ALPHA": 0.75, "MODEL.RETINANET.FOCAL_LOSS_GAMMA": 0.0}
+    loss, (negative, positive) = build_classification_loss(loss_cfg("focal", keys)), x.view(2, -1)
+    ours = torch.cat([loss(negative, False)[0], loss(positive, True)[0]])
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_focal_star_with_gamma_1_and_beta_0_is_cross_entropy():
+    x, targets = logits_and_targets(100)
+    torch.testing.assert_close(
+        focal_star_loss(x, targets, 1, 0), sigmoid_focal_loss(x, targets, -1, 0)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CHOICES)
+def test_each_named_loss_is_finite_and_leaves_the_logits_alone(name, dtype):
+    loss = build_classification_loss(loss_cfg(name, CHOICES[name][0]))
+    x = torch.tensor([-100.0, -20.0, 0.0, 20.0, 100.0], dtype=dtype)
+    kept = x.clone()
+    for foreground in (False, True):
+        for part in loss(x, foreground):
+            assert part.dtype == dtype and part.isfinite().all()
+    assert torch.equal(x, kept)
+
+
+def test_the_default_loss_is_stocks():
+    assert build_classification_loss(get_cfg()) == SigmoidFocalLoss(0.25, 2.0)
+
+
+@pytest.mark.parametrize(
+    "name, keys, message",
+    [
+        ("softmax", {}, "CLS_LOSS is 'softmax'; expected one of focal, cross_entropy, focal_star"),
+        ("focal", {"MODEL.RETINANET.FOCAL_LOSS_GAMMA": -1.0}, "GAMMA is -1.0; expected at least 0"),
+        ("focal_star", {"MODEL.RETINANET.FOCAL_LOSS_GAMMA": 0.0}, "GAMMA is 0.0; .*above 0"),
+        ("hinge", {"MODEL.RETINA_FOCAL.HINGE.MARGIN": 1.5}, "HINGE.MARGIN is 1.5; expected above"),
+    ],
+)
+def test_a_loss_that_does_not_exist_is_refused_in_words(name, keys, message):
+    with pytest.raises(ValueError, match=message):
+        build_classification_loss(loss_cfg(name, keys))
+
+
 def random_case(generator, num_images, num_anchors, num_classes, sizes, fraction=0.2, scale=3.0):
     """Logits a level, labels (N, R) in {-1, 0, ..., K} and their `LevelTargets`."""
     logits, labels, targets = [], [], []
@@ -116,24 +237,24 @@ def random_case(generator, num_images, num_anchors, num_classes, sizes, fraction
     return logits, labels, targets
 
 
-def definition_sum(logits, labels, num_classes, alpha, gamma):
+def definition_sum(logits, labels, num_classes, definition):
     """(N,) sums of the element-wise loss, with a one-hot target and a mask, as stock has them."""
     total = 0
     for x, label in zip(logits, labels, strict=True):
         x = x.unflatten(1, (-1, num_classes)).movedim(2, -1)  # (N, A, H, W, K)
         one_hot = F.one_hot(label.clamp(min=0), num_classes + 1)[..., :-1].to(x.dtype)
-        loss = sigmoid_focal_loss(x, one_hot, alpha, gamma) * (label >= 0)[..., None]
+        loss = definition(x, one_hot) * (label >= 0)[..., None]
         total = total + loss.flatten(1).sum(1)
     return total
 
 
-def assert_dense_equals_definition(logits, labels, targets, num_classes, alpha, gamma):
+def assert_dense_equals_definition(logits, labels, targets, num_classes, loss, definition):
     weights = torch.linspace(0.5, 2.0, len(logits[0]))  # a different gradient for every image
     ours_in = [x.clone().requires_grad_() for x in logits]  # clone keeps the memory format
-    ours = dense_loss_sum(SigmoidFocalLoss(alpha, gamma), ours_in, targets, num_classes, weights)
+    ours = dense_loss_sum(loss, ours_in, targets, num_classes, weights)
     ours.backward()
     ref_in = [x.double().requires_grad_() for x in logits]
-    ref = (definition_sum(ref_in, labels, num_classes, alpha, gamma) * weights).sum()
+    ref = (definition_sum(ref_in, labels, num_classes, definition) * weights).sum()
     ref.backward()
     # fp32 terms against float64; what is left of a sum after ignoring nearly all is the worst case.
     scale = max(1.0, sum(float(x.double().abs().sum()) for x in logits))
@@ -165,7 +286,14 @@ def test_dense_sum_equals_the_sum_of_the_definition(
     logits = [x.clamp(-100, 100) for x in logits]
     if channels_last:
         logits = [x.to(memory_format=torch.channels_last) for x in logits]
-    assert_dense_equals_definition(logits, labels, targets, num_classes, alpha, gamma)
+    assert_dense_equals_definition(
+        logits,
+        labels,
+        targets,
+        num_classes,
+        SigmoidFocalLoss(alpha, gamma),
+        lambda x, t: sigmoid_focal_loss(x, t, alpha, gamma),
+    )
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -174,7 +302,17 @@ def test_dense_sum_over_many_chunks_equals_the_sum_of_the_definition(memory_form
         torch.Generator().manual_seed(0), 2, 9, 80, [(13, 17), (3, 2)], fraction=0.01
     )
     logits = [x.to(memory_format=memory_format) for x in logits]
-    assert_dense_equals_definition(logits, labels, targets, 80, 0.25, 2.0)
+    assert_dense_equals_definition(
+        logits, labels, targets, 80, SigmoidFocalLoss(), sigmoid_focal_loss
+    )
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_dense_sum_of_each_named_loss_equals_the_sum_of_its_definition(name):
+    keys, definition, _ = CHOICES[name]
+    loss = build_classification_loss(loss_cfg(name, keys))
+    case = random_case(torch.Generator().manual_seed(0), 2, 3, 4, [(5, 7), (2, 3)])
+    assert_dense_equals_definition(*case, 4, loss, definition)
 
 
 def test_a_strided_view_of_the_logits_gives_the_same_sum_and_gradient():

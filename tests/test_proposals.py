@@ -11,7 +11,7 @@ from detectron2.config import get_cfg as detectron2_get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from retina_focal import sigmoid_focal_loss
+from retina_focal import add_retina_focal_config, sigmoid_focal_loss
 
 ON_P3_P7 = {
     "MODEL.BACKBONE.NAME": "build_retina_focal_resnet_fpn_backbone",
@@ -75,6 +75,20 @@ def test_every_anchor_that_is_not_ignored_counts():
     expected = sigmoid_focal_loss(torch.cat(logits, 1)[0][kept], (labels[0][kept] == 1).float())
     normalizer = 0.9 * 100 + 0.1 * (labels[0] == 1).sum()  # the first step of detectron2's average
     torch.testing.assert_close(found, expected.sum() / normalizer, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal_star", "hinge"])
+def test_every_named_loss_trains_the_proposals(name):
+    torch.manual_seed(0)
+    cfg = faster_rcnn_cfg()
+    add_retina_focal_config(cfg)
+    cfg.MODEL.RETINA_FOCAL.CLS_LOSS = name
+    model = build_model(cfg).train()
+    with EventStorage():
+        losses = model(pictures([(64, 96)], num_boxes=[4]))
+    losses["loss_rpn_cls"].backward()
+    gradient = model.proposal_generator.rpn_head.objectness_logits.weight.grad
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
 def test_objectness_starts_at_the_prior():

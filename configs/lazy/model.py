@@ -12,6 +12,7 @@ from retina_focal import (
     FocalRetinaNetHead,
     OctaveAnchorGenerator,
     Postprocessor,
+    SigmoidFocalLoss,
 )
 
 _stock = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.py").model
@@ -35,6 +36,7 @@ model = L(FocalRetinaNet)(
     criterion=L(Criterion)(
         num_classes="${..num_classes}",
         box2box_transform=L(Box2BoxTransform)(weights=[1.0, 1.0, 1.0, 1.0]),
+        classification_loss=L(SigmoidFocalLoss)(alpha=0.25, gamma=2.0),
     ),
     postprocessor=L(Postprocessor)(
         num_classes="${..num_classes}", box2box_transform="${..criterion.box2box_transform}"
