@@ -37,6 +37,7 @@ from retina_focal.losses import (
 from retina_focal.postprocess import Postprocessor
 from retina_focal.proposals import FocalRPN, FocalRPNHead
 from retina_focal.retinanet import FocalRetinaNet
+from retina_focal.sampling import HardExampleSampler
 
 __all__ = [
     "DENSE_HEAD_REGISTRY",
@@ -47,6 +48,7 @@ __all__ = [
     "FocalRetinaNet",
     "FocalRetinaNetHead",
     "FocalStarLoss",
+    "HardExampleSampler",
     "HingeLoss",
     "OctaveAnchorGenerator",
     "Postprocessor",

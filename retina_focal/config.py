@@ -92,6 +92,19 @@ def _default_node() -> CfgNode:
     node.HINGE = CfgNode()
     node.HINGE.MARGIN = 0.5
 
+    # True: the alpha of "focal" is the inverse class frequency of each batch (Sec. 3.1), not
+    # FOCAL_LOSS_ALPHA.
+    node.ALPHA_FROM_DATA = False
+
+    # Online hard example mining (Table 1d): the class loss counts, of each image, the BATCH_SIZE
+    # anchors that are hardest after NMS at the IoU NMS_THRESH, and is divided by their number.
+    # NEG_PER_POS 3 keeps 1:3, the positives and three negatives for each; 0: no fixed ratio.
+    node.OHEM = CfgNode()
+    node.OHEM.ENABLED = False
+    node.OHEM.BATCH_SIZE = 128
+    node.OHEM.NMS_THRESH = 0.5
+    node.OHEM.NEG_PER_POS = 0
+
     # Backbone and head: "fp32", or what an outer autocast (SOLVER.AMP.ENABLED) makes it; "bf16";
     # "fp16", for inference; "auto" bf16 where the processor has it. The rest is always fp32.
     node.PRECISION = "fp32"

@@ -1,5 +1,6 @@
 """Labels and predictions to the two losses (Sec. 3.2 and Sec. 4.1, "Focal Loss")."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,9 @@ from retina_focal.losses import (
     SigmoidFocalLoss,
     build_classification_loss,
     dense_loss_sum,
+    inverse_frequency_alpha,
 )
+from retina_focal.sampling import HardExampleSampler
 
 FOCAL_LOSS = SigmoidFocalLoss()
 NORMALIZERS = ("ema", "image", "batch", "global")
@@ -48,6 +51,8 @@ class Criterion(nn.Module):
         num_classes: int,
         box2box_transform: Box2BoxTransform,
         classification_loss: DenseLoss = FOCAL_LOSS,
+        alpha_from_data: bool = False,
+        sampler: HardExampleSampler | None = None,
         smooth_l1_beta: float = 0.0,
         box_reg_loss_type: str = "smooth_l1",
         normalizer: str = "ema",
@@ -57,6 +62,9 @@ class Criterion(nn.Module):
             num_classes: K.
             box2box_transform: encodes boxes as deltas.
             classification_loss: of each class of an anchor, see `losses`.
+            alpha_from_data: use `inverse_frequency_alpha` of each batch in place of the loss's.
+            sampler: chooses the anchors whose class loss counts; their number in the batch of this
+                process, at least 1, then divides it. None: all that are not ignored.
             smooth_l1_beta: where smooth L1 turns from quadratic to linear, in deltas; 0 is L1.
             box_reg_loss_type: one of `box_losses.BOX_LOSSES`.
             normalizer: one of `NORMALIZERS`; with P positives and W processes, "image" divides each
@@ -64,14 +72,23 @@ class Criterion(nn.Module):
                 max(P of this process, 1), "ema" by their moving average, "global" by
                 max(P of all processes, 1) / W.
         Raises:
-            ValueError: an unknown name.
+            ValueError: an unknown name, or `alpha_from_data` for a loss without alpha.
         """
         super().__init__()
         check_choice("MODEL.RETINA_FOCAL.NORMALIZER", normalizer, NORMALIZERS)
         check_choice("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", box_reg_loss_type, BOX_LOSSES)
+        if alpha_from_data and getattr(classification_loss, "alpha", -1) < 0:
+            raise ValueError(
+                f"MODEL.RETINA_FOCAL.ALPHA_FROM_DATA is True, but {classification_loss} does not "
+                "weigh by alpha; set MODEL.RETINA_FOCAL.CLS_LOSS focal, with "
+                "MODEL.RETINANET.FOCAL_LOSS_ALPHA at least 0 (and FOCAL_LOSS_GAMMA 0 for "
+                "alpha-balanced cross entropy), or ALPHA_FROM_DATA False"
+            )
         self.num_classes = num_classes
         self.box2box_transform = box2box_transform
         self.classification_loss = classification_loss
+        self.alpha_from_data = alpha_from_data
+        self.sampler = sampler
         self.smooth_l1_beta = smooth_l1_beta
         self.box_reg_loss_type = box_reg_loss_type
         self.normalizer = normalizer
@@ -82,14 +99,16 @@ class Criterion(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        node = cfg.MODEL.RETINANET
+        node, ours = cfg.MODEL.RETINANET, retina_focal_node(cfg)
         return {
             "num_classes": node.NUM_CLASSES,
             "box2box_transform": Box2BoxTransform(weights=node.BBOX_REG_WEIGHTS),
             "classification_loss": build_classification_loss(cfg),
+            "alpha_from_data": ours.ALPHA_FROM_DATA,
+            "sampler": HardExampleSampler(cfg) if ours.OHEM.ENABLED else None,
             "smooth_l1_beta": node.SMOOTH_L1_LOSS_BETA,
             "box_reg_loss_type": node.BBOX_REG_LOSS_TYPE,
-            "normalizer": retina_focal_node(cfg).NORMALIZER,
+            "normalizer": ours.NORMALIZER,
         }
 
     def forward(
@@ -118,8 +137,15 @@ class Criterion(nn.Module):
         normalizers = self.given_normalizers
         if normalizers is None:
             normalizers = self.normalizers(torch.bincount(positives.image, minlength=len(labels)))
+        loss, cls_normalizers = self.classification_loss, normalizers
+        if self.sampler is not None:
+            labels = self.sampler(anchors, logits, labels, self.num_classes)
+            targets, _ = self._gather(anchors, logits, deltas, labels, matched_idxs, gt_instances)
+            cls_normalizers = (labels >= 0).sum().clamp(min=1).float().expand_as(normalizers)
+        if self.alpha_from_data:
+            loss = replace(loss, alpha=inverse_frequency_alpha(labels, self.num_classes))
         loss_cls = dense_loss_sum(
-            self.classification_loss, logits, targets, self.num_classes, normalizers.reciprocal()
+            loss, logits, targets, self.num_classes, cls_normalizers.reciprocal()
         )
         loss_box_reg = box_regression_loss(
             positives.deltas,

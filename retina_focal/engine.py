@@ -103,6 +103,13 @@ def _training_steps(cfg: CfgNode) -> Callable[..., SimpleTrainer]:
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} cannot count its positives "
             "beforehand; set ACCUMULATE_STEPS 1 or META_ARCHITECTURE FocalRetinaNet"
         )
+    ours = retina_focal_node(cfg)
+    if ours.OHEM.ENABLED or ours.ALPHA_FROM_DATA:
+        raise ValueError(
+            f"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS is {num_micro_batches}, but OHEM.ENABLED "
+            f"({ours.OHEM.ENABLED}) and ALPHA_FROM_DATA ({ours.ALPHA_FROM_DATA}) weigh by numbers "
+            "of the whole batch, which a micro-batch lacks; set ACCUMULATE_STEPS 1 or both False"
+        )
     steps = AccumulatingAMPTrainer if cfg.SOLVER.AMP.ENABLED else AccumulatingTrainer
     return partial(steps, num_micro_batches=num_micro_batches)
 

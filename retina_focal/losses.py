@@ -205,6 +205,22 @@ def build_classification_loss(cfg: CfgNode) -> DenseLoss:
     return losses[ours.CLS_LOSS]()
 
 
+def inverse_frequency_alpha(labels: Tensor, num_classes: int) -> float:
+    """alpha "set by inverse class frequency" (Sec. 3.1 of the paper), of these labels.
+
+    Each class of each anchor that is not ignored is a binary problem; n+ of them are positive and
+    n- are not. Weights proportional to 1 / n+ and 1 / n- that add up to 1 are alpha and 1 - alpha
+    with alpha = n- / (n+ + n-). Without a positive, n+ counts as 1, as in the normaliser.
+
+    Args:
+        labels: any shape, in {-1, 0, ..., K}; K is background, -1 is ignored.
+        num_classes: K.
+    """
+    is_positive = (labels >= 0) & (labels < num_classes)
+    num_positives, num_anchors = torch.stack((is_positive.sum(), (labels >= 0).sum())).tolist()
+    return 1 - max(num_positives, 1) / max(num_anchors * num_classes, 1)
+
+
 class LevelTargets(NamedTuple):
     """What is not background on one pyramid level, as indices into (N, A, K, Hi, Wi) logits.
 

@@ -44,7 +44,8 @@ class FocalRPN(RPN):
     """detectron2's RPN with the focal loss over all anchors in place of sampling.
 
     A subclass: decoding and NMS of proposals are detectron2's, and its two-stage models call them.
-    ``RPN.BATCH_SIZE_PER_IMAGE`` and ``RPN.POSITIVE_FRACTION`` have no effect.
+    ``RPN.BATCH_SIZE_PER_IMAGE`` and ``RPN.POSITIVE_FRACTION`` have no effect; the loss keys of
+    ``MODEL.RETINA_FOCAL``, OHEM included, have the one that they have on `FocalRetinaNet`.
     """
 
     @configurable

@@ -147,6 +147,8 @@ def test_the_config_chooses_the_steps(monkeypatch, amp, steps):
         ),
         ({"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS": 0}, "ACCUMULATE_STEPS is 0"),
         ({"MODEL.META_ARCHITECTURE": "RetinaNet"}, "RetinaNet cannot count its positives"),
+        ({"MODEL.RETINA_FOCAL.OHEM.ENABLED": True}, r"OHEM.ENABLED \(True\).*whole batch"),
+        ({"MODEL.RETINA_FOCAL.ALPHA_FROM_DATA": True}, r"ALPHA_FROM_DATA \(True\).*whole batch"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(monkeypatch, settings, message):

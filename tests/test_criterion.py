@@ -12,7 +12,17 @@ from fvcore.nn import sigmoid_focal_loss as fvcore_focal_loss
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retina_focal import Assigner, Criterion, assigner
+from retina_focal import (
+    Assigner,
+    Criterion,
+    FocalStarLoss,
+    HardExampleSampler,
+    HingeLoss,
+    SigmoidFocalLoss,
+    assigner,
+    get_cfg,
+    sigmoid_focal_loss,
+)
 from retina_focal import criterion as criterion_module
 from retina_focal.box_losses import BOX_LOSSES, box_regression_loss
 
@@ -176,6 +186,97 @@ def test_config_without_our_node_means_stock():
     assert module.normalizer == "ema" and module.num_classes == 80
     assert (module.classification_loss.alpha, module.classification_loss.gamma) == (0.25, 2.0)
     assert (module.smooth_l1_beta, module.box_reg_loss_type) == (0.1, "smooth_l1")
+
+
+def test_the_config_names_the_loss_and_its_parameters():
+    cfg = get_cfg()
+    cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA = 4.0
+    cfg.MODEL.RETINA_FOCAL.FOCAL_STAR.BETA = 0.0
+    cfg.MODEL.RETINA_FOCAL.HINGE.MARGIN = 0.7
+    expected = {
+        "focal": SigmoidFocalLoss(0.25, 4.0),
+        "cross_entropy": SigmoidFocalLoss(-1, 0),
+        "focal_star": FocalStarLoss(4.0, 0.0),
+        "hinge": HingeLoss(0.7),
+    }
+    for name, loss in expected.items():
+        cfg.MODEL.RETINA_FOCAL.CLS_LOSS = name
+        assert Criterion(cfg).classification_loss == loss
+
+
+def test_ohem_sums_over_the_kept_anchors_and_divides_by_their_number():
+    anchors, logits, deltas, labels, matched_idxs, instances = case()
+    sampler = HardExampleSampler(batch_size=8, neg_per_pos=3)
+    kept = sampler(anchors, logits, labels, K)
+    counts = (kept >= 0).sum(1)
+    assert counts.tolist() == [8, 0, 8]
+    cls_sums, _, _ = sums_by_definition(anchors, logits, deltas, kept, matched_idxs, instances)
+    arguments = anchors, logits, deltas, labels, matched_idxs, instances
+    with_ohem, _ = criterion(sampler=sampler)(*arguments)
+    without, _ = criterion()(*arguments)
+    # 1e-4: the background of all anchors is added in fp32 and mostly subtracted again.
+    torch.testing.assert_close(
+        with_ohem["loss_cls"], cls_sums.sum() / counts.sum(), rtol=1e-4, atol=0
+    )
+    assert torch.equal(with_ohem["loss_box_reg"], without["loss_box_reg"])
+    gradients = torch.autograd.grad(with_ohem["loss_cls"], logits)
+    assert torch.equal((flat(gradients, K) != 0).any(2), kept >= 0)
+
+
+def test_ohem_that_keeps_nothing_has_a_loss_of_zero_and_gradients():
+    arguments = case([[], []])
+    losses, _ = criterion(sampler=HardExampleSampler(neg_per_pos=3))(*arguments)
+    sum(losses.values()).backward()
+    assert losses["loss_cls"].item() == pytest.approx(0, abs=1e-4)
+    assert all((x.grad == 0).all() for x in arguments[1])
+
+
+def test_ohem_is_off_unless_the_config_says_so():
+    cfg = get_cfg()
+    assert Criterion(cfg).sampler is None
+    cfg.MODEL.RETINA_FOCAL.OHEM.ENABLED = True
+    cfg.MODEL.RETINA_FOCAL.OHEM.BATCH_SIZE = 512
+    cfg.MODEL.RETINA_FOCAL.OHEM.NMS_THRESH = 0.7
+    cfg.MODEL.RETINA_FOCAL.OHEM.NEG_PER_POS = 3
+    found = vars(Criterion(cfg).sampler)
+    assert found == {"batch_size": 512, "nms_thresh": 0.7, "neg_per_pos": 3}
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_alpha_from_data_gives_the_two_classes_the_same_total_weight(gamma):
+    anchors, logits, deltas, labels, matched_idxs, instances = case()
+    one_hot = F.one_hot(labels.clamp(min=0), K + 1)[..., :-1].float()
+    counts = (labels >= 0)[..., None].expand_as(one_hot)
+    loss = sigmoid_focal_loss(flat(logits, K), one_hot, -1, gamma)
+    positives, negatives = loss[counts & (one_hot == 1)], loss[counts & (one_hot == 0)]
+    # Each mean with the weight n+ n- / (n+ + n-), and the whole over n+.
+    share = len(negatives) / (len(negatives) + len(positives))
+    module = criterion(
+        classification_loss=SigmoidFocalLoss(0.25, gamma), alpha_from_data=True, normalizer="batch"
+    )
+    losses, _ = module(anchors, logits, deltas, labels, matched_idxs, instances)
+    # 1e-4: 1 - alpha is small.
+    torch.testing.assert_close(
+        losses["loss_cls"], share * (positives.mean() + negatives.mean()), rtol=1e-4, atol=0
+    )
+    assert module.classification_loss == SigmoidFocalLoss(0.25, gamma)
+
+
+def test_alpha_from_data_without_positives_or_anchors_is_finite():
+    arguments = case([[], []])
+    for labels in (arguments[3], torch.full_like(arguments[3], -1)):
+        losses, _ = criterion(alpha_from_data=True)(*arguments[:3], labels, *arguments[4:])
+        assert losses["loss_cls"].isfinite()
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal_star", "hinge"])
+def test_alpha_from_data_is_refused_for_a_loss_without_alpha(name):
+    cfg = get_cfg()
+    cfg.MODEL.RETINA_FOCAL.ALPHA_FROM_DATA = True
+    assert Criterion(cfg).alpha_from_data
+    cfg.MODEL.RETINA_FOCAL.CLS_LOSS = name
+    with pytest.raises(ValueError, match=r"ALPHA_FROM_DATA is True.*CLS_LOSS focal"):
+        Criterion(cfg)
 
 
 @pytest.mark.parametrize(

@@ -77,12 +77,21 @@ def test_every_anchor_that_is_not_ignored_counts():
     torch.testing.assert_close(found, expected.sum() / normalizer, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "focal_star", "hinge"])
-def test_every_named_loss_trains_the_proposals(name):
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("CLS_LOSS", "cross_entropy"),
+        ("CLS_LOSS", "focal_star"),
+        ("CLS_LOSS", "hinge"),
+        ("ALPHA_FROM_DATA", True),
+        ("OHEM.ENABLED", True),
+    ],
+)
+def test_every_choice_of_the_class_loss_trains_the_proposals(key, value):
     torch.manual_seed(0)
     cfg = faster_rcnn_cfg()
     add_retina_focal_config(cfg)
-    cfg.MODEL.RETINA_FOCAL.CLS_LOSS = name
+    cfg.merge_from_list([f"MODEL.RETINA_FOCAL.{key}", value])
     model = build_model(cfg).train()
     with EventStorage():
         losses = model(pictures([(64, 96)], num_boxes=[4]))
