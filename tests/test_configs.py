@@ -282,3 +282,112 @@ def test_lazy_config_survives_being_saved_and_loaded(tmp_path):
     LazyConfig.save(lazy, str(tmp_path / "config.yaml"))
     saved = LazyConfig.load(str(tmp_path / "config.yaml"))
     assert repr(build_lazy(saved)) == repr(build_lazy(lazy))
+
+
+# Tables 1a to 1d and 3 of arXiv:1708.02002: stem of the file, own keys, AP, AP50, AP75.
+RETINANET, FOCAL = "MODEL.RETINANET.", "MODEL.RETINA_FOCAL."
+BASE_50, BASE_101 = "retinanet_R_50_FPN_paper_600", "retinanet_R_101_FPN_paper_600"
+
+
+def balanced(gamma: float, alpha: float) -> dict[str, float]:
+    return {f"{RETINANET}FOCAL_LOSS_GAMMA": float(gamma), f"{RETINANET}FOCAL_LOSS_ALPHA": alpha}
+
+
+def ohem(batch_size: int, nms_thresh: float, neg_per_pos: int = 0) -> dict[str, object]:
+    keys = {"ENABLED": True, "BATCH_SIZE": batch_size, "NMS_THRESH": nms_thresh}
+    keys["NEG_PER_POS"] = neg_per_pos
+    return {f"{FOCAL}CLS_LOSS": "cross_entropy"} | {f"{FOCAL}OHEM.{k}": v for k, v in keys.items()}
+
+
+def anchors(scales: int, ratios: int) -> dict[str, object]:
+    return {
+        f"{FOCAL}ANCHORS.SCALES_PER_OCTAVE": scales,
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[1.0]] if ratios == 1 else [[0.5, 1.0, 2.0]],
+    }
+
+
+def focal_star(gamma: float, beta: float) -> dict[str, object]:
+    return {
+        f"{FOCAL}CLS_LOSS": "focal_star",
+        f"{FOCAL}FOCAL_STAR.BETA": float(beta),
+        f"{RETINANET}FOCAL_LOSS_GAMMA": float(gamma),
+    }
+
+
+ABLATIONS = [
+    ("table_1a_alpha_0.10", balanced(0, 0.10), "0.0, 0.0, 0.0"),
+    ("table_1a_alpha_0.25", balanced(0, 0.25), "10.8, 16.0, 11.7"),
+    ("table_1a_alpha_0.50", balanced(0, 0.50), "30.2, 46.7, 32.8"),
+    ("table_1a_alpha_0.75", balanced(0, 0.75), "31.1, 49.4, 33.0"),
+    ("table_1a_alpha_0.90", balanced(0, 0.90), "30.8, 49.7, 32.3"),
+    ("table_1a_alpha_0.99", balanced(0, 0.99), "28.7, 47.4, 29.9"),
+    ("table_1a_alpha_0.999", balanced(0, 0.999), "25.1, 41.7, 26.1"),
+    ("table_1b_gamma_0.0", balanced(0.0, 0.75), "31.1, 49.4, 33.0"),
+    ("table_1b_gamma_0.1", balanced(0.1, 0.75), "31.4, 49.9, 33.1"),
+    ("table_1b_gamma_0.2", balanced(0.2, 0.75), "31.9, 50.7, 33.4"),
+    ("table_1b_gamma_0.5", balanced(0.5, 0.50), "32.9, 51.7, 35.2"),
+    ("table_1b_gamma_1.0", balanced(1.0, 0.25), "33.7, 52.0, 36.2"),
+    ("table_1b_gamma_2.0", balanced(2.0, 0.25), "34.0, 52.5, 36.5"),
+    ("table_1b_gamma_5.0", balanced(5.0, 0.25), "32.2, 49.6, 34.8"),
+    ("table_1c_1_scales_1_ratios", anchors(1, 1), "30.3, 49.0, 31.8"),
+    ("table_1c_2_scales_1_ratios", anchors(2, 1), "31.9, 50.0, 34.0"),
+    ("table_1c_3_scales_1_ratios", anchors(3, 1), "31.8, 49.4, 33.7"),
+    ("table_1c_1_scales_3_ratios", anchors(1, 3), "32.4, 52.3, 33.9"),
+    ("table_1c_2_scales_3_ratios", anchors(2, 3), "34.2, 53.1, 36.5"),
+    ("table_1c_3_scales_3_ratios", anchors(3, 3), "34.0, 52.5, 36.5"),
+    ("table_1c_4_scales_3_ratios", anchors(4, 3), "33.8, 52.1, 36.2"),
+    ("table_1d_ohem_128_nms_0.7", ohem(128, 0.7), "31.1, 47.2, 33.2"),
+    ("table_1d_ohem_256_nms_0.7", ohem(256, 0.7), "31.8, 48.8, 33.9"),
+    ("table_1d_ohem_512_nms_0.7", ohem(512, 0.7), "30.6, 47.0, 32.6"),
+    ("table_1d_ohem_128_nms_0.5", ohem(128, 0.5), "32.8, 50.3, 35.1"),
+    ("table_1d_ohem_256_nms_0.5", ohem(256, 0.5), "31.0, 47.4, 33.0"),
+    ("table_1d_ohem_512_nms_0.5", ohem(512, 0.5), "27.6, 42.0, 29.2"),
+    ("table_1d_ohem_1_to_3_128_nms_0.5", ohem(128, 0.5, 3), "31.1, 47.2, 33.2"),
+    ("table_1d_ohem_1_to_3_256_nms_0.5", ohem(256, 0.5, 3), "28.3, 42.4, 30.3"),
+    ("table_1d_ohem_1_to_3_512_nms_0.5", ohem(512, 0.5, 3), "24.0, 35.5, 25.8"),
+    ("table_1d_focal_loss", {}, "36.0, 54.9, 38.7"),
+    ("table_3_cross_entropy", balanced(0, 0.75), "31.1, 49.4, 33.0"),
+    ("table_3_focal", balanced(2, 0.25), "34.0, 52.5, 36.5"),
+    ("table_3_focal_star_gamma_2_beta_1", focal_star(2, 1), "33.8, 52.7, 36.3"),
+    ("table_3_focal_star_gamma_4_beta_0", focal_star(4, 0), "33.9, 51.8, 36.4"),
+    (
+        "cross_entropy_without_prior",
+        {f"{RETINANET}PRIOR_PROB": 0.5, f"{FOCAL}CLS_LOSS": "cross_entropy"},
+        None,
+    ),
+    ("hinge", {f"{FOCAL}CLS_LOSS": "hinge", f"{FOCAL}HINGE.MARGIN": 0.5}, None),
+    (
+        "no_pyramid",
+        {
+            "MODEL.BACKBONE.NAME": "build_retina_focal_resnet_single_backbone",
+            "MODEL.RESNETS.OUT_FEATURES": ["res5"],
+            f"{RETINANET}IN_FEATURES": ["p5"],
+        },
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("stem", "keys", "ap"), ABLATIONS, ids=lambda x: x if str(x) == x else "")
+def test_an_ablation_is_the_papers_setting_with_its_rows_keys_alone(stem, keys, ap):
+    path = CONFIGS / "ablations" / f"{stem}.yaml"
+    base = BASE_101 if stem.startswith("table_1d") else BASE_50
+    expected = load(base)
+    expected.merge_from_list([part for pair in keys.items() for part in pair])
+    cfg = retina_focal.get_cfg()
+    cfg.merge_from_file(path, allow_unsafe=False)
+    assert not differing(cfg, expected)
+    header = path.read_text().split("_BASE_")[0]
+    assert f"# train_net.py --config-file configs/ablations/{path.name} --num-gpus 8" in header
+    assert "# This file: not run." in header
+    assert (f"# The paper's AP, AP50, AP75: {ap} (" if ap else "gives no number") in header
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg)
+    if stem == "no_pyramid":
+        assert model.head.num_anchors == 45
+
+
+def test_every_ablation_config_is_a_row():
+    files = {path.stem for path in (CONFIGS / "ablations").glob("*.yaml")}
+    assert files == {row[0] for row in ABLATIONS}
