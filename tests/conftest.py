@@ -8,9 +8,14 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as detectron2_get_cfg
 from detectron2.structures import Boxes, Instances
+from hypothesis import settings
 
 import retina_focal  # noqa: F401, registers the names below
 from retina_focal.tools.sample_data import SampleDataError, prepare_weights
+
+# How long an example takes is not a law: machines are shared.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 STOCK_YAML = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 STOCK = {

@@ -187,13 +187,13 @@ def boxes_strategy():
 RULES = st.sampled_from(["detectron2", "detectron", "paper"])
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(boxes=boxes_strategy(), rule=RULES, offset=st.sampled_from([0.0, 0.5]))
 def test_equals_stock_on_retinanet_anchors(boxes, rule, offset):
     assert_equals_stock_rule(retinanet_anchors(offset=offset), instances(boxes), rule)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     boxes=boxes_strategy(),
     rule=RULES,
@@ -217,7 +217,7 @@ def test_equals_stock_on_odd_grids(boxes, rule, levels, thresholds):
     assert_equals_stock_rule(anchors, instances(boxes), rule, thresholds=thresholds)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(boxes=boxes_strategy(), rule=RULES, seed=st.integers(0, 1000), count=st.integers(1, 60))
 def test_equals_stock_on_anchors_that_are_no_grid(boxes, rule, seed, count):
     generator = torch.Generator().manual_seed(seed)
@@ -332,7 +332,7 @@ def test_anchors_off_the_grid_are_matched_without_it(change):
     assert_equals_stock_rule(anchors, instances([[3, 5, 60, 70], [80, 20, 84, 23]]))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(boxes=boxes_strategy(), max_boxes=st.sampled_from([1, 2, 5]))
 def test_labels_do_not_depend_on_the_size_of_the_pieces(boxes, max_boxes):
     anchors, target = retinanet_anchors(128, 160), instances(boxes)

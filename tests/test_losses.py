@@ -263,7 +263,7 @@ def assert_dense_equals_definition(logits, labels, targets, num_classes, loss, d
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     num_images=st.integers(1, 3),

@@ -76,7 +76,7 @@ def close(values, tolerance):
     return any(b - a < tolerance for a, b in pairwise(values))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 2**31),
     num_images=st.integers(1, 2),
