@@ -7,7 +7,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from retina_focal.config import retina_focal_node
+from retina_focal.config import check_choice, retina_focal_node
 from retina_focal.matching import AnchorGrid, find_grid, match_dense, match_on_grid
 
 ASSIGNMENTS = ("detectron2", "detectron", "paper")
@@ -42,11 +42,7 @@ class Assigner:
         Raises:
             ValueError: an unknown rule, or thresholds and labels that don't fit.
         """
-        if rule not in ASSIGNMENTS:
-            raise ValueError(
-                f"MODEL.RETINA_FOCAL.ASSIGNMENT is '{rule}'; "
-                f"expected one of {', '.join(ASSIGNMENTS)}"
-            )
+        check_choice("MODEL.RETINA_FOCAL.ASSIGNMENT", rule, ASSIGNMENTS)
         rising = [0, *iou_thresholds] == sorted([0, *iou_thresholds]) and iou_thresholds[0] > 0
         if not rising or len(iou_labels) != len(iou_thresholds) + 1 or iou_labels[0] == 1:
             raise ValueError(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from retina_focal.config import retina_focal_node
+from retina_focal.config import check_choice, retina_focal_node
 
 # Elements per step of the dense sum. On a CPU the temporaries of one step stay in the cache;
 # elsewhere a step should outlast its launches.
@@ -198,10 +198,7 @@ def build_classification_loss(cfg: CfgNode) -> DenseLoss:
         "focal_star": lambda: FocalStarLoss(stock.FOCAL_LOSS_GAMMA, ours.FOCAL_STAR.BETA),
         "hinge": lambda: HingeLoss(ours.HINGE.MARGIN),
     }
-    if ours.CLS_LOSS not in losses:
-        raise ValueError(
-            f"MODEL.RETINA_FOCAL.CLS_LOSS is '{ours.CLS_LOSS}'; expected one of {', '.join(losses)}"
-        )
+    check_choice("MODEL.RETINA_FOCAL.CLS_LOSS", ours.CLS_LOSS, tuple(losses))
     return losses[ours.CLS_LOSS]()
 
 

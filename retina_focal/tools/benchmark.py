@@ -25,6 +25,7 @@ from retina_focal.tools import benchmark_cases as cases
 from retina_focal.tools.benchmark_cases import MODELS, Setting, Stopwatch
 from retina_focal.tools.cli import exit_in_words
 from retina_focal.tools.train import load_cfg
+from retina_focal.tools.whole_file import whole_file
 
 # What can be measured: the rows of each choice, and what else than the image they depend on.
 TIMED = {
@@ -84,7 +85,8 @@ def main(argv: list[str]) -> None:
         return
     save(report, args)
     text = markdown(report)
-    write_whole(args.output / "results.md", text.encode())
+    with whole_file(args.output / "results.md") as temporary:
+        temporary.write_text(text)
     plot(report["rows"], args.output / "results.png")
     print(f"{text}\nwritten to {args.output}")
 
@@ -396,20 +398,13 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.axvline(1, color="black")
     axes.invert_yaxis()
     axes.set_xlabel("ratio of times, or of memory")
-    partial_path = path.with_suffix(".partial.png")
-    figure.savefig(partial_path)
-    os.replace(partial_path, path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary)
 
 
 def save(report: dict, args: argparse.Namespace) -> None:
-    write_whole(args.output / "results.json", json.dumps(report, indent=1).encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial_path = path.with_name(f"{path.name}.partial")
-    partial_path.write_bytes(content)
-    os.replace(partial_path, path)
+    with whole_file(args.output / "results.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1))
 
 
 def processor(device: str) -> str:

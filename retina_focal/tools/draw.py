@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ from retina_focal.datasets import check_data_sets
 from retina_focal.engine import Trainer
 from retina_focal.tools.cli import exit_in_words
 from retina_focal.tools.train import add_dataset_argument, load_cfg
+from retina_focal.tools.whole_file import whole_file
 
 PANEL_WIDTH = 480  # pixels
 WHITE = (255, 255, 255)
@@ -84,7 +86,10 @@ def draw_detections(
             rows.append(cv2.hconcat([panels[0], gap, panels[1]]))
     classes = MetadataCatalog.get(name).thing_classes
     header = _header(rows[0].shape[1], classes, score_thresh)
-    _write_whole(output, cv2.vconcat([header, *rows]))
+    picture = cv2.vconcat([header, *rows])[:, :, ::-1]  # RGB to BGR
+    with whole_file(Path(output)) as temporary:
+        if not cv2.imwrite(str(temporary), picture):
+            raise OSError(f"could not write '{output}'; is the disk full?")
 
 
 def _ground_truth(record: dict) -> tuple[Boxes, np.ndarray]:
@@ -135,16 +140,3 @@ def _check_output(path: str) -> None:
         raise FileNotFoundError(f"can't write '{path}'; expected a folder that exists")
     if not cv2.haveImageWriter(path):
         raise ValueError(f"can't write '{path}'; expected a name that ends in .png or .jpg")
-
-
-def _write_whole(path: str, image: np.ndarray) -> None:
-    """Write an RGB image, the file whole or not at all."""
-    stem, ending = os.path.splitext(path)
-    partial = f"{stem}.partial{ending}"
-    try:
-        if not cv2.imwrite(partial, image[:, :, ::-1]):
-            raise OSError(f"could not write '{path}'; is the disk full?")
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -25,6 +24,8 @@ from xml.etree import ElementTree
 import cv2
 import numpy as np
 import torch
+
+from retina_focal.tools.whole_file import whole_file
 
 SPLITS = ("train", "val", "test")
 DEFAULT_WEIGHTS = Path("weights/tf_efficientnet_lite0.pth")
@@ -119,7 +120,7 @@ def prepare_trees(output: Path) -> None:
             for x0, y0 in tile_corners(width, height):
                 tile = photograph[y0 : y0 + TILE, x0 : x0 + TILE]
                 file_name = f"{name}_{y0:04d}_{x0:04d}.png"
-                with _whole_file(output / "images" / file_name) as temporary:
+                with whole_file(output / "images" / file_name) as temporary:
                     temporary.write_bytes(cv2.imencode(".png", tile)[1].tobytes())
                 size = (tile.shape[1], tile.shape[0])
                 clipped = clip_boxes([box for _, box in boxes], x0, y0, *size)
@@ -201,7 +202,7 @@ def prepare_weights(path: Path = DEFAULT_WEIGHTS) -> None:
         "matching_heuristics": True,
         "__author__": WEIGHTS_WHEEL.requirement,
     }
-    with _whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         torch.save(checkpoint, temporary)
     print(f"{path}: {len(checkpoint['model'])} tensors of {WEIGHTS_MODEL}")
 
@@ -334,7 +335,7 @@ def _write_splits(
     """One COCO file a split; written after the images, so that a JSON means its images exist."""
     for split, images in records.items():
         coco = to_coco(images, classes, info)
-        with _whole_file(output / f"{split}.json") as temporary:
+        with whole_file(output / f"{split}.json") as temporary:
             temporary.write_text(json.dumps(coco))
         print(f"{output / split}.json: {len(images)} images, {len(coco['annotations'])} boxes")
 
@@ -381,21 +382,11 @@ def _is_complete(output: Path, info: dict) -> bool:
     )
 
 
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place at the end: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
-        temporary = Path(folder, path.name)
-        yield temporary
-        os.replace(temporary, path)
-
-
 def _copy(source: Path, target: Path) -> None:
     if target.is_file() and source.is_file() and target.stat().st_size == source.stat().st_size:
         return
     content = _read(source)
-    with _whole_file(target) as temporary:
+    with whole_file(target) as temporary:
         temporary.write_bytes(content)
 
 
