@@ -1,6 +1,8 @@
 """Time and memory beside detectron2's and torchvision's RetinaNet: `retina-focal benchmark`."""
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import multiprocessing
@@ -10,6 +12,7 @@ import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import partial
 from itertools import product
@@ -269,7 +272,11 @@ def memory_growth(case: Callable, setting: Setting, name: str, threads: int) -> 
         unit = 1 if platform.system() == "Darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-    # What imports and building have freed again would hide as much of the growth.
+    # What imports and building have freed again would hide as much of the growth, whether the
+    # allocator has kept it or given it back.
+    gc.collect()
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     ballast = torch.ones(max(peak() - _resident(), 0), dtype=torch.uint8)
     before = peak()
     run(Stopwatch(setting.device))
