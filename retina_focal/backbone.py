@@ -12,6 +12,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from retina_focal.config import retina_focal_node
+from retina_focal.folding import fold_timm_norms
 
 TOP_BLOCK_IN_FEATURES = ("res5", "p5")
 TIMM_NORMS = ("FrozenBN", "BN", "SyncBN")
@@ -134,6 +135,7 @@ class TimmBackbone(Backbone):
             from timm.layers import freeze_batch_norm_2d
 
             self.body = freeze_batch_norm_2d(self.body)
+            fold_timm_norms(self.body.model)
         elif norm == "SyncBN":
             from timm.layers import convert_sync_batchnorm
 

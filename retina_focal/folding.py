@@ -1,70 +1,156 @@
 """Frozen batch norms folded into the convolutions before them.
 
 Both are linear, so conv(x, w) s + b = conv(x, w s) + b: the feature map is read and written once
-instead of three times. In training the product w s is a part of the graph.
+instead of three times. In training the product w s is a part of the graph. Parameters, buffers and
+their names stay those of the modules that are replaced.
 """
+
+import logging
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+logger = logging.getLogger(__name__)
+
+
+class FoldedWeight:
+    """Weight and bias of a convolution with the frozen norm inside."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module):
+        self.conv = conv
+        self.norm = norm
+        self.cache: tuple[list, tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        needs_graph = torch.is_grad_enabled() and self.conv.weight.requires_grad
+        if self.conv.training or needs_graph or torch.compiler.is_compiling():
+            return self.fold()
+        tensors = [*self.conv.parameters(), *self.norm.buffers()]
+        state = [(x.data_ptr(), x._version) for x in tensors]
+        if self.cache is None or self.cache[0] != state:
+            self.cache = state, self.fold()
+        return self.cache[1]
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        norm, bias = self.norm, self.conv.bias
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        mean = norm.running_mean if bias is None else norm.running_mean - bias
+        return self.conv.weight * scale.view(-1, 1, 1, 1), norm.bias - mean * scale
 
 
 class FoldedConv2d(Conv2d):
-    """detectron2's `Conv2d` with a frozen norm, folded as it runs.
-
-    Parameters, buffers and their names are those of the convolution that it is made from.
-    """
+    """detectron2's `Conv2d`, which holds its norm."""
 
     def __init__(self, conv: Conv2d):
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            bias=conv.bias is not None,
-            norm=conv.norm,
-            activation=conv.activation,
-            device="meta",
-        )
+        super().__init__(**_arguments(conv), norm=conv.norm, activation=conv.activation)
         self.weight, self.bias = conv.weight, conv.bias
-        self._cache: tuple[list, tuple[Tensor, Tensor]] | None = None
+        self._folded = FoldedWeight(self, conv.norm)
         self.train(conv.training)
 
     def train(self, mode: bool = True) -> "FoldedConv2d":
-        self._cache = None
+        self._folded.cache = None
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self._cached() if self._may_cache() else self._fold()
+        weight, bias = self._folded()
         x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 
-    def _may_cache(self) -> bool:
-        needs_graph = torch.is_grad_enabled() and self.weight.requires_grad
-        return not (self.training or needs_graph or torch.compiler.is_compiling())
 
-    def _cached(self) -> tuple[Tensor, Tensor]:
-        """What `_fold` returned last, unless a parameter or buffer has changed since."""
-        tensors = [*self.parameters(), *self.buffers()]
-        state = [(x.data_ptr(), x._version) for x in tensors]
-        if self._cache is None or self._cache[0] != state:
-            self._cache = state, self._fold()
-        return self._cache[1]
+class FoldedTimmConv2d(nn.Conv2d):
+    """A convolution of timm, whose norm is a module beside it."""
 
-    def _fold(self) -> tuple[Tensor, Tensor]:
-        norm = self.norm
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        mean = norm.running_mean if self.bias is None else norm.running_mean - self.bias
-        return self.weight * scale.view(-1, 1, 1, 1), norm.bias - mean * scale
+    def __init__(self, conv: nn.Conv2d, norm: "FoldedTimmNorm"):
+        from timm.layers import Conv2dSame
+        from timm.layers.conv2d_same import conv2d_same
+
+        super().__init__(**_arguments(conv))
+        self.weight, self.bias = conv.weight, conv.bias
+        self._conv2d = conv2d_same if isinstance(conv, Conv2dSame) else F.conv2d
+        self._folded = FoldedWeight(self, norm)
+        self.train(conv.training)
+
+    def train(self, mode: bool = True) -> "FoldedTimmConv2d":
+        self._folded.cache = None
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self._folded()
+        return self._conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class FoldedTimmNorm(nn.Module):
+    """The buffers of timm's frozen norm, and what it does after the norm."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.eps = norm.eps
+        for name, buffer in norm.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        # A plain frozen norm of timm has neither.
+        self.drop = getattr(norm, "drop", nn.Identity())
+        self.act = getattr(norm, "act", nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(x))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # Weights of a norm that was trained count its batches.
+        state_dict.pop(f"{prefix}num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def fold_frozen_norms(module: nn.Module) -> None:
-    """Replace, in place, every `Conv2d` inside that has a `FrozenBatchNorm2d`."""
+    """Replace, in place, every detectron2 `Conv2d` inside that has a `FrozenBatchNorm2d`."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) is Conv2d and isinstance(child.norm, FrozenBatchNorm2d):
                 setattr(parent, name, FoldedConv2d(child))
+
+
+def fold_timm_norms(model: nn.Module) -> None:
+    """Replace, in place, the convolutions of a timm model that only a frozen norm follows."""
+    for conv_name, norm_name in _timm_pairs(model):
+        norm = FoldedTimmNorm(model.get_submodule(norm_name))
+        conv = FoldedTimmConv2d(model.get_submodule(conv_name), norm)
+        for name, folded in ((conv_name, conv), (norm_name, norm)):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, folded)
+
+
+def _timm_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of convolutions and of the frozen norms that are all that uses their outputs."""
+    from timm.layers import Conv2dSame, FrozenBatchNormAct2d
+    from timm.layers.norm_act import FrozenBatchNorm2d
+
+    leaves = (nn.Conv2d, FrozenBatchNormAct2d, FrozenBatchNorm2d)
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return isinstance(module, leaves) or super().is_leaf_module(module, name)
+
+    try:
+        nodes = Tracer().trace(model).nodes
+    except Exception as error:  # whatever a model's own code raises on a stand-in for a tensor
+        logger.info("frozen norms of %s are not folded: %s", type(model).__name__, error)
+        return []
+    calls = {node: model.get_submodule(node.target) for node in nodes if node.op == "call_module"}
+    times = Counter(node.target for node in calls)
+    return [
+        (node.args[0].target, node.target)
+        for node, norm in calls.items()
+        if isinstance(norm, leaves[1:])
+        and type(calls.get(node.args[0])) in (nn.Conv2d, Conv2dSame)
+        and calls[node.args[0]].padding_mode == "zeros"
+        and len(node.args[0].users) == times[node.args[0].target] == times[node.target] == 1
+    ]
+
+
+def _arguments(conv: nn.Conv2d) -> dict:
+    """What makes a convolution of the same shape, without memory for its weights."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    arguments = {name: getattr(conv, name) for name in (*names, "groups")}
+    return {**arguments, "bias": conv.bias is not None, "device": "meta"}

@@ -9,7 +9,13 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from retina_focal.folding import FoldedConv2d, fold_frozen_norms
+from retina_focal.folding import (
+    FoldedConv2d,
+    FoldedTimmConv2d,
+    FoldedWeight,
+    fold_frozen_norms,
+    fold_timm_norms,
+)
 
 
 def conv(bias=False, seed=0, **kwargs):
@@ -78,8 +84,8 @@ def conv_then_norm(module, x):
 
 def test_the_cache_is_made_in_eval_and_dropped_by_train(monkeypatch):
     calls = []
-    fold = FoldedConv2d._fold
-    monkeypatch.setattr(FoldedConv2d, "_fold", lambda self: calls.append(1) or fold(self))
+    fold = FoldedWeight.fold
+    monkeypatch.setattr(FoldedWeight, "fold", lambda self: calls.append(1) or fold(self))
     folded = FoldedConv2d(conv()).eval()
     with torch.no_grad():
         folded(image()), folded(image())
@@ -140,3 +146,86 @@ def test_backbone_and_head_compile_into_one_graph(part):
         # "eager" runs the captured graph as it is: no compiler needed.
         compiled = torch.compile(module, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(inputs), module(inputs), rtol=1e-5, atol=1e-5)
+
+
+TIMM_MODELS = ["tf_efficientnet_lite0", "mobilenetv3_small_050", "resnet18", "regnety_002"]
+
+
+@pytest.mark.parametrize("name", TIMM_MODELS)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_timm_model_is_folded_whole_and_stays_the_same_function(name, training):
+    plain = frozen_timm_model(name).train(training)
+    folded = copy.deepcopy(plain)
+    fold_timm_norms(folded)
+    is_norm = [type(m).__name__.startswith("FrozenBatchNorm") for m in plain.modules()]
+    assert sum(isinstance(m, FoldedTimmConv2d) for m in folded.modules()) == sum(is_norm) > 0
+    assert list(folded.state_dict()) == list(plain.state_dict())
+    results = []
+    for model in (plain, folded):
+        x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        # Dropout and drop path draw.
+        torch.manual_seed(0)
+        features = model.forward_features(x)
+        features.square().mean().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([features, x.grad, *gradients])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(
+            other, one, rtol=1e-3, atol=1e-4 * float(one.detach().abs().max())
+        )
+
+
+def frozen_timm_model(name):
+    """A timm model whose frozen norms have seen data."""
+    timm = pytest.importorskip("timm")
+    from timm.layers import freeze_batch_norm_2d
+
+    torch.manual_seed(0)
+    model = freeze_batch_norm_2d(timm.create_model(name))
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("running_var"):
+            buffer.copy_(0.5 + torch.rand_like(buffer))
+        elif buffer.is_floating_point():
+            buffer.add_(0.1 * torch.randn_like(buffer))
+    return model
+
+
+def test_weights_of_trained_timm_norms_load_strictly():
+    timm = pytest.importorskip("timm")
+    folded = frozen_timm_model("resnet18")
+    fold_timm_norms(folded)
+    folded.load_state_dict(timm.create_model("resnet18").state_dict(), strict=True)
+
+
+def test_a_copy_folds_its_own_weights():
+    one = frozen_timm_model("resnet18").eval()
+    fold_timm_norms(one)
+    other = copy.deepcopy(one)
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = one(image)
+        for parameter in one.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(other(image), before)
+
+
+class ConvUsedTwice(torch.nn.Module):
+    """Its convolution's output goes to a norm and to a sum."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 1)
+        self.norm = norm
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x + self.norm(x)
+
+
+def test_a_convolution_that_something_else_uses_too_is_not_folded():
+    pytest.importorskip("timm")
+    from timm.layers import FrozenBatchNormAct2d
+
+    model = ConvUsedTwice(FrozenBatchNormAct2d(4))
+    fold_timm_norms(model)
+    assert type(model.conv) is torch.nn.Conv2d
