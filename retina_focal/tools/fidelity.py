@@ -1,0 +1,264 @@
+"""Where a config differs from the paper, Detectron and the zoo: `retina-focal fidelity`."""
+
+import argparse
+import math
+import re
+from functools import cache
+from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+from tabulate import tabulate
+
+from retina_focal.config import config_path, get_cfg
+from retina_focal.tools.cli import exit_in_words
+from retina_focal.tools.fidelity_settings import SETTINGS, Choice, Setting, frozen
+
+REFERENCES = {
+    "paper": "the paper (arXiv:1708.02002)",
+    "detectron": "Detectron, the authors' code",
+    "detectron2": "detectron2's model zoo (RetinaNet)",
+}
+ZOO = ("retinanet_R_50_FPN_1x", "retinanet_R_50_FPN_3x", "retinanet_R_101_FPN_3x")
+# Keys that change nothing that is learnt or found, and those of other models.
+PASSIVE = (
+    *("CUDNN_BENCHMARK", "FLOAT32_PRECISION", "GLOBAL.", "OUTPUT_DIR", "SEED", "VERSION"),
+    *("VIS_PERIOD", "DATALOADER.NUM_WORKERS", "DATASETS.COCO_JSON", "DATASETS.P"),
+    *("SOLVER.CHECKPOINT_PERIOD", "TEST.E", "MODEL.DEVICE", "MODEL.META_ARCHITECTURE"),
+    *("MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS", "MODEL.MASK_ON", "MODEL.PANOPTIC_FPN."),
+    *("MODEL.PROPOSAL_GENERATOR.", "MODEL.ROI_", "MODEL.RPN.", "MODEL.SEM_SEG_HEAD."),
+    "MODEL.RETINA_FOCAL.ACCUMULATE_STEPS",
+)
+COLUMNS = {"setting": 20, "this config": 24, "reference": 28, "consequence": 42, "source": 24}
+EPILOG = """
+The header of a config, and those of the configs that it is based on, can say
+  # Follows: paper
+  # Differs in: warm-up, box loss
+with a reference as of --reference and settings as printed here. Without --reference, a config is
+compared with the one that it follows, or with all three.
+
+Examples:
+  %(prog)s COCO-Detection/retinanet_R_50_FPN_paper_600.yaml
+  %(prog)s --reference detectron cfg.yaml MODEL.RETINANET.FOCAL_LOSS_GAMMA 1.0
+"""
+
+
+class Row(NamedTuple):
+    """A setting on which a reference is not silent, in words."""
+
+    setting: str
+    here: str
+    reference: str
+    consequence: str
+    source: str
+    differs: bool
+
+
+class Declaration(NamedTuple):
+    """What a config's header says of itself."""
+
+    reference: str | None  # one of REFERENCES that it follows
+    differences: frozenset[str]  # names of settings
+
+
+def main(argv: list[str]) -> None:
+    """``retina-focal fidelity``: a table for each config and reference."""
+    parser = argparse.ArgumentParser(
+        prog="retina-focal fidelity",
+        description=__doc__.splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "configs", nargs="+", metavar="CONFIG.yaml ... [KEY VALUE]", help="configs, then overrides"
+    )
+    parser.add_argument("--reference", choices=[*REFERENCES, "all"], help="what to compare with")
+    parser.add_argument("--all", action="store_true", help="list the settings that agree too")
+    parser.add_argument("--markdown", action="store_true", help="tables for a Markdown file")
+    args = parser.parse_args(argv)
+    names = list(takewhile(lambda x: x.endswith((".yaml", ".yml")), args.configs))
+    if not names:
+        parser.error(f"'{args.configs[0]}' is no YAML config; for example: quick_start/bccd.yaml")
+    with exit_in_words():
+        for name in names:
+            path = config_path(name)
+            cfg = get_cfg()
+            cfg.merge_from_file(path)
+            cfg.merge_from_list(args.configs[len(names) :])
+            declared = declaration(path)
+            report(name, cfg, declared, args.reference, args.all, args.markdown)
+
+
+def report(
+    name: str,
+    cfg: CfgNode,
+    declared: Declaration,
+    reference: str | None = None,
+    everything: bool = False,
+    markdown: bool = False,
+) -> None:
+    """Print the tables of one config.
+
+    Args:
+        name: of the config, for the title.
+        declared: what its header says.
+        reference: one of REFERENCES, or "all"; None: the one that the config follows, or all.
+        everything: list the settings that agree too.
+        markdown: tables for a Markdown file.
+    """
+    reference = reference or declared.reference or "all"
+    print(f"# {name}: follows {declared.reference or 'no reference that its header names'}")
+    for key in REFERENCES if reference == "all" else (reference,):
+        rows = compare(cfg, key)
+        different = [row.setting for row in rows if row.differs]
+        word = "difference" if len(different) == 1 else "differences"
+        print(f"\n## {len(different) or 'no'} {word} from {REFERENCES[key]}\n")
+        shown = [row for row in rows if row.differs or everything]
+        if shown:
+            print(_table(shown, markdown))
+        if key == declared.reference:
+            hidden = [setting for setting in different if setting not in declared.differences]
+            if hidden:
+                print(f"\nnot declared in the header: {', '.join(hidden)}")
+    print()
+
+
+def compare(cfg: CfgNode, reference: str) -> list[Row]:
+    """The settings on which `reference` is not silent and which have an effect in `cfg`.
+
+    Args:
+        cfg: of a RetinaNet, ours or detectron2's, with the package's keys.
+        reference: one of REFERENCES. For "detectron2" the other keys that differ come last.
+    Raises:
+        ValueError: another meta-architecture.
+    """
+    if not cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet"):
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; what can be compared are "
+            "RetinaNet and FocalRetinaNet"
+        )
+    rows = []
+    for setting in SETTINGS:
+        value, choice = setting.read(cfg), choice_of(setting, reference)
+        if choice is None or value is None:
+            continue
+        text = choice.text or " or ".join(map(_show, choice.values))
+        differs = not any(same(value, other) for other in choice.values)
+        rows.append(
+            Row(setting.name, _show(value), text, setting.consequence, choice.source, differs)
+        )
+    return rows + (_other_keys(cfg) if reference == "detectron2" else [])
+
+
+@cache
+def choice_of(setting: Setting, reference: str) -> Choice | None:
+    """What a reference does in a setting; None where it is silent."""
+    if reference != "detectron2":
+        return getattr(setting, reference)
+    values = list(dict.fromkeys(setting.read(cfg) for cfg in zoo()))
+    if None in values:
+        return None
+    source = setting.detectron2_source
+    if not source:
+        default = setting.read(get_cfg())
+        source = "detectron2 defaults.py" if values == [default] else "detectron2 model zoo"
+    return Choice(tuple(values), source)
+
+
+@cache
+def zoo() -> tuple[CfgNode, ...]:
+    """detectron2's own RetinaNet configs, with the package's keys at their stock values."""
+    cfgs = []
+    for name in ZOO:
+        cfg = get_cfg()
+        cfg.merge_from_file(model_zoo.get_config_file(f"COCO-Detection/{name}.yaml"))
+        cfgs.append(cfg)
+    return tuple(cfgs)
+
+
+def _other_keys(cfg: CfgNode) -> list[Row]:
+    """Keys that no setting reads and that differ from the first config of the zoo."""
+    covered = {key for setting in SETTINGS for key in setting.keys}
+    here, there = _leaves(cfg), _leaves(zoo()[0])
+    return [
+        Row(key, _show(value), _show(there.get(key)), "not known", "detectron2 defaults.py", True)
+        for key, value in here.items()
+        if key not in covered and not key.startswith(PASSIVE) and value != there.get(key)
+    ]
+
+
+def _leaves(node: CfgNode, prefix: str = "") -> dict[str, object]:
+    leaves = {}
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = frozen(value)
+    return leaves
+
+
+def same(one: object, other: object) -> bool:
+    """Equal, numbers up to the rounding of how they are written."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one == other
+
+
+def declaration(path: str | Path) -> Declaration:
+    """What the leading comments of a config and of its bases declare.
+
+    The nearest "Follows:" counts; "Differs in:" of a base counts where it follows the same.
+
+    Raises:
+        ValueError: a header follows what is none of REFERENCES.
+    """
+    path = Path(path)
+    lines = path.read_text().splitlines()
+    header = [line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), lines)]
+    own = [x.removeprefix("Follows:").strip() for x in header if x.startswith("Follows:")]
+    if own and own[0] not in REFERENCES:
+        raise ValueError(
+            f"the header of {path} follows '{own[0]}'; expected one of {', '.join(REFERENCES)}"
+        )
+    names = ",".join(x.partition(":")[2] for x in header if x.startswith("Differs in:"))
+    differences = frozenset(name.strip() for name in names.split(",") if name.strip())
+    base = _base(path, lines)
+    inherited = declaration(base) if base else Declaration(None, frozenset())
+    reference = own[0] if own else inherited.reference
+    if reference == inherited.reference:
+        differences |= inherited.differences
+    return Declaration(reference, differences)
+
+
+def _base(path: Path, lines: list[str]) -> Path | None:
+    """The file that ``_BASE_`` names."""
+    # Not parsed as YAML: detectron2's configs need a loader that runs code.
+    for line in lines:
+        if match := re.match(r"""_BASE_:\s*["']?([^"'#\s]+)""", line):
+            return path.parent / Path(match[1]).expanduser()
+    return None
+
+
+def _show(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(f"({_show(x)})" if isinstance(x, tuple) else _show(x) for x in value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value) if value != "" else "none"
+
+
+def _table(rows: list[Row], markdown: bool) -> str:
+    cells = [row[:-1] for row in rows]
+    if markdown:
+        return tabulate(cells, list(COLUMNS), tablefmt="github", disable_numparse=True)
+    return tabulate(
+        cells,
+        list(COLUMNS),
+        tablefmt="grid",
+        maxcolwidths=list(COLUMNS.values()),
+        disable_numparse=True,
+    )
