@@ -86,7 +86,7 @@ def changed(value: object) -> object:
     return "x" if value is None else f"{value}x"
 
 
-# (bool, str and None have no "+ 0.25"; a key of an octave must stay a whole number.)
+# The scales of an octave are a whole number, and None has no neighbour.
 SPECIAL = {"MODEL.RETINA_FOCAL.ANCHORS.SCALES_PER_OCTAVE": 2, "SOLVER.WEIGHT_DECAY_BIAS": 0.0}
 
 

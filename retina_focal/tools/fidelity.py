@@ -31,7 +31,7 @@ PASSIVE = (
     *("MODEL.PROPOSAL_GENERATOR.", "MODEL.ROI_", "MODEL.RPN.", "MODEL.SEM_SEG_HEAD."),
     "MODEL.RETINA_FOCAL.ACCUMULATE_STEPS",
 )
-COLUMNS = {"setting": 20, "this config": 24, "reference": 28, "consequence": 42, "source": 24}
+COLUMNS = {"setting": 20, "this config": 24, "reference": 28, "consequence": 42, "source": 28}
 EPILOG = """
 The header of a config, and those of the configs that it is based on, can say
   # Follows: paper

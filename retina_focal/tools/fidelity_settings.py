@@ -194,10 +194,8 @@ def _precision(cfg: CfgNode) -> str:
 
 
 def _training_scales(cfg: CfgNode) -> tuple[int, ...] | str:
-    sizes = frozen(cfg.INPUT.MIN_SIZE_TRAIN)
-    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
-        return " to ".join(map(str, sizes))
-    return sizes
+    sizes, sampling = frozen(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    return sizes if sampling == "choice" else f"{sampling} of {sizes}"
 
 
 PAPER_SCALES = (400, 500, 600, 700, 800)
