@@ -1,6 +1,7 @@
 """Where a config differs from the paper, Detectron and the zoo: `retina-focal fidelity`."""
 
 import argparse
+import logging
 import math
 import re
 from functools import cache
@@ -170,12 +171,17 @@ def choice_of(setting: Setting, reference: str) -> Choice | None:
 @cache
 def zoo() -> tuple[CfgNode, ...]:
     """detectron2's own RetinaNet configs, with the package's keys at their stock values."""
-    cfgs = []
-    for name in ZOO:
-        cfg = get_cfg()
-        cfg.merge_from_file(model_zoo.get_config_file(f"COCO-Detection/{name}.yaml"))
-        cfgs.append(cfg)
-    return tuple(cfgs)
+    # They compute the anchor sizes in YAML, of which each load would warn.
+    logger = logging.getLogger("fvcore.common.config")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        cfgs = tuple(get_cfg() for _ in ZOO)
+        for cfg, name in zip(cfgs, ZOO, strict=True):
+            cfg.merge_from_file(model_zoo.get_config_file(f"COCO-Detection/{name}.yaml"))
+    finally:
+        logger.setLevel(level)
+    return cfgs
 
 
 def _other_keys(cfg: CfgNode) -> list[Row]:
