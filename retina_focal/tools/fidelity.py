@@ -68,12 +68,13 @@ def main(argv: list[str]) -> None:
     """``retina-focal fidelity``: a table for each config and reference."""
     parser = argparse.ArgumentParser(
         prog="retina-focal fidelity",
+        usage="%(prog)s [options] CONFIG.yaml ... [KEY VALUE ...]",
         description=__doc__.splitlines()[0],
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "configs", nargs="+", metavar="CONFIG.yaml ... [KEY VALUE]", help="configs, then overrides"
+        "configs", nargs="+", metavar="CONFIG.yaml", help="configs, then KEY VALUE pairs"
     )
     parser.add_argument("--reference", choices=[*REFERENCES, "all"], help="what to compare with")
     parser.add_argument("--all", action="store_true", help="list the settings that agree too")
