@@ -134,6 +134,13 @@ def test_overrides_are_compared_and_are_in_no_header(capsys):
     assert "0.5" in printed and "Table 1b" in printed
 
 
+def test_a_key_without_a_setting_is_compared_with_detectron2_under_its_own_name(capsys):
+    fidelity.main([str(ZOO_1X), "SOLVER.NESTEROV", "True"])
+    printed = capsys.readouterr().out
+    assert re.search(r"\| SOLVER.NESTEROV +\| on +\| off ", printed)
+    assert "not declared in the header: SOLVER.NESTEROV\n" in printed
+
+
 def test_a_reference_on_request_or_all_three(capsys):
     fidelity.main(["--reference", "detectron", str(PAPER)])
     assert re.findall(r"from (\w+)", capsys.readouterr().out)[0] == "Detectron"

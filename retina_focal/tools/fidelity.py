@@ -251,6 +251,8 @@ def _base(path: Path, lines: list[str]) -> Path | None:
 
 
 def _show(value: object) -> str:
+    if isinstance(value, bool):  # tabulate takes the text "False" for a truth value, True
+        return "on" if value else "off"
     if isinstance(value, tuple):
         return ", ".join(f"({_show(x)})" if isinstance(x, tuple) else _show(x) for x in value)
     if isinstance(value, float):

@@ -327,7 +327,7 @@ SETTINGS = (
     Setting(
         "head norm",
         (f"{RETINANET}NORM",),
-        "eases short training; weights of one do not fit the other",
+        "weights of one do not fit the other",
         Choice(("",), "paper Sec. 4", "none"),
         Choice(("",), HEADS, "none"),
     ),
