@@ -63,6 +63,14 @@ def test_a_row_is_its_own_keys_and_the_papers_numbers(stem, keys, ap, base, tmp_
     assert flatten(run.cfg) == flatten(expected)
 
 
+def test_without_a_base_a_row_is_its_whole_file(tmp_path, base):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"_BASE_: {base}\nSOLVER:\n  MAX_ITER: 7\n")
+    (run,) = plan([read_row(str(path))], None, [], [], [1], tmp_path)["mine"]
+    assert run.cfg.SOLVER.MAX_ITER == 7
+    assert run.cfg.MODEL.FPN.OUT_CHANNELS == 16
+
+
 def test_every_row_of_a_table_is_meant_by_its_pattern():
     assert len(ablation_runs.row_names("table_1a_*")) == 7
     assert len(ablation_runs.row_names("*")) == len(
@@ -229,8 +237,8 @@ def test_the_slurm_job_that_submitit_writes_runs_the_row(base, tmp_path):
         f"SLURM_JOB_ID=12 SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 "
         f'SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=here bash "$1" >{tmp_path}/slurm.txt 2>&1 & '
         "echo Submitted batch job 12",
-        # Its options end where the command begins.
-        "srun": 'while [[ $1 == -* ]]; do [[ $1 =~ ^--(output|error)$ ]] && shift; shift; done; "$@"',
+        "srun": "while [[ $1 == -* ]]; do "
+        '[[ $1 =~ ^--(output|error)$ ]] && shift; shift; done; "$@"',
         "sacct": "echo 'JobID|State'; echo '12|RUNNING'",
         "scontrol": "echo here",
     }.items():

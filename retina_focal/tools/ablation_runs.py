@@ -37,6 +37,7 @@ class Row:
     name: str
     keys: dict[str, object]
     paper: tuple[float, ...] = ()
+    file: str = ""  # the whole config that has these keys
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def read_row(name: str) -> Row:
     keys = yaml.safe_load(text)
     keys.pop("_BASE_", None)
     paper = PAPER_AP.search(text)
-    return Row(path.stem, flatten(keys), tuple(map(float, paper.groups())) if paper else ())
+    return Row(
+        path.stem, flatten(keys), tuple(map(float, paper.groups())) if paper else (), str(path)
+    )
 
 
 def row_names(pattern: str) -> list[str]:
@@ -117,7 +120,7 @@ def plan(
     for row in rows:
         runs = []
         for seed in seeds:
-            cfg = (shared or load_cfg(f"ablations/{row.name}.yaml", opts, datasets)).clone()
+            cfg = (shared or load_cfg(row.file, opts, datasets)).clone()
             cfg.defrost()
             for key, value in row.keys.items():
                 cfg.merge_from_list([key, value])
