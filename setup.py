@@ -14,7 +14,8 @@ setup(
     install_requires=["torch", "torchvision", "fvcore", "pycocotools", "opencv-python"],
     extras_require={
         "timm": ["timm"],
-        "test": ["timm", "pytest", "pytest-xdist", "hypothesis"],
+        "ablate": ["submitit"],
+        "test": ["timm", "submitit", "pytest", "pytest-xdist", "hypothesis"],
         "dev": ["ruff"],
     },
     entry_points={"console_scripts": ["retina-focal = retina_focal.tools.cli:main"]},

@@ -1,7 +1,7 @@
 """Backbones with pyramid levels P3 to P7 (Sec. 4, "Feature Pyramid Network Backbone").
 
 No P2; P6 is a 3x3 stride-2 convolution on C5 or P5, P7 a ReLU and the same on P6. Besides the
-ResNet pyramid there are the same pyramid on any timm model, and a ResNet without a pyramid.
+ResNet pyramid there are the same pyramid on any timm model, and both without a pyramid.
 """
 
 from detectron2.config import CfgNode
@@ -33,11 +33,7 @@ def build_retina_focal_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -
     Its weights come through ``MODEL.WEIGHTS`` only; ``MODEL.BACKBONE.FREEZE_AT`` n freezes all that
     leads to the feature of stride 2^n.
     """
-    timm_node = retina_focal_node(cfg).TIMM
-    bottom_up = TimmBackbone(
-        timm_node.NAME, timm_node.NORM, cfg.MODEL.BACKBONE.FREEZE_AT, input_shape.channels
-    )
-    return _pyramid(cfg, bottom_up)
+    return _pyramid(cfg, _build_timm_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
@@ -48,6 +44,14 @@ def build_retina_focal_resnet_single_backbone(
     bottom_up = build_resnet_backbone(cfg, input_shape)
     _check_features(bottom_up, ["res5"], "MODEL.RESNETS.OUT_FEATURES [res5]")
     return SingleLevelBackbone(bottom_up, cfg.MODEL.FPN.OUT_CHANNELS)
+
+
+@BACKBONE_REGISTRY.register()
+def build_retina_focal_timm_single_backbone(
+    cfg: CfgNode, input_shape: ShapeSpec
+) -> "SingleLevelBackbone":
+    """The same without a pyramid on the timm model ``RETINA_FOCAL.TIMM.NAME``."""
+    return SingleLevelBackbone(_build_timm_backbone(cfg, input_shape), cfg.MODEL.FPN.OUT_CHANNELS)
 
 
 class SingleLevelBackbone(Backbone):
@@ -140,6 +144,11 @@ class TimmBackbone(Backbone):
             from timm.layers import convert_sync_batchnorm
 
             self.body = convert_sync_batchnorm(self.body)
+
+
+def _build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
+    node = retina_focal_node(cfg).TIMM
+    return TimmBackbone(node.NAME, node.NORM, cfg.MODEL.BACKBONE.FREEZE_AT, input_shape.channels)
 
 
 def _create_timm_model(name: str, in_channels: int) -> nn.Module:

@@ -1,9 +1,12 @@
 """Small models and pictures that several test modules share."""
 
 import io
+import json
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from detectron2 import model_zoo
@@ -96,3 +99,33 @@ def lite0_weights(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "tf_efficientnet_lite0.pth"
     prepare_weights(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Six pictures of coloured rectangles, two classes, in COCO format."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(6):
+        picture = np.full((64, 96, 3), 128, np.uint8)
+        for label in (0, 1):
+            x, y = generator.integers(0, 48), generator.integers(0, 32)
+            picture[y : y + 28, x : x + 36] = (255, 0, 0) if label else (0, 0, 255)
+            box = [int(x), int(y), 36, 28]
+            annotations.append(
+                {
+                    "id": 2 * i + label + 1,
+                    "image_id": i,
+                    "category_id": label + 1,
+                    "bbox": box,
+                    "area": 36 * 28,
+                    "iscrowd": 0,
+                }
+            )
+        cv2.imwrite(str(folder / f"{i}.png"), picture)
+        images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 96})
+    categories = [{"id": 1, "name": "red"}, {"id": 2, "name": "blue"}]
+    content = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+    (folder / "a.json").write_text(json.dumps(content))
+    return folder

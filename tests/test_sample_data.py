@@ -289,6 +289,16 @@ def test_bccd_corners_are_unshifted_and_boxes_without_area_named_and_dropped(
     assert (tmp_path / "out" / "images" / "train0.jpg").read_bytes() == b"train"
 
 
+def test_a_prepared_bccd_needs_its_source_no_more(blood, tmp_path, monkeypatch, capsys):
+    prepare_bccd(tmp_path / "out")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "elsewhere"))
+    prepare_bccd(tmp_path / "out")
+    assert f"{tmp_path / 'out'}: complete" in capsys.readouterr().out
+    (tmp_path / "out" / "images" / "val0.jpg").unlink()
+    with pytest.raises(SampleDataError, match="no folder"):
+        prepare_bccd(tmp_path / "out")
+
+
 def test_a_missing_bccd_is_one_sentence_with_where_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     with pytest.raises(SystemExit) as stop:

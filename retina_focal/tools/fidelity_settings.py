@@ -19,6 +19,10 @@ RESNET_BUILDERS = (
     "build_retina_focal_resnet_single_backbone",
     "build_retinanet_resnet_fpn_backbone",
 )
+TIMM_BUILDERS = (
+    "build_retina_focal_timm_fpn_backbone",
+    "build_retina_focal_timm_single_backbone",
+)
 
 
 class Choice(NamedTuple):
@@ -59,7 +63,7 @@ def _get(cfg: CfgNode, key: str) -> object:
 
 
 def _has_timm(cfg: CfgNode) -> bool:
-    return cfg.MODEL.BACKBONE.NAME == "build_retina_focal_timm_fpn_backbone"
+    return cfg.MODEL.BACKBONE.NAME in TIMM_BUILDERS
 
 
 def _has_resnet(cfg: CfgNode) -> bool:

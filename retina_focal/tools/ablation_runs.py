@@ -1,0 +1,222 @@
+"""Rows of an ablation, the runs that they ask for, and one run from its config to its AP."""
+
+import argparse
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import re
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+
+from retina_focal.config import config_path, get_cfg
+from retina_focal.datasets import register_datasets
+from retina_focal.engine import Trainer, available_device
+from retina_focal.tools.train import load_cfg
+from retina_focal.tools.whole_file import whole_file
+
+METRICS = ("AP", "AP50", "AP75", "AR@100")
+PAPER_AP = re.compile(r"^# The paper's AP, AP50, AP75: ([\d.]+), ([\d.]+), ([\d.]+)", re.MULTILINE)
+# What differs between repetitions of a run, or between machines that run it.
+NOT_COMPARED = ("SEED", "OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: its own keys, and what the paper measured (AP, AP50, AP75)."""
+
+    name: str
+    keys: dict[str, object]
+    paper: tuple[float, ...] = ()
+    file: str = ""  # the whole config that has these keys
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a config that is complete but for its data sets' registration."""
+
+    name: str
+    cfg: CfgNode = field(compare=False)
+    settings: str  # `fingerprint` of the config
+
+    @property
+    def seed(self) -> int:
+        return self.cfg.SEED
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.OUTPUT_DIR)
+
+
+def read_row(name: str) -> Row:
+    """The row of a file, or of ``configs/ablations/<name>.yaml``: its keys without ``_BASE_``.
+
+    Raises:
+        FileNotFoundError: neither exists.
+    """
+    path = Path(name if Path(name).is_file() else config_path(f"ablations/{name}.yaml"))
+    text = path.read_text()
+    keys = yaml.safe_load(text)
+    keys.pop("_BASE_", None)
+    paper = PAPER_AP.search(text)
+    return Row(
+        path.stem, flatten(keys), tuple(map(float, paper.groups())) if paper else (), str(path)
+    )
+
+
+def row_names(pattern: str) -> list[str]:
+    """Names of the package's rows that a pattern such as ``table_1a_*`` means; a file is itself."""
+    if not any(character in pattern for character in "*?["):
+        return [pattern]
+    folder = Path(config_path("ablations/hinge.yaml")).parent
+    names = sorted(path.stem for path in folder.glob(f"{pattern}.yaml"))
+    if not names:
+        raise ValueError(f"no row matches '{pattern}'; expected a name in {folder}, such as hinge")
+    return names
+
+
+def grid_rows(axes: dict[str, Sequence[object]]) -> list[Row]:
+    """A row for each combination of the values of some keys."""
+    rows = []
+    for values in itertools.product(*axes.values()):
+        keys = dict(zip(axes, values, strict=True))
+        name = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in keys.items())
+        rows.append(Row(name, keys))
+    return rows
+
+
+def plan(
+    rows: Sequence[Row],
+    base: str | None,
+    opts: Sequence[str],
+    datasets: Sequence[Sequence[str]],
+    seeds: Sequence[int],
+    output: Path,
+) -> dict[str, list[Run]]:
+    """The runs of each row, by name; rows that come to the same config share theirs.
+
+    Args:
+        rows: unique in name.
+        base: config that a row's own keys are merged onto; None: each row's whole file.
+        opts: KEY VALUE pairs for every run, merged before a row's own keys.
+        datasets: rows of [name, annotation json, image folder].
+        seeds: of each row.
+        output: folder of the runs' folders.
+    Raises:
+        ValueError, KeyError, FileNotFoundError: a config or a data set is wrong.
+    """
+    planned: dict[str, list[Run]] = {}
+    known: dict[tuple[str, int], Run] = {}
+    shared = load_cfg(base, opts, datasets) if base else None
+    for row in rows:
+        runs = []
+        for seed in seeds:
+            cfg = (shared or load_cfg(row.file, opts, datasets)).clone()
+            cfg.defrost()
+            for key, value in row.keys.items():
+                cfg.merge_from_list([key, value])
+            cfg.SEED = seed
+            settings = fingerprint(cfg)
+            # Readable, and one folder for the same settings whoever asks for them.
+            cfg.OUTPUT_DIR = str(output / f"{_file_name(row.name)}_{settings[:8]}" / f"seed_{seed}")
+            cfg.freeze()
+            runs.append(known.setdefault((settings, seed), Run(row.name, cfg, settings)))
+        planned[row.name] = runs
+    return planned
+
+
+def fingerprint(cfg: CfgNode) -> str:
+    """Digest of all in which a config differs from the defaults, but for `NOT_COMPARED`."""
+    defaults = flatten(get_cfg())
+    differing = {
+        key: value
+        for key, value in flatten(cfg).items()
+        if key not in NOT_COMPARED and (key not in defaults or defaults[key] != value)
+    }
+    return hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()
+
+
+def flatten(node: dict, prefix: str = "") -> dict[str, object]:
+    """{"A": {"B": 1}} to {"A.B": 1}, tuples to lists."""
+    flat = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def execute(config: str, threads: int = 0) -> dict:
+    """Train and evaluate one run in this process, going on from its last checkpoint.
+
+    What it prints goes to ``log.txt`` and ``output.txt`` of its folder, its result to
+    ``result.json``, which is returned as it is where it exists. A second process waits.
+
+    Args:
+        config: of the run, as YAML.
+        threads: for arithmetic; 0 leaves torch's choice.
+    """
+    cfg = get_cfg()
+    cfg.merge_from_other_cfg(CfgNode.load_cfg(config))
+    folder = Path(cfg.OUTPUT_DIR)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock, open(folder / "output.txt", "a") as output:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "result.json").exists():
+            if threads:
+                torch.set_num_threads(threads)
+            with redirect_stdout(output), redirect_stderr(output):
+                result = _train(cfg)
+            with whole_file(folder / "result.json") as temporary:
+                temporary.write_text(json.dumps(result))
+        return json.loads((folder / "result.json").read_text())
+
+
+def iterations_done(run: Run) -> int:
+    """How far a run has come, by what its trainer has written."""
+    try:
+        last = (run.folder / "metrics.json").read_text().splitlines()[-1]
+        return json.loads(last)["iteration"] + 1
+    except (OSError, IndexError, ValueError, KeyError):
+        return 0
+
+
+def _train(cfg: CfgNode) -> dict:
+    """Outcome of a run: "ok", "nan" (the loss was not finite) or "no detections"; and its AP."""
+    cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
+    cfg.freeze()
+    register_datasets(cfg)
+    default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
+    start = time.perf_counter()
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    result = {"seed": cfg.SEED, "outcome": "ok", "iterations": cfg.SOLVER.MAX_ITER}
+    try:
+        trainer.train()
+    except FloatingPointError:
+        result.update(outcome="nan", iterations=trainer.iter)
+        measured = {}
+    else:
+        # Of detections, or of a proposal network's boxes.
+        (measured,) = trainer.results.get(cfg.DATASETS.TEST[0], trainer.results).values()
+        # detectron2 calls the AP of nothing nan; by COCO's definition it is 0.
+        if math.isnan(measured.get("AP", 0)):
+            result["outcome"] = "no detections"
+            measured = {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    result.update({metric: round(measured[metric], 3) for metric in METRICS if metric in measured})
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    return result
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", name)

@@ -1,0 +1,243 @@
+"""AP against time an image (Fig. 2), of one's own checkpoints: `retina-focal speed`."""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.evaluation import COCOEvaluator, inference_context
+from torch import nn
+from tqdm import tqdm
+
+from retina_focal.datasets import check_data_sets
+from retina_focal.engine import Trainer
+from retina_focal.tools.benchmark import processor
+from retina_focal.tools.cli import exit_in_words
+from retina_focal.tools.train import add_dataset_argument, load_cfg
+from retina_focal.tools.whole_file import whole_file
+
+WARM_UP = 3  # images that are not timed
+# (ms an image, AP) on one Nvidia M40, COCO test-dev; paper, table 1e and Fig. 2.
+PUBLISHED = {
+    "RetinaNet-50, 400 to 800 px": [(64, 30.5), (72, 32.5), (98, 34.3), (121, 35.1), (153, 35.7)],
+    "RetinaNet-101, 400 to 800 px": [(81, 31.9), (90, 34.4), (122, 36.0), (154, 37.1), (198, 37.8)],
+    "SSD321": [(61, 28.0)],
+    "DSSD321": [(85, 28.0)],
+    "R-FCN (extrapolated)": [(85, 29.9)],
+    "SSD513": [(125, 31.2)],
+    "DSSD513": [(156, 33.2)],
+    "FPN Faster R-CNN": [(172, 36.2)],
+}
+EPILOG = """
+Time is that of the model's call with one image: normalisation, network, decoding and NMS, not
+reading or resizing the file. Each image is seen by every checkpoint at every scale before the next.
+
+Example:
+  %(prog)s --checkpoint output/bccd/config.yaml output/bccd/model_final.pth \\
+    --checkpoint output/half/config.yaml output/half/model_final.pth --sizes 160,240,320
+"""
+
+
+@dataclass
+class Point:
+    """One checkpoint at one scale: what is measured of it."""
+
+    label: str
+    size: int  # shorter side of the image, pixels
+    model: nn.Module
+    mapper: DatasetMapper
+    evaluator: COCOEvaluator
+    seconds: list[float] = field(default_factory=list)
+
+    def see(self, record: dict) -> None:
+        inputs = [self.mapper(record)]
+        _synchronize()
+        start = time.perf_counter()
+        outputs = self.model(inputs)
+        _synchronize()
+        self.seconds.append(time.perf_counter() - start)
+        self.evaluator.process(inputs, outputs)
+
+    def row(self) -> dict:
+        """AP of the images seen, and quartiles of the time in ms."""
+        ap = self.evaluator.evaluate()["bbox"]
+        quartiles = statistics.quantiles(self.seconds[WARM_UP:], n=4)
+        return {
+            "checkpoint": self.label,
+            "size": self.size,
+            "AP": ap["AP"],
+            "AP50": ap["AP50"],
+            "ms": [1000 * x for x in quartiles],
+        }
+
+
+def main(argv: list[str]) -> None:
+    """``retina-focal speed``: measure, then write ``speed.md``, ``.json`` and ``.png``."""
+    args = parse_args(argv)
+    with exit_in_words():
+        cfgs = {
+            _label(weights, args.checkpoint): load_cfg(
+                config, [*args.opts, "MODEL.WEIGHTS", weights], args.dataset
+            )
+            for config, weights in args.checkpoint
+        }
+        name = _common_test_set(list(cfgs.values()))
+        records = DatasetCatalog.get(name)
+        if len(records) < 2 * WARM_UP:
+            raise ValueError(
+                f"data set '{name}' has {len(records)} images; timing needs {2 * WARM_UP} or more"
+            )
+        models = {label: _load(cfg) for label, cfg in cfgs.items()}
+    points = [
+        _point(label, models[label], cfg, size)
+        for label, cfg in cfgs.items()
+        for size in args.sizes or [cfg.INPUT.MIN_SIZE_TEST]
+    ]
+    rows = measure(points, records)
+    device = next(iter(models.values())).device
+    report = {
+        "processor": processor(str(device)),
+        "threads": torch.get_num_threads(),
+        "data set": name,
+        "images": len(records),
+        "rows": rows,
+    }
+    with whole_file(args.output / "speed.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1))
+    with whole_file(args.output / "speed.md") as temporary:
+        temporary.write_text(markdown(report))
+    plot(report, args.output / "speed.png")
+    print(markdown(report))
+    print(f"plot: {args.output / 'speed.png'}")
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="retina-focal speed",
+        description=__doc__.splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("CONFIG", "WEIGHTS"),
+        help="may be repeated",
+    )
+    parser.add_argument(
+        "--sizes", type=_sizes, metavar="PX,PX", help="shorter sides; default: each config's"
+    )
+    add_dataset_argument(parser)
+    parser.add_argument("--output", type=Path, default=Path("output/speed"), metavar="DIR")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for every config")
+    return parser.parse_args(argv)
+
+
+def measure(points: Sequence[Point], records: Sequence[dict]) -> list[dict]:
+    """A row a point; the points take turns image by image, so that a slow minute meets all."""
+    for point in points:
+        point.evaluator.reset()
+    progress = tqdm(records, unit="image")
+    for record in progress:
+        for point in points:
+            with inference_context(point.model), torch.no_grad():
+                point.see(record)
+    return [point.row() for point in points]
+
+
+def markdown(report: dict) -> str:
+    """What it ran on, and a line a point."""
+    lines = [
+        f"{report['processor']}, {report['threads']} threads; {report['images']} images of "
+        f"{report['data set']}, one at a time; ms an image: median (quartiles)",
+        "",
+        "| checkpoint | shorter side, px | AP | AP50 | ms an image |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in report["rows"]:
+        low, median, high = row["ms"]
+        lines.append(
+            f"| {row['checkpoint']} | {row['size']} | {row['AP']:.1f} | {row['AP50']:.1f} | "
+            f"{median:.0f} ({low:.0f} to {high:.0f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict, path: Path) -> None:
+    """What was measured here left; what the paper published, on its GPU and data, right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    here, published = figure.subplots(1, 2)
+    for label in dict.fromkeys(row["checkpoint"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["checkpoint"] == label]
+        here.plot([r["ms"][1] for r in rows], [r["AP"] for r in rows], "o-", label=label)
+        for row in rows:
+            here.annotate(
+                f"{row['size']} px", (row["ms"][1], row["AP"]), (5, -11), textcoords="offset points"
+            )
+    here.set_title(f"measured: {report['data set']}, {report['processor']}", fontsize=10)
+    here.margins(x=0.12)
+    for label, points in PUBLISHED.items():
+        published.plot(*zip(*points, strict=True), "o-", label=label)
+    published.set_title("published: COCO test-dev, Nvidia M40 (arXiv:1708.02002)", fontsize=10)
+    for axes in (here, published):
+        axes.set_xlabel("ms an image")
+        axes.set_ylabel("AP")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="lower right")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def _common_test_set(cfgs: Sequence[CfgNode]) -> str:
+    names = {cfg.DATASETS.TEST[0] for cfg in cfgs}
+    if len(names) > 1:
+        raise ValueError(
+            f"the configs have the test sets {sorted(names)}, whose AP can't be compared; give one "
+            "for all at the end: DATASETS.TEST \"('name',)\""
+        )
+    check_data_sets(names)
+    return names.pop()
+
+
+def _point(label: str, model: nn.Module, cfg: CfgNode, size: int) -> Point:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.MIN_SIZE_TEST = size
+    evaluator = COCOEvaluator(cfg.DATASETS.TEST[0], distributed=False)
+    return Point(label, size, model, DatasetMapper(cfg, is_train=False), evaluator)
+
+
+def _load(cfg: CfgNode) -> nn.Module:
+    model = Trainer.build_model(cfg)
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model
+
+
+def _label(weights: str, checkpoints: Sequence[Sequence[str]]) -> str:
+    """The folder of a checkpoint, or its whole path where two have the same."""
+    folders = [Path(path).parent.name for _, path in checkpoints]
+    name = Path(weights).parent.name
+    return name if name and folders.count(name) == 1 else weights
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 160,320") from error

@@ -1,0 +1,279 @@
+"""Ablations through the command line: rows, resuming, results, clusters."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from test_configs import ABLATIONS
+from test_train import ROOT, SMALL
+
+from retina_focal.config import get_cfg
+from retina_focal.tools import ablate, ablation_report, ablation_runs
+from retina_focal.tools.ablation_runs import Row, fingerprint, flatten, plan, read_row
+
+GAMMA, ALPHA = "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "MODEL.RETINANET.FOCAL_LOSS_ALPHA"
+
+
+@pytest.fixture(scope="module")
+def base(data, tmp_path_factory) -> Path:
+    """A config that trains for four iterations on `data`."""
+    cfg = get_cfg()
+    cfg.merge_from_file(ROOT / "configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    cfg.merge_from_list(SMALL)
+    cfg.merge_from_list(
+        ["MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", 4, "DATASETS.TRAIN", ["rectangles"]]
+    )
+    cfg.DATASETS.TEST = ["rectangles"]
+    cfg.DATASETS.COCO_JSON = [["rectangles", str(data / "a.json"), str(data)]]
+    path = tmp_path_factory.mktemp("base") / "base.yaml"
+    path.write_text(cfg.dump())
+    return path
+
+
+def ablate_process(base: Path, output: Path, *arguments: str, **kwargs) -> subprocess.Popen:
+    """`retina-focal ablate` as a user runs it."""
+    command = [sys.executable, "-W", "ignore", "-m", "retina_focal.tools.cli", "ablate"]
+    command += [*arguments, "--base", str(base), "--output", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes, **kwargs)
+
+
+def results_of(output: Path) -> list[dict]:
+    path = output / "results.json"
+    return json.loads(path.read_text())["runs"] if path.exists() else []
+
+
+@pytest.mark.parametrize(("stem", "keys", "ap"), ABLATIONS, ids=[row[0] for row in ABLATIONS])
+def test_a_row_is_its_own_keys_and_the_papers_numbers(stem, keys, ap, base, tmp_path):
+    row = read_row(stem)
+    assert ", ".join(map(str, row.paper)) == (ap or "")
+    (run,) = plan([row], str(base), [], [], [1], tmp_path)[row.name]
+    expected = get_cfg()
+    expected.merge_from_file(base)
+    expected.merge_from_list([part for pair in keys.items() for part in pair])
+    expected.merge_from_list(["OUTPUT_DIR", run.cfg.OUTPUT_DIR, "MODEL.DEVICE", "cpu"])
+    assert flatten(run.cfg) == flatten(expected)
+
+
+def test_without_a_base_a_row_is_its_whole_file(tmp_path, base):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"_BASE_: {base}\nSOLVER:\n  MAX_ITER: 7\n")
+    (run,) = plan([read_row(str(path))], None, [], [], [1], tmp_path)["mine"]
+    assert run.cfg.SOLVER.MAX_ITER == 7
+    assert run.cfg.MODEL.FPN.OUT_CHANNELS == 16
+
+
+def test_every_row_of_a_table_is_meant_by_its_pattern():
+    assert len(ablation_runs.row_names("table_1a_*")) == 7
+    assert len(ablation_runs.row_names("*")) == len(
+        list((ROOT / "configs/ablations").glob("*.yaml"))
+    )
+    with pytest.raises(ValueError, match="no row matches 'table_9_"):
+        ablation_runs.row_names("table_9_*")
+
+
+def test_rows_that_come_to_the_same_settings_share_their_runs(base, tmp_path):
+    rows = [read_row(name) for name in ("table_1a_alpha_0.75", "table_1b_gamma_0.0", "hinge")]
+    planned = plan(rows, str(base), [], [], [1, 2], tmp_path)
+    one, other, hinge = planned.values()
+    assert one == other and len({*one, *other, *hinge}) == 4
+    assert len({run.folder for run in {*one, *hinge}}) == 4
+
+
+def test_settings_are_the_same_whatever_the_seed_and_the_folder_and_no_other_key():
+    cfg = get_cfg()
+    digest = fingerprint(cfg)
+    cfg.merge_from_list(["SEED", 5, "OUTPUT_DIR", "elsewhere", "DATALOADER.NUM_WORKERS", 1])
+    assert fingerprint(cfg) == digest
+    cfg.SOLVER.MAX_ITER += 1
+    assert fingerprint(cfg) != digest
+
+
+def test_a_key_of_no_config_is_refused_in_words(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["retina-focal ablate"])
+    with pytest.raises(SystemExit, match=r"MODEL\.RETINANET\.GAMA"):
+        ablate.main(["--base", str(base), "--grid", "MODEL.RETINANET.GAMA=0,1"])
+
+
+def test_a_sweep_killed_in_the_middle_repeats_no_finished_run_and_loses_none(base, tmp_path):
+    arguments = ("--grid", f"{GAMMA}=0,1,2", "--iterations", "12")
+    first = ablate_process(base, tmp_path, *arguments)
+    while len(results_of(tmp_path)) < 1:
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.05)
+    first.kill()
+    first.communicate()
+    finished = results_of(tmp_path)
+    assert 1 <= len(finished) < 3
+    trained = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    second = ablate_process(base, tmp_path, *arguments)
+    output, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, output
+    assert results_of(tmp_path)[: len(finished)] == finished
+    assert [result["row"] for result in results_of(tmp_path)] == [
+        f"FOCAL_LOSS_GAMMA {g}" for g in (0, 1, 2)
+    ]
+    assert all(path.stat().st_mtime_ns == written for path, written in trained.items())
+    # Nothing is left to run: the third time only writes the tables.
+    third = ablate_process(base, tmp_path, *arguments)
+    output, _ = third.communicate(timeout=60)
+    assert third.returncode == 0 and "0/3 runs" not in output
+    for name in ("table.md", "table.csv", "plot.png"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_a_killed_sweep_leaves_nothing_running(base, tmp_path):
+    sweep = ablate_process(base, tmp_path, "hinge", "--iterations", "100000")
+    while not list(tmp_path.rglob("metrics.json")):
+        assert sweep.poll() is None, sweep.stdout.read()
+        time.sleep(0.1)
+    children = Path(f"/proc/{sweep.pid}/task/{sweep.pid}/children").read_text().split()
+    sweep.send_signal(signal.SIGKILL)
+    sweep.communicate()
+    deadline = time.monotonic() + 10
+    while any(is_running(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_loss_that_is_not_finite_is_a_result_and_so_is_no_detection(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "launcher", lambda args: in_this_process)
+    common = ["--base", str(base), "--output", str(tmp_path)]
+    ablate.main([*common, "--grid", "SOLVER.BASE_LR=1.0e12", "--grid", "SOLVER.WARMUP_ITERS=0"])
+    ablate.main([*common, "--grid", "MODEL.RETINANET.SCORE_THRESH_TEST=0.99"])
+    nan, none = results_of(tmp_path)
+    assert nan["outcome"] == "nan" and "AP" not in nan and nan["iterations"] < 4
+    assert none["outcome"] == "no detections" and none["AP"] == 0
+    assert "1 no detections" in (tmp_path / "table.md").read_text()
+
+
+class in_this_process:
+    """A job that runs where it is asked for."""
+
+    def __init__(self, run):
+        self.value = ablation_runs.execute(run.cfg.dump())
+
+    def done(self):
+        return True
+
+    def result(self):
+        return self.value
+
+
+def test_a_failed_run_is_said_and_does_not_stop_the_others(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "launcher", lambda args: in_this_process)
+    monkeypatch.setattr(sys, "argv", ["retina-focal ablate"])
+
+    class failing_once(in_this_process):
+        def result(self):
+            if self.value["seed"] == 1:
+                raise MemoryError
+            return super().result()
+
+    monkeypatch.setattr(ablate, "launcher", lambda args: failing_once)
+    with pytest.raises(SystemExit):
+        ablate.main(["hinge", "--base", str(base), "--output", str(tmp_path), "--seeds", "1,2"])
+    assert [result["seed"] for result in results_of(tmp_path)] == [2]
+    assert "hinge, seed 1 failed: MemoryError" in capsys.readouterr().out
+
+
+def test_the_table_has_mean_least_and_most_beside_the_paper(base, tmp_path):
+    rows = [read_row("table_1a_alpha_0.50"), Row("mine", {ALPHA: 0.3})]
+    planned = plan(rows, str(base), [], [], [1], tmp_path)
+    settings = planned["table_1a_alpha_0.50"][0].settings
+    run = {"settings": settings, "outcome": "ok", "AP50": 50.0, "AP75": 10.0, "seconds": 60}
+    results = [{**run, "seed": 1, "AP": 20.0}, {**run, "seed": 2, "AP": 23.0}]
+    lines = ablation_report.markdown(rows, planned, results).splitlines()
+    assert lines[2] == (
+        "| table_1a_alpha_0.50 | 21.5 (20.0 to 23.0) | 50.0 (50.0 to 50.0) | "
+        "10.0 (10.0 to 10.0) | 2 | 1.0 | 30.2, 46.7, 32.8 |"
+    )
+    assert lines[3] == "| mine |  |  |  | 0 |  | - |"
+
+
+def test_the_grids_sentence_is_the_mean_range_along_each_key(base, tmp_path):
+    rows = ablation_runs.grid_rows({GAMMA: [0, 2], ALPHA: [0.25, 0.5]})
+    planned = plan(rows, str(base), [], [], [1], tmp_path)
+    aps = dict(zip(planned, (10.0, 12.0, 15.0, 16.0), strict=True))
+    results = [
+        {"settings": planned[name][0].settings, "outcome": "ok", "seed": 1, "AP": ap}
+        for name, ap in aps.items()
+    ]
+    # gamma: (15 - 10 + 16 - 12) / 2; alpha: (12 - 10 + 16 - 15) / 2
+    sentence = ablation_report.grid_sentence(rows, planned, results)
+    assert f"by 4.5 with {GAMMA}, by 1.5 with {ALPHA}." in sentence
+
+
+def test_submitits_local_executor_runs_a_row(base, tmp_path):
+    pytest.importorskip("submitit")
+    process = ablate_process(base, tmp_path, "hinge", "--cluster", "local")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert [result["row"] for result in results_of(tmp_path)] == ["hinge"]
+
+
+def test_the_slurm_job_that_submitit_writes_runs_the_row(base, tmp_path):
+    """`sbatch`, `srun` and `sacct` stand in for a cluster; the job is slurm's own script."""
+    pytest.importorskip("submitit")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, lines in {
+        "sbatch": f'cp "$1" {tmp_path}/job.sh; '
+        f"SLURM_JOB_ID=12 SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 "
+        f'SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=here bash "$1" >{tmp_path}/slurm.txt 2>&1 & '
+        "echo Submitted batch job 12",
+        "srun": "while [[ $1 == -* ]]; do "
+        '[[ $1 =~ ^--(output|error)$ ]] && shift; shift; done; "$@"',
+        "sacct": "echo 'JobID|State'; echo '12|RUNNING'",
+        "scontrol": "echo here",
+    }.items():
+        path = programs / name
+        path.write_text(f"#!/bin/bash\n{lines}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    environment = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, "-W", "ignore", "-m", "retina_focal.tools.cli", "ablate", "hinge"]
+    command += ["--base", str(base), "--output", str(tmp_path / "out"), "--cluster", "slurm"]
+    command += ["--cluster-option", "slurm_partition=gpu", "--cluster-option", "gpus_per_node=1"]
+    process = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    job = (tmp_path / "job.sh").read_text()
+    assert "#SBATCH --partition=gpu" in job and "#SBATCH --gpus-per-node=1" in job
+    assert [result["row"] for result in results_of(tmp_path / "out")] == ["hinge"]
+
+
+def test_a_results_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="is not a results file"):
+        ablate.load_results(path)
+
+
+def test_bccd_rows_build(tmp_path):
+    """Each row on BCCD is its own file, merged onto what all share."""
+    for path in sorted((ROOT / "configs/ablations/bccd").glob("*.yaml")):
+        keys = yaml.safe_load(path.read_text())
+        assert keys["_BASE_"] == (
+            "../../quick_start/bccd.yaml" if path.stem == "base" else "base.yaml"
+        )
