@@ -115,7 +115,7 @@ def test_a_sweep_killed_in_the_middle_repeats_no_finished_run_and_loses_none(bas
     assert 1 <= len(finished) < 3
     trained = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     second = ablate_process(base, tmp_path, *arguments)
-    output, _ = second.communicate(timeout=200)
+    output, _ = second.communicate(timeout=500)
     assert second.returncode == 0, output
     assert results_of(tmp_path)[: len(finished)] == finished
     assert [result["row"] for result in results_of(tmp_path)] == [
@@ -124,7 +124,7 @@ def test_a_sweep_killed_in_the_middle_repeats_no_finished_run_and_loses_none(bas
     assert all(path.stat().st_mtime_ns == written for path, written in trained.items())
     # Nothing is left to run: the third time only writes the tables.
     third = ablate_process(base, tmp_path, *arguments)
-    output, _ = third.communicate(timeout=60)
+    output, _ = third.communicate(timeout=200)
     assert third.returncode == 0 and "0/3 runs" not in output
     for name in ("table.md", "table.csv", "plot.png"):
         assert (tmp_path / name).stat().st_size > 0
@@ -222,7 +222,7 @@ def test_the_grids_sentence_is_the_mean_range_along_each_key(base, tmp_path):
 def test_submitits_local_executor_runs_a_row(base, tmp_path):
     pytest.importorskip("submitit")
     process = ablate_process(base, tmp_path, "hinge", "--cluster", "local")
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     assert [result["row"] for result in results_of(tmp_path)] == ["hinge"]
 
@@ -254,7 +254,7 @@ def test_the_slurm_job_that_submitit_writes_runs_the_row(base, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=500,
         check=False,
     )
     assert process.returncode == 0, process.stdout + process.stderr

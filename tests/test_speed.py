@@ -46,6 +46,12 @@ def test_the_ap_at_each_scale_is_that_of_an_evaluation_at_that_scale(checkpoint,
         assert (tmp_path / name).stat().st_size > 0
 
 
+def get_cfg_of(path: str):
+    cfg = get_cfg()
+    cfg.merge_from_file(path)
+    return cfg
+
+
 class Sleeper(torch.nn.Module):
     """A model, a mapper and an evaluator that note who was called when."""
 
@@ -100,7 +106,11 @@ def test_published_figures_never_share_an_axis_with_measured_ones(tmp_path, monk
 
 def test_checkpoints_of_different_test_sets_are_not_compared(checkpoint, tmp_path):
     config, weights = checkpoint
+    (row,) = get_cfg_of(config).DATASETS.COCO_JSON
+    rows = [row, ["other_rectangles", *row[1:]]]
     other = tmp_path / "other.yaml"
-    other.write_text(f"_BASE_: {config}\nDATASETS:\n  TEST: [something_else]\n")
+    other.write_text(
+        f"_BASE_: {config}\nDATASETS:\n  TEST: [other_rectangles]\n  COCO_JSON: {rows}\n"
+    )
     with pytest.raises(SystemExit, match="can't be compared"):
         speed.main(["--checkpoint", config, weights, "--checkpoint", str(other), weights])

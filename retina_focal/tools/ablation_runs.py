@@ -42,15 +42,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a config that is complete but for its data sets' registration."""
+    """One training: `settings` is the `fingerprint` of its config, which names its folder."""
 
-    name: str
+    settings: str
+    seed: int
+    name: str = field(compare=False)  # of the first row that asks for it
     cfg: CfgNode = field(compare=False)
-    settings: str  # `fingerprint` of the config
-
-    @property
-    def seed(self) -> int:
-        return self.cfg.SEED
 
     @property
     def folder(self) -> Path:
@@ -122,14 +119,17 @@ def plan(
         for seed in seeds:
             cfg = (shared or load_cfg(row.file, opts, datasets)).clone()
             cfg.defrost()
+            known_values = flatten(cfg)
             for key, value in row.keys.items():
-                cfg.merge_from_list([key, value])
+                # yacs wants 2.0 where a person writes 2.
+                is_float = isinstance(known_values.get(key), float) and isinstance(value, int)
+                cfg.merge_from_list([key, float(value) if is_float else value])
             cfg.SEED = seed
             settings = fingerprint(cfg)
             # Readable, and one folder for the same settings whoever asks for them.
             cfg.OUTPUT_DIR = str(output / f"{_file_name(row.name)}_{settings[:8]}" / f"seed_{seed}")
             cfg.freeze()
-            runs.append(known.setdefault((settings, seed), Run(row.name, cfg, settings)))
+            runs.append(known.setdefault((settings, seed), Run(settings, seed, row.name, cfg)))
         planned[row.name] = runs
     return planned
 
