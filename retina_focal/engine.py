@@ -13,6 +13,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
+    HookBase,
     SimpleTrainer,
     TrainerBase,
     create_ddp_model,
@@ -29,6 +30,7 @@ from torch import nn
 
 from retina_focal.accumulation import AccumulatingAMPTrainer, AccumulatingTrainer
 from retina_focal.config import retina_focal_node
+from retina_focal.first_step import FirstStepCheck
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +47,9 @@ class Trainer(DefaultTrainer):
         """
         # Not DefaultTrainer.__init__: it gives DDP a device number, which a CPU model refuses.
         TrainerBase.__init__(self)
-        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
-            setup_logger()
+        for name in ("detectron2", "retina_focal"):
+            if not logging.getLogger(name).isEnabledFor(logging.INFO):
+                setup_logger(name=name)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         training_steps = _training_steps(cfg)
         model = self.build_model(cfg)
@@ -66,6 +69,9 @@ class Trainer(DefaultTrainer):
     def results(self) -> dict:
         """Of the last evaluation: {"bbox": {"AP": ..., "AP50": ...}}; empty before the first."""
         return getattr(self, "_last_eval_results", {})
+
+    def build_hooks(self) -> list[HookBase]:
+        return [*super().build_hooks(), FirstStepCheck(self.cfg.DATASETS.TRAIN)]
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -64,6 +64,7 @@ class FocalRetinaNetHead(nn.Module):
             )
         self.num_classes = num_classes
         self.num_anchors = num_anchors
+        self.prior_prob = prior_prob
         in_channels = input_shape[0].channels
         norm = _norm_per_level(norm, num_levels=len(input_shape))
         self.cls_subnet = _tower(in_channels, conv_dims, norm)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -81,6 +82,12 @@ def pictures(
         instances = Instances((height, width), gt_boxes=boxes, gt_classes=classes)
         batch.append({"image": image.to(torch.uint8), "instances": instances})
     return batch
+
+
+@pytest.fixture(autouse=True)
+def _package_log_reaches_caplog(monkeypatch) -> None:
+    """Also where a tool, run by an earlier test, gave the logger handlers of its own."""
+    monkeypatch.setattr(logging.getLogger("retina_focal"), "propagate", True)
 
 
 def fetched(wheel: Wheel) -> Path:

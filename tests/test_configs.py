@@ -388,6 +388,31 @@ def test_an_ablation_is_the_papers_setting_with_its_rows_keys_alone(stem, keys, 
         assert model.head.num_anchors == 45
 
 
+TWO_STAGE = CONFIGS / "ablations" / "faster_rcnn_focal_rpn.yaml"
+
+
 def test_every_ablation_config_is_a_row():
     files = {path.stem for path in (CONFIGS / "ablations").glob("*.yaml")}
-    assert files == {row[0] for row in ABLATIONS}
+    assert files == {row[0] for row in ABLATIONS} | {TWO_STAGE.stem}
+
+
+def test_the_two_stage_ablation_is_detectron2s_with_other_proposals_on_other_levels():
+    cfg = detectron2_get_cfg()
+    cfg.merge_from_file(TWO_STAGE, allow_unsafe=False)
+    stock = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    unused = {key for key in differing(cfg, stock) if key.startswith("MODEL.ROI_MASK_HEAD.")}
+    assert not stock.MODEL.MASK_ON
+    assert differing(cfg, stock) - unused == {
+        "MODEL.BACKBONE.NAME",
+        "MODEL.RESNETS.OUT_FEATURES",
+        "MODEL.FPN.IN_FEATURES",
+        "MODEL.PROPOSAL_GENERATOR.NAME",
+        "MODEL.RPN.HEAD_NAME",
+        "MODEL.RPN.IN_FEATURES",
+        "MODEL.ROI_HEADS.IN_FEATURES",
+    }
+    header = TWO_STAGE.read_text().split("MODEL:")[0]
+    assert f"# train_net.py --config-file configs/ablations/{TWO_STAGE.name} --num-gpus 8" in header
+    assert "# This file: not run." in header
+    assert "gives no number" in header
+    assert "RPN.BATCH_SIZE_PER_IMAGE and POSITIVE_FRACTION are unused" in header

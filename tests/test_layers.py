@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "losses", "box_losses", "matching", "precision", "folding"},
     {"sampling", "anchors", "assigner", "head", "backbone", "postprocess"},
     {"criterion"},
-    {"retinanet", "proposals", "checkpoint", "datasets", "accumulation"},
+    {"retinanet", "proposals", "checkpoint", "datasets", "accumulation", "first_step"},
     {"engine"},
 ]
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -61,6 +61,10 @@ def test_training_leaves_config_weights_metrics_and_an_evaluation(trained):
     last = metrics(trained)
     assert {"loss_cls", "loss_box_reg", "num_pos_anchors", "bbox/AP"} <= set(last)
     assert last["num_pos_anchors"] > 0
+    ratio = last["retina_focal/first_step/per_positive"]
+    ratio /= last["retina_focal/first_step/per_positive_closed_form"]
+    assert ratio == pytest.approx(1, rel=0.1)  # a head of 16 channels
+    assert "INFO: first step: loss_cls per positive" in (trained / "log.txt").read_text()
 
 
 def test_evaluation_alone_gives_the_detections_of_the_training_run(data, trained, tmp_path):
@@ -120,6 +124,8 @@ model.num_classes = 2
     )
     assert "bbox" in results
     assert (tmp_path / "output/model_final.pth").is_file()
+    log = (tmp_path / "output/log.txt").read_text()
+    assert "WARNING: first step: " in log and "frozen norms are without statistics" in log
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,13 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from omegaconf import DictConfig
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from retina_focal.datasets import register_coco_json
 from retina_focal.engine import available_device, distribute
+from retina_focal.first_step import FirstStepCheck
 from retina_focal.tools.cli import exit_in_words
 
 
@@ -32,6 +34,7 @@ def run(args: argparse.Namespace) -> dict:
             register_coco_json(*row)
     cfg.train.device = available_device(cfg.train.device)
     default_setup(cfg, args)
+    setup_logger(cfg.train.output_dir, comm.get_rank(), name="retina_focal")
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
         DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
@@ -65,6 +68,7 @@ def train(cfg: DictConfig, model: nn.Module, resume: bool) -> dict:
             saver,  # before the evaluation: should that fail, the weights are kept
             hooks.EvalHook(cfg.train.eval_period, evaluate_and_keep),
             writer,
+            FirstStepCheck(OmegaConf.select(cfg, "dataloader.train.dataset.names", default=())),
         ]
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)

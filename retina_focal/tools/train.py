@@ -7,6 +7,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
 from retina_focal.config import config_path, get_cfg
@@ -107,6 +109,7 @@ def set_up(args: argparse.Namespace) -> CfgNode:
         if cfg.MODEL.META_ARCHITECTURE == "FocalRetinaNet":
             check_num_classes(names, cfg.MODEL.RETINANET.NUM_CLASSES)
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="retina_focal")
     return cfg
 
 
