@@ -114,3 +114,12 @@ def test_checkpoints_of_different_test_sets_are_not_compared(checkpoint, tmp_pat
     )
     with pytest.raises(SystemExit, match="can't be compared"):
         speed.main(["--checkpoint", config, weights, "--checkpoint", str(other), weights])
+
+
+def test_a_checkpoint_is_named_by_what_tells_it_from_the_others():
+    a, b = ("a.yaml", "one/model.pth"), ("a.yaml", "two/model.pth")
+    assert speed._labels([a, b]) == ["one", "two"]
+    assert speed._labels([a, ("a.yaml", "one/other.pth")]) == ["one/model.pth", "one/other.pth"]
+    assert speed._labels([a, ("b.yaml", "one/model.pth")])[1] == "b.yaml, one/model.pth"
+    with pytest.raises(ValueError, match="given twice"):
+        speed._labels([a, a])

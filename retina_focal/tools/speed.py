@@ -83,10 +83,10 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     with exit_in_words():
         cfgs = {
-            _label(weights, args.checkpoint): load_cfg(
-                config, [*args.opts, "MODEL.WEIGHTS", weights], args.dataset
+            label: load_cfg(config, [*args.opts, "MODEL.WEIGHTS", weights], args.dataset)
+            for label, (config, weights) in zip(
+                _labels(args.checkpoint), args.checkpoint, strict=True
             )
-            for config, weights in args.checkpoint
         }
         name = _common_test_set(list(cfgs.values()))
         records = DatasetCatalog.get(name)
@@ -224,11 +224,19 @@ def _load(cfg: CfgNode) -> nn.Module:
     return model
 
 
-def _label(weights: str, checkpoints: Sequence[Sequence[str]]) -> str:
-    """The folder of a checkpoint, or its whole path where two have the same."""
-    folders = [Path(path).parent.name for _, path in checkpoints]
-    name = Path(weights).parent.name
-    return name if name and folders.count(name) == 1 else weights
+def _labels(checkpoints: Sequence[Sequence[str]]) -> list[str]:
+    """The shortest of a checkpoint's names that tell all of them apart.
+
+    Raises:
+        ValueError: one is given twice.
+    """
+    folders = [Path(weights).parent.name for _, weights in checkpoints]
+    files = [weights for _, weights in checkpoints]
+    both = [f"{config}, {weights}" for config, weights in checkpoints]
+    for labels in (folders, files, both):
+        if len(set(labels)) == len(labels) and all(labels):
+            return labels
+    raise ValueError("a --checkpoint is given twice; give each config with its weights once")
 
 
 def _synchronize() -> None:
