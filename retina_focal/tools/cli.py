@@ -12,6 +12,7 @@ TOOLS = {
     "sample-data": "fetch and prepare a small data set and backbone weights",
     "draw": "detections beside ground truth, as one picture",
     "benchmark": "time and memory beside detectron2's and torchvision's RetinaNet",
+    "anatomy": "where a model's class loss comes from, and its hardest windows",
 }
 
 
