@@ -177,21 +177,7 @@ def dissect(
     ):
         try:
             for (record,) in loader:
-                if "instances" not in record:
-                    raise ValueError(
-                        f"image '{record['file_name']}' has no 'annotations'; expected a data set "
-                        "with ground truth: --dataset NAME JSON IMAGES DATASETS.TEST \"('NAME',)\""
-                    )
-                model([record])
-                boxes = outputs["anchor_generator"]
-                labels, _ = model.label_anchors(boxes, [record["instances"]])
-                anchors = [x.tensor for x in boxes]
-                anatomy.add_image(
-                    record,
-                    anchors,
-                    [_per_anchor(x, model.num_classes) for x in outputs["head"][0]],
-                    labels[0].split([len(x) for x in anchors]),
-                )
+                anatomy.add_image(record, *_look(model, record, outputs))
                 progress.update()
                 progress.set_postfix_str(f"{count(False):,} negatives, {count(True):,} positives")
                 if count(False) >= num_negatives and count(True) >= num_positives:
@@ -224,6 +210,22 @@ def _outputs(model: FocalRetinaNet, *parts: str) -> Iterator[dict]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _look(
+    model: FocalRetinaNet, record: dict, outputs: dict
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Anchors (Ri, 4), logits (Ri, K) and labels (Ri,) of one image, a list of levels each."""
+    if "instances" not in record:
+        raise ValueError(
+            f"image '{record['file_name']}' has no 'annotations'; expected a data set with ground "
+            "truth: --dataset NAME JSON IMAGES DATASETS.TEST \"('NAME',)\""
+        )
+    model([record])
+    anchors = outputs["anchor_generator"]
+    labels, _ = model.label_anchors(anchors, [record["instances"]])
+    logits = [_per_anchor(x, model.num_classes) for x in outputs["head"][0]]
+    return [x.tensor for x in anchors], logits, labels[0].split([len(x) for x in anchors])
 
 
 def _per_anchor(logits: Tensor, num_classes: int) -> Tensor:
