@@ -105,6 +105,7 @@ def test_sums_are_the_plain_ones_by_level_and_by_class(monkeypatch, alpha, chunk
     monkeypatch.setattr(anatomy_windows, "CHUNK_SIZE", chunk_size)
     levels = [draw_windows(level, 50 + level, 3, spread=4.0) for level in range(2)]
     levels[0][0][1] = 0.0  # p_t = 0.5 is not above it
+    levels[0][0][2] = -0.001  # of background: p_t just above 0.5
     tally = tally_of(levels, GAMMAS, alpha)
     for i, gamma in enumerate(GAMMAS, start=1):
         by_class = np.zeros((2, 3, 2))
@@ -131,13 +132,14 @@ def record_of(name: str, boxes: list, classes: list, scale: float = 1.0) -> dict
     return {"file_name": name, "instances": instances, **size}
 
 
-def test_hardest_windows_are_those_of_a_plain_search_one_a_place():
+def test_hardest_windows_are_those_of_a_plain_search_one_a_place(monkeypatch):
+    monkeypatch.setattr(anatomy_windows, "CHUNK_SIZE", 100)
     generator = torch.Generator().manual_seed(0)
-    hardest = HardestWindows(size=12)
+    hardest = HardestWindows(size=20)
     every = []
     for name in "abc":
         kept = []
-        corners = 90 * torch.rand(200, 2, generator=generator)
+        corners = 40 * torch.rand(200, 2, generator=generator)
         anchors = torch.cat(
             [corners, corners + 8 + 20 * torch.rand(200, 2, generator=generator)], dim=1
         )
@@ -151,7 +153,7 @@ def test_hardest_windows_are_those_of_a_plain_search_one_a_place():
             if all(box_iou(box, other) <= anatomy_windows.SAME_PLACE_IOU for other, _ in kept):
                 kept.append((box, (-logits.flatten()[flat].item(), name, flat % 3)))
         every += [window for _, window in kept]
-    assert [(w.x_t, w.file_name, w.label) for w in hardest.windows] == sorted(every)[:12]
+    assert [(w.x_t, w.file_name, w.label) for w in hardest.windows] == sorted(every)[:20]
 
 
 def test_hardest_windows_are_in_pixels_of_the_picture():
@@ -189,9 +191,8 @@ def test_sentence_says_which_share_of_the_loss_comes_from_which_share_of_the_win
     hard, easy = math.log1p(math.e), 4 * math.log1p(math.exp(-2))
     # Of the negatives' loss 99.9% is one of a hundred: 90% is nine tenths of it.
     assert anatomy_report.sentence(tally) == (
-        f"The hardest 20% of the positives make {hard / (hard + easy):.0%} at gamma 0 of the "
-        "positives' loss; 90% of the negatives' loss comes from the hardest 0.90% of them at "
-        "gamma 0."
+        f"Of the positives' loss, the hardest 20% of them make {hard / (hard + easy):.0%} at gamma "
+        "0; 90% of the negatives' loss comes from their hardest 0.90% at gamma 0."
     )
 
 
@@ -297,6 +298,10 @@ def test_it_writes_the_figure_the_numbers_and_the_sheets(cfg, model, tmp_path, c
     report = json.loads((tmp_path / "out" / "anatomy.json").read_text())
     assert report["gammas"] == [0, 2] and report["images"] == 4
     assert [row["name"] for row in report["by_class"][::2]] == ["red", "green", "blue"]
+    by_class = anatomy.dissect(cfg, model, [0, 2]).tally.by_class.sum(1)
+    for side, name in enumerate(("negatives", "positives")):
+        share = by_class[side, 2, 1] / by_class[side, 2].sum()
+        assert report["total"][1][name]["well_classified"] == pytest.approx(share, rel=1e-9)
     for key in ("by_level", "by_class"):
         for side in ("positives", "negatives"):
             parts = sum(row[side]["loss"] for row in report[key] if row["gamma"] == 2)

@@ -40,7 +40,7 @@ def numbers(anatomy: Anatomy) -> dict:
         "gammas": list(tally.gammas),
         "images": images,
         "an_image": {
-            "anchors": anatomy.num_anchors / images,
+            "candidate anchors": anatomy.num_anchors / images,
             "ignored anchors": anatomy.num_ignored / images,
             **{side: tally.num_windows(i == 1) / images for i, side in enumerate(SIDES)},
         },
@@ -55,18 +55,20 @@ def numbers(anatomy: Anatomy) -> dict:
 def sentence(tally: LossTally) -> str:
     """What share of the loss comes from what share of the windows, at the outermost gammas."""
     gammas = sorted({min(tally.gammas), max(tally.gammas)})
+    by_gamma = [
+        (gamma, tally.cumulative(True, gamma), tally.cumulative(False, gamma)) for gamma in gammas
+    ]
     positive = " and ".join(
-        f"{_percent(tally.cumulative(True, g).loss_of_hardest(HARDEST_POSITIVES))} at gamma {g:g}"
-        for g in gammas
+        f"{_percent(curve.loss_of_hardest(HARDEST_POSITIVES))} at gamma {gamma:g}"
+        for gamma, curve, _ in by_gamma
     )
     negative = " and ".join(
-        f"the hardest {_percent(tally.cumulative(False, g).hardest_with(NEGATIVE_LOSS))} "
-        f"of them at gamma {g:g}"
-        for g in gammas
+        f"their hardest {_percent(curve.hardest_with(NEGATIVE_LOSS))} at gamma {gamma:g}"
+        for gamma, _, curve in by_gamma
     )
     return (
-        f"The hardest {HARDEST_POSITIVES:.0%} of the positives make {positive} of the positives' "
-        f"loss; {NEGATIVE_LOSS:.0%} of the negatives' loss comes from {negative}."
+        f"Of the positives' loss, the hardest {HARDEST_POSITIVES:.0%} of them make {positive}; "
+        f"{NEGATIVE_LOSS:.0%} of the negatives' loss comes from {negative}."
     )
 
 
