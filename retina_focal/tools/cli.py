@@ -12,9 +12,10 @@ TOOLS = {
     "sample-data": "fetch and prepare a small data set and backbone weights",
     "draw": "detections beside ground truth, as one picture",
     "ablate": "tables of the paper, or any grid of keys, on your own data",
+    "anatomy": "where a model's class loss comes from, and its hardest windows",
     "speed": "AP against time an image, of checkpoints and scales",
-    "benchmark": "time and memory beside detectron2's and torchvision's RetinaNet",
     "fidelity": "how a config differs from the paper, Detectron and detectron2",
+    "benchmark": "time and memory beside detectron2's and torchvision's RetinaNet",
 }
 
 

@@ -1,0 +1,270 @@
+"""Where a model's class loss comes from (Fig. 4 of the paper): `retina-focal anatomy`."""
+
+import argparse
+import json
+import random
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+)
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.evaluation import inference_context
+from torch import Tensor
+from tqdm import tqdm
+
+from retina_focal.datasets import check_data_sets, check_num_classes
+from retina_focal.engine import Trainer
+from retina_focal.retinanet import FocalRetinaNet
+from retina_focal.tools import anatomy_report
+from retina_focal.tools.anatomy_windows import Anatomy
+from retina_focal.tools.cli import exit_in_words
+from retina_focal.tools.train import add_dataset_argument, load_cfg
+from retina_focal.tools.whole_file import whole_file
+
+GAMMAS = (0.0, 0.5, 1.0, 2.0)  # Fig. 4
+CURVE_GAMMAS = (*GAMMAS, 5.0)  # Fig. 1
+SEED = 0  # of the order of the images
+
+EPILOG = """
+A window is a class of an anchor that is not ignored. Images of the config's first test set come in
+a random order, fixed by a seed, at the size of the evaluation, and all windows of an image count;
+it ends with the image that brings both numbers of windows up to what was asked for, or with the
+data set. Memory does not grow with the windows. Ctrl-C ends with the images seen so far.
+
+Written: anatomy.png (cumulative distribution of the loss, a line a gamma), anatomy.md and .json
+(the numbers), hardest_negatives.png and hardest_positives.png (often missing and wrong labels).
+
+Examples:
+  %(prog)s --config-file quick_start/bccd.yaml MODEL.WEIGHTS output/bccd/model_final.pth
+  %(prog)s --curves
+"""
+
+
+def main(argv: list[str]) -> None:
+    """``retina-focal anatomy``: run the model over images, write figures and numbers."""
+    args = parse_args(argv)
+    if args.curves:
+        path = args.output / "curves.png"
+        anatomy_report.plot_curves(args.gammas or CURVE_GAMMAS, path)
+        print(f"curves of the losses: {path}")
+    if not args.config_file:
+        return
+    with exit_in_words():
+        cfg = load_cfg(args.config_file, args.opts, args.dataset)
+        model = load_model(cfg)
+        args.output.mkdir(parents=True, exist_ok=True)
+        anatomy = dissect(cfg, model, args.gammas or GAMMAS, args.num_negatives, args.num_positives)
+        _check(anatomy)
+    report = {
+        "command": shlex.join(["retina-focal", "anatomy", *argv]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "weights": cfg.MODEL.WEIGHTS,
+        "data_set": cfg.DATASETS.TEST[0],
+        **anatomy_report.numbers(anatomy),
+    }
+    write(report, anatomy, args.output)
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="retina-focal anatomy",
+        description=__doc__.splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = partial(parser.add_argument, metavar="X")
+    parser.add_argument("--config-file", metavar="FILE", help="as of train")
+    add_dataset_argument(parser)
+    add("--gammas", type=_gammas, help="default: 0,0.5,1,2; for --curves also 5")
+    add("--num-negatives", type=float, default=1e7, help="at least; default: 1e7, the paper's")
+    add("--num-positives", type=float, default=1e5, help="at least; default: 1e5, the paper's")
+    add("--output", type=Path, default=Path("output/anatomy"), help="folder; default: %(default)s")
+    parser.add_argument(
+        "--curves",
+        action="store_true",
+        help="draw the losses themselves (Fig. 1 and appendix A); alone it needs no config",
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
+    args = parser.parse_args(argv)
+    if not args.config_file and not args.curves:
+        parser.error("--config-file is missing; for example: --config-file quick_start/bccd.yaml")
+    return args
+
+
+def load_model(cfg: CfgNode) -> FocalRetinaNet:
+    """The config's model with its trained weights, once its data set is known to fit.
+
+    Raises:
+        ValueError: no or untrained weights, another model or another number of classes.
+        FileNotFoundError: the data set's annotations are missing.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != "FocalRetinaNet":
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; expected FocalRetinaNet, "
+            "which loads the weights of detectron2's RetinaNet too; add: "
+            "MODEL.META_ARCHITECTURE FocalRetinaNet"
+        )
+    if not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty; add: DATASETS.TEST \"('name',)\"")
+    check_data_sets(cfg.DATASETS.TEST[:1])
+    check_num_classes(cfg.DATASETS.TEST[:1], cfg.MODEL.RETINANET.NUM_CLASSES)
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("no weights are given; add: MODEL.WEIGHTS output/model_final.pth")
+    model = Trainer.build_model(cfg)
+    initial = {name: value.clone() for name, value in model.head.state_dict().items()}
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    if all(torch.equal(value, initial[name]) for name, value in model.head.state_dict().items()):
+        raise ValueError(
+            f"{cfg.MODEL.WEIGHTS} holds no weights of the head, which is what the loss is about; "
+            "name a trained model: MODEL.WEIGHTS output/model_final.pth"
+        )
+    return model
+
+
+@torch.no_grad()
+def dissect(
+    cfg: CfgNode,
+    model: FocalRetinaNet,
+    gammas: Sequence[float] = GAMMAS,
+    num_negatives: float = 1e7,
+    num_positives: float = 1e5,
+) -> Anatomy:
+    """Run the model over images of the config's first test set, in a random order.
+
+    Args:
+        gammas: to compute the focal loss for; alpha is the config's.
+        num_negatives, num_positives: windows at which to stop, once both are reached.
+    Returns:
+        The anatomy of the images that were seen; Ctrl-C makes them fewer.
+    Raises:
+        ValueError: the data set has no images or no ground truth, or logits are not finite.
+    """
+    records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+    if not records:
+        raise ValueError(f"data set '{cfg.DATASETS.TEST[0]}' has no images; expected at least one")
+    # The evaluation's size but with ground truth, which DatasetMapper drops unless "training".
+    mapper = DatasetMapper(
+        is_train=True,
+        augmentations=build_augmentation(cfg, is_train=False),
+        image_format=cfg.INPUT.FORMAT,
+    )
+    loader = build_detection_test_loader(
+        random.Random(SEED).sample(records, len(records)),
+        mapper=mapper,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+    anatomy = Anatomy(
+        cfg.MODEL.RETINANET.IN_FEATURES,
+        _class_names(cfg),
+        gammas,
+        cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA,
+    )
+    count = anatomy.tally.num_windows
+    with (
+        inference_context(model),
+        _outputs(model, "head", "anchor_generator") as outputs,
+        tqdm(total=len(records), unit="image", dynamic_ncols=True) as progress,
+    ):
+        try:
+            for (record,) in loader:
+                anatomy.add_image(record, *_look(model, record, outputs))
+                progress.update()
+                progress.set_postfix_str(f"{count(False):,} negatives, {count(True):,} positives")
+                if count(False) >= num_negatives and count(True) >= num_positives:
+                    break
+        except KeyboardInterrupt:
+            tqdm.write(f"interrupted; the figures are of {anatomy.num_images} images")
+    return anatomy
+
+
+def _class_names(cfg: CfgNode) -> list[str]:
+    names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes")
+    return names or [str(label) for label in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
+
+
+@contextmanager
+def _outputs(model: FocalRetinaNet, *parts: str) -> Iterator[dict]:
+    """What the parts returned in the last call of the model, by name.
+
+    Through hooks, so that precision and memory format are those of any inference.
+    """
+    outputs = {}
+    handles = [
+        getattr(model, part).register_forward_hook(
+            lambda module, inputs, output, part=part: outputs.update({part: output})
+        )
+        for part in parts
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _look(
+    model: FocalRetinaNet, record: dict, outputs: dict
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Anchors (Ri, 4), logits (Ri, K) and labels (Ri,) of one image, a list of levels each."""
+    if "instances" not in record:
+        raise ValueError(
+            f"image '{record['file_name']}' has no 'annotations'; expected a data set with ground "
+            "truth: --dataset NAME JSON IMAGES DATASETS.TEST \"('NAME',)\""
+        )
+    model([record])
+    anchors = outputs["anchor_generator"]
+    labels, _ = model.label_anchors(anchors, [record["instances"]])
+    logits = [_per_anchor(x, model.num_classes) for x in outputs["head"][0]]
+    return [x.tensor for x in anchors], logits, labels[0].split([len(x) for x in anchors])
+
+
+def _per_anchor(logits: Tensor, num_classes: int) -> Tensor:
+    """(1, A x K, Hi, Wi) to (Hi x Wi x A, K), the order of the anchors."""
+    return logits[0].unflatten(0, (-1, num_classes)).permute(2, 3, 0, 1).reshape(-1, num_classes)
+
+
+def _check(anatomy: Anatomy) -> None:
+    if not anatomy.num_images:
+        raise ValueError("interrupted before the first image; there is nothing to write")
+    for name, is_positive in (("positive", True), ("negative", False)):
+        if not anatomy.tally.num_windows(is_positive):
+            raise ValueError(
+                f"there is no {name} window in {anatomy.num_images} images; expected images with "
+                "boxes of the model's classes: see DATASETS.TEST and MODEL.RETINANET.IOU_THRESHOLDS"
+            )
+
+
+def write(report: dict, anatomy: Anatomy, output: Path) -> None:
+    """All files, each whole."""
+    for is_positive, name in enumerate(("negatives", "positives")):
+        path = output / f"hardest_{name}.png"
+        hardest = anatomy.hardest[is_positive].windows
+        anatomy_report.contact_sheet(hardest, anatomy.class_names, bool(is_positive), path)
+    anatomy_report.plot(anatomy.tally, report["sentence"], output / "anatomy.png")
+    text = anatomy_report.markdown(report)
+    for name, content in (("anatomy.json", json.dumps(report)), ("anatomy.md", text)):
+        with whole_file(output / name) as temporary:
+            temporary.write_text(content)
+    print(f"{text}\nwritten to {output}")
+
+
+def _gammas(text: str) -> list[float]:
+    try:
+        gammas = sorted({float(x) for x in text.split(",")})
+    except ValueError:
+        gammas = [-1.0]
+    if not all(0 <= gamma < float("inf") for gamma in gammas):
+        raise argparse.ArgumentTypeError(f"{text!r} are not numbers of at least 0, as 0,0.5,2 are")
+    return gammas
