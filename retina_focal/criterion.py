@@ -1,5 +1,6 @@
 """Labels and predictions to the two losses (Sec. 3.2 and Sec. 4.1, "Focal Loss")."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from retina_focal.box_losses import BOX_LOSSES, box_regression_loss
 from retina_focal.config import check_choice, retina_focal_node
+from retina_focal.head import Places, deltas_at
 from retina_focal.losses import (
     DenseLoss,
     LevelTargets,
@@ -33,7 +35,6 @@ class Positives(NamedTuple):
     """The P positive anchors of a batch, level by level; every tensor has P rows."""
 
     image: Tensor  # index of the image
-    deltas: Tensor  # (P, 4) predicted
     anchors: Tensor  # (P, 4) XYXY in pixels
     gt_boxes: Tensor  # (P, 4) XYXY in pixels
 
@@ -115,7 +116,7 @@ class Criterion(nn.Module):
         self,
         anchors: list[Boxes],
         logits: list[Tensor],
-        deltas: list[Tensor],
+        deltas: Sequence[Tensor],
         labels: Tensor,
         matched_idxs: Tensor,
         gt_instances: list[Instances],
@@ -124,15 +125,15 @@ class Criterion(nn.Module):
         Args:
             anchors: (Hi x Wi x A) boxes a level.
             logits: (N, A x K, Hi, Wi) a level.
-            deltas: (N, A x 4, Hi, Wi) a level.
+            deltas: (N, A x 4, Hi, Wi) a level, used at the positive anchors.
             labels, matched_idxs: (N, R) each, from `Assigner`.
             gt_instances: N images with `gt_boxes`, on any device.
         Returns:
             losses: scalars `loss_cls` and `loss_box_reg`.
             statistics: what is worth logging, numbers on the host.
         """
-        targets, positives = self._gather(
-            anchors, logits, deltas, labels, matched_idxs, gt_instances
+        targets, positives, places = self._gather(
+            anchors, logits, labels, matched_idxs, gt_instances
         )
         normalizers = self.given_normalizers
         if normalizers is None:
@@ -140,7 +141,7 @@ class Criterion(nn.Module):
         loss, cls_normalizers = self.classification_loss, normalizers
         if self.sampler is not None:
             labels = self.sampler(anchors, logits, labels, self.num_classes)
-            targets, _ = self._gather(anchors, logits, deltas, labels, matched_idxs, gt_instances)
+            targets, *_ = self._gather(anchors, logits, labels, matched_idxs, gt_instances)
             cls_normalizers = (labels >= 0).sum().clamp(min=1).float().expand_as(normalizers)
         if self.alpha_from_data:
             loss = replace(loss, alpha=inverse_frequency_alpha(labels, self.num_classes))
@@ -148,7 +149,7 @@ class Criterion(nn.Module):
             loss, logits, targets, self.num_classes, cls_normalizers.reciprocal()
         )
         loss_box_reg = box_regression_loss(
-            positives.deltas,
+            deltas_at(deltas, places),
             positives.anchors,
             positives.gt_boxes,
             self.box2box_transform,
@@ -189,12 +190,11 @@ class Criterion(nn.Module):
         self,
         anchors: list[Boxes],
         logits: list[Tensor],
-        deltas: list[Tensor],
         labels: Tensor,
         matched_idxs: Tensor,
         gt_instances: list[Instances],
-    ) -> tuple[list[LevelTargets], Positives]:
-        """What is not background, by level, and the positive anchors' boxes."""
+    ) -> tuple[list[LevelTargets], Positives, list[Places]]:
+        """What is not background, by level, and the positive anchors' boxes and places."""
         boxes_per_image = [x.gt_boxes.tensor for x in gt_instances]
         gt_boxes = torch.cat(boxes_per_image).to(labels.device, non_blocking=True)
         counts = [0] + [len(x) for x in boxes_per_image[:-1]]
@@ -202,7 +202,7 @@ class Criterion(nn.Module):
         first_box = first_box.to(labels.device, non_blocking=True)
         sizes = [len(x.tensor) for x in anchors]
         # A level's anchors are numbered by row, column and anchor of the cell.
-        cells = [(-1, *x.shape[-2:], d.shape[1] // 4) for x, d in zip(logits, deltas, strict=True)]
+        cells = [(-1, *x.shape[-2:], x.shape[1] // self.num_classes) for x in logits]
         labels, matched_idxs = (
             [level.unflatten(1, shape[1:]) for level, shape in zip(levels, cells, strict=True)]
             for levels in (labels.split(sizes, 1), matched_idxs.split(sizes, 1))
@@ -210,7 +210,7 @@ class Criterion(nn.Module):
         is_positive = [(label >= 0) & (label < self.num_classes) for label in labels]
         places = _places(is_positive + [label < 0 for label in labels])
         targets, positives = [], []
-        for i, (level_anchors, d, shape) in enumerate(zip(anchors, deltas, cells, strict=True)):
+        for i, (level_anchors, shape) in enumerate(zip(anchors, cells, strict=True)):
             image, row, column, anchor = place = places[i]
             ignored_image, ignored_row, ignored_column, ignored_anchor = places[len(anchors) + i]
             targets.append(
@@ -222,12 +222,12 @@ class Criterion(nn.Module):
             positives.append(
                 Positives(
                     image=image,
-                    deltas=d.unflatten(1, (-1, 4))[image, anchor, :, row, column],
                     anchors=level_anchors.tensor.unflatten(0, shape[1:])[row, column, anchor],
                     gt_boxes=gt_boxes[first_box[image] + matched_idxs[i][place]],
                 )
             )
-        return targets, Positives(*(torch.cat(parts) for parts in zip(*positives, strict=True)))
+        positives = Positives(*(torch.cat(parts) for parts in zip(*positives, strict=True)))
+        return targets, positives, places[: len(anchors)]
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, *rest
@@ -240,7 +240,7 @@ class Criterion(nn.Module):
             missing_keys.remove(f"{prefix}loss_normalizer")
 
 
-def _places(masks: list[Tensor]) -> list[tuple[Tensor, ...]]:
+def _places(masks: list[Tensor]) -> list[Places]:
     """`nonzero(as_tuple=True)` of every mask.
 
     A GPU's host has to wait for every number that decides a size: here once for all masks.

@@ -2,13 +2,19 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from retina_focal.config import retina_focal_node
 
@@ -17,6 +23,11 @@ DENSE_HEAD_REGISTRY.__doc__ = """
 Heads that turn pyramid features into dense predictions, by ``MODEL.RETINA_FOCAL.HEAD``.
 Called with `(cfg, input_shape: list[ShapeSpec])`; see `FocalRetinaNetHead.forward` for the outputs.
 """
+
+# Image, row, column and anchor of the cell: equally long index vectors of some anchors of a level.
+Places = tuple[Tensor, Tensor, Tensor, Tensor]
+# A cell on its own costs up to this many times what it costs in a map.
+COST_OF_A_CELL = 1.5
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +81,8 @@ class FocalRetinaNetHead(nn.Module):
         self.cls_subnet = _tower(in_channels, conv_dims, norm)
         self.bbox_subnet = _tower(in_channels, conv_dims, norm)
         width = conv_dims[-1] if conv_dims else in_channels
-        self.cls_score = nn.Conv2d(width, num_anchors * num_classes, 3, padding=1)
-        self.bbox_pred = nn.Conv2d(width, num_anchors * 4, 3, padding=1)
+        self.cls_score = Conv3x3(width, num_anchors * num_classes)
+        self.bbox_pred = Conv3x3(width, num_anchors * 4)
         self._initialize(prior_prob)
 
     @classmethod
@@ -85,17 +96,30 @@ class FocalRetinaNetHead(nn.Module):
             "prior_prob": cfg.MODEL.RETINANET.PRIOR_PROB,
         }
 
-    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
         """
         Args:
             features: (N, C, Hi, Wi) a level, P3 first.
         Returns:
             logits: (N, A x K, Hi, Wi) a level, anchor-major; the score of a class is its sigmoid.
-            deltas: (N, A x 4, Hi, Wi) a level, (dx, dy, dw, dh) of each anchor.
+            deltas: (N, A x 4, Hi, Wi) a level, (dx, dy, dw, dh) of each anchor; on a CPU computed
+                where `deltas_at` or an index asks for them, unless a norm or a hook needs all.
         """
         logits = [self.cls_score(self.cls_subnet(feature)) for feature in features]
-        deltas = [self.bbox_pred(self.bbox_subnet(feature)) for feature in features]
-        return logits, deltas
+        device = features[0].device.type
+        layers = [*self.bbox_subnet, self.bbox_pred]
+        # Elsewhere the host would wait for the number of cells; a graph needs sizes that are fixed.
+        if (
+            device == "cpu"
+            and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+            and all(type(layer) in (Conv3x3, nn.ReLU) for layer in layers)
+            and not any(
+                m._forward_hooks or m._forward_pre_hooks for m in (self.bbox_subnet, *layers)
+            )
+        ):
+            enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+            return logits, LazyDeltas(layers, features, torch.autocast(device, dtype, enabled))
+        return logits, [self.bbox_pred(self.bbox_subnet(feature)) for feature in features]
 
     def _initialize(self, prior_prob: float) -> None:
         # Towers first, outputs last: detectron2's order, so that one seed gives the same weights.
@@ -105,6 +129,123 @@ class FocalRetinaNetHead(nn.Module):
                     nn.init.normal_(layer.weight, std=0.01)
                     nn.init.zeros_(layer.bias)
         nn.init.constant_(self.cls_score.bias, prior_bias(prior_prob))
+
+
+class Conv3x3(nn.Conv2d):
+    """A convolution whose output at a cell sees that cell and its eight neighbours."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+
+@dataclass(frozen=True, eq=False)
+class LazyDeltas(Sequence):
+    """Deltas of a level, (N, A x 4, Hi, Wi), computed when it is indexed; see `deltas_at`."""
+
+    layers: list[nn.Module]  # `Conv3x3` and ReLU
+    features: list[Tensor]
+    autocast: torch.autocast  # as it was when the head ran
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, level: int) -> Tensor:
+        with self.autocast:
+            return nn.Sequential(*self.layers)(self.features[level])
+
+
+def deltas_at(deltas: Sequence[Tensor], places: Sequence[Places]) -> Tensor:
+    """The deltas of some anchors: all that the box loss needs of the positive, and decoding of the
+    candidates. Of `LazyDeltas`, the tower runs only on the cells that these see.
+
+    Args:
+        deltas: (N, A x 4, Hi, Wi) a level.
+        places: of the anchors of each level, P in all.
+    Returns:
+        (P, 4), level by level.
+    """
+    seen = None
+    if isinstance(deltas, LazyDeltas):
+        seen = _receptive_cells(deltas, places)
+    if seen is None:
+        return torch.cat(
+            [
+                level.unflatten(1, (-1, 4))[image, anchor, :, row, column]
+                for level, (image, row, column, anchor) in zip(deltas, places, strict=True)
+            ]
+        )
+    with deltas.autocast:
+        rows = torch.cat(
+            [
+                feature.permute(0, 2, 3, 1)[cells]
+                for feature, cells in zip(deltas.features, seen.inputs, strict=True)
+            ]
+        )
+        neighbours = iter(seen.neighbours)
+        for layer in deltas.layers:
+            if isinstance(layer, nn.ReLU):
+                rows = layer(rows)
+                continue
+            # Nine rows a cell are gathered, and gathered again rather than kept for the gradient.
+            rows = checkpoint(
+                lambda rows, near, weight, bias: F.linear(rows[near].flatten(1), weight, bias),
+                F.pad(rows, (0, 0, 0, 1)),
+                next(neighbours),
+                layer.weight.permute(0, 2, 3, 1).flatten(1),
+                layer.bias,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+    anchor = torch.cat([anchor for *_, anchor in places])
+    return rows.unflatten(1, (-1, 4))[seen.outputs, anchor]
+
+
+class _ReceptiveCells(NamedTuple):
+    """The cells that some outputs of a tower depend on, a convolution at a time."""
+
+    inputs: list[tuple[Tensor, Tensor, Tensor]]  # image, row and column, of each level
+    neighbours: list[Tensor]  # of each convolution, (outputs, 9) rows of its input; the last is 0
+    outputs: Tensor  # (P,) rows of the last convolution's output
+
+
+def _receptive_cells(deltas: LazyDeltas, places: Sequence[Places]) -> _ReceptiveCells | None:
+    """None where they are so many that the whole maps cost less."""
+    # The cells of all levels and images are numbered in one row, a border of one around each map.
+    sizes = [(len(x), x.shape[-2] + 2, x.shape[-1] + 2) for x in deltas.features]
+    first = [0, *accumulate(n * height * width for n, height, width in sizes)]
+    inside = torch.zeros(first[-1], dtype=torch.bool)
+    below = torch.empty(first[-1], dtype=torch.int64)  # from a cell to the one under it
+    wanted = []
+    for begin, end, size, (image, row, column, _) in zip(
+        first, first[1:], sizes, places, strict=False
+    ):
+        inside[begin:end].view(size)[:, 1:-1, 1:-1] = True
+        below[begin:end] = size[2]
+        wanted.append(begin + (image * size[1] + row + 1) * size[2] + column + 1)
+    wanted = torch.cat(wanted)
+
+    # From the last convolution to the first: `rank` is a cell's row among those that are needed.
+    step = torch.tensor([-1, 0, 1])
+    near, tables = wanted[:, None], []
+    for _ in range(1 + sum(isinstance(layer, Conv3x3) for layer in deltas.layers)):
+        needed = torch.zeros_like(inside)
+        needed[near] = True
+        cells = needed.logical_and_(inside).nonzero().squeeze(1)
+        rank = torch.full_like(below, len(cells))
+        rank[cells] = torch.arange(len(cells))
+        tables.append(rank[near])
+        near = (cells[:, None] + below[cells, None] * step)[..., None] + step
+        near = near.flatten(1)
+    outputs, *neighbours = tables
+    num_cells = sum(len(table) for table in neighbours)
+    if COST_OF_A_CELL * num_cells > len(neighbours) * int(inside.sum()):
+        return None
+    inputs = []
+    for begin, end, (_, height, width) in zip(first, first[1:], sizes, strict=False):
+        cell = cells[slice(*torch.searchsorted(cells, torch.tensor([begin, end])))] - begin
+        image, cell = cell.div(height * width, rounding_mode="floor"), cell % (height * width)
+        inputs.append((image, cell.div(width, rounding_mode="floor") - 1, cell % width - 1))
+    return _ReceptiveCells(inputs, neighbours[::-1], outputs.squeeze(1))
 
 
 def prior_bias(prior_prob: float) -> float:
@@ -117,7 +258,7 @@ def _tower(
 ) -> nn.Sequential:
     layers: list[nn.Module] = []
     for out_channels in conv_dims:
-        layers.append(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        layers.append(Conv3x3(in_channels, out_channels))
         if norm:
             layers.append(get_norm(norm, out_channels))
         layers.append(nn.ReLU())

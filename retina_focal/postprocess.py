@@ -1,6 +1,8 @@
 """Dense predictions to detections (Sec. 4.1, "Inference")."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -8,6 +10,8 @@ from detectron2.layers import batched_nms
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
+
+from retina_focal.head import deltas_at
 
 # Half precision rounds a threshold by less, between scores of 1e-6 and 1 - 1e-6.
 MARGIN = 0.1
@@ -64,29 +68,38 @@ class Postprocessor:
         self,
         anchors: list[Boxes],
         logits: list[Tensor],
-        deltas: list[Tensor],
+        deltas: Sequence[Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
         """
         Args:
             anchors: (Hi x Wi x A) boxes a level.
             logits: (N, A x K, Hi, Wi) a level.
-            deltas: (N, A x 4, Hi, Wi) a level.
+            deltas: (N, A x 4, Hi, Wi) a level, used at the candidates.
             image_sizes: (height, width) of each image before padding, pixels.
         Returns:
             N Instances with `pred_boxes`, `scores` (falling), `pred_classes`.
         """
+        levels = []
+        for level in logits:
+            parts = [self._candidates(i, level[i]) for i in range(len(image_sizes))]
+            levels.append(_Candidates(*(torch.cat(fields) for fields in zip(*parts, strict=True))))
+        places = [(x.image, x.row, x.column, x.anchor) for x in levels]
+        chosen_anchors = [
+            level.tensor.view(*x.shape[-2:], -1, 4)[row, column, anchor]
+            for level, x, (_, row, column, anchor) in zip(anchors, logits, places, strict=True)
+        ]
+        boxes = self.box2box_transform.apply_deltas(
+            deltas_at(deltas, places), torch.cat(chosen_anchors)
+        )
+        image, scores, classes = (
+            torch.cat(parts) for parts in zip(*(x[:3] for x in levels), strict=True)
+        )
         results = []
         for i, image_size in enumerate(image_sizes):
-            levels = [
-                self._candidates(level_anchors.tensor, level_logits[i], level_deltas[i])
-                for level_anchors, level_logits, level_deltas in zip(
-                    anchors, logits, deltas, strict=True
-                )
-            ]
-            boxes, scores, classes = (torch.cat(parts) for parts in zip(*levels, strict=True))
-            keep = batched_nms(boxes, scores, classes, self.nms_thresh)
-            keep = keep[: self.max_detections_per_image]
+            own = (image == i).nonzero().squeeze(1)
+            keep = batched_nms(boxes[own], scores[own], classes[own], self.nms_thresh)
+            keep = own[keep[: self.max_detections_per_image]]
             results.append(
                 Instances(
                     image_size,
@@ -97,18 +110,14 @@ class Postprocessor:
             )
         return results
 
-    def _candidates(
-        self, anchors: Tensor, logits: Tensor, deltas: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (M, 4), scores (M,) and classes (M,) of one level of one image.
+    def _candidates(self, image: int, logits: Tensor) -> "_Candidates":
+        """Of one level of one image, the highest score first.
 
         Args:
-            anchors: (H x W x A, 4).
+            image: index of the image.
             logits: (A x K, H, W).
-            deltas: (A x 4, H, W).
         """
         height, width = logits.shape[-2:]
-        num_anchors = deltas.shape[0] // 4
         logits = logits.flatten()
         passed = (logits > logit(self.score_thresh) - MARGIN).nonzero().squeeze(1)
         scores = logits[passed].float().sigmoid()
@@ -117,10 +126,19 @@ class Postprocessor:
         scores, order = _top(scores[exactly], self.topk_candidates)
         channel, cell = _divmod(passed[order], height * width)
         anchor, classes = _divmod(channel, self.num_classes)
-        chosen_deltas = deltas.view(num_anchors, 4, -1)[anchor, :, cell]
-        chosen_anchors = anchors[cell * num_anchors + anchor]
-        boxes = self.box2box_transform.apply_deltas(chosen_deltas, chosen_anchors)
-        return boxes, scores, classes
+        row, column = _divmod(cell, width)
+        return _Candidates(torch.full_like(row, image), scores, classes, row, column, anchor)
+
+
+class _Candidates(NamedTuple):
+    """(Anchor, class) pairs of a level that may become detections; every tensor has M elements."""
+
+    image: Tensor
+    scores: Tensor
+    classes: Tensor
+    row: Tensor
+    column: Tensor
+    anchor: Tensor
 
 
 def logit(score: float) -> float:

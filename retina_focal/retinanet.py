@@ -79,6 +79,10 @@ class FocalRetinaNet(nn.Module):
         check_choice("MODEL.RETINA_FOCAL.PRECISION", precision, PRECISIONS)
         fold_frozen_norms(backbone)
         self.backbone = backbone
+        self.padding = {
+            "size_divisibility": backbone.size_divisibility,
+            "padding_constraints": backbone.padding_constraints,
+        }
         self.head = head
         self.head_in_features = head_in_features
         self.anchor_generator = anchor_generator
@@ -160,11 +164,7 @@ class FocalRetinaNet(nn.Module):
         # To the tensor, not to its device: a trace would keep that as a constant.
         images = [x["image"].to(self.pixel_mean) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
-        return ImageList.from_tensors(
-            images,
-            self.backbone.size_divisibility,
-            padding_constraints=self.backbone.padding_constraints,
-        )
+        return ImageList.from_tensors(images, **self.padding)
 
     def label_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
@@ -176,11 +176,7 @@ class FocalRetinaNet(nn.Module):
     def count_positives(self, batched_inputs: list[dict]) -> Tensor:
         """(N,) positive anchors of each image, as a training step finds them, network not run."""
         sizes = [torch.empty(x["image"].shape, device="meta") for x in batched_inputs]
-        images = ImageList.from_tensors(
-            sizes,
-            self.backbone.size_divisibility,
-            padding_constraints=self.backbone.padding_constraints,
-        )
+        images = ImageList.from_tensors(sizes, **self.padding)
         shapes = self.backbone.output_shape()
         strides = [shapes[name].stride for name in self.head_in_features]
         height, width = images.tensor.shape[-2:]

@@ -1,16 +1,21 @@
 """Laws of the head: detectron2's weights and outputs, and the prior (Sec. 3.3)."""
 
+import copy
 import math
 
 import pytest
 import torch
-from conftest import small_cfg
+from conftest import PLUGIN, pictures, small_cfg
 from detectron2.layers import CycleBatchNormList, ShapeSpec
+from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
+import retina_focal.head as head_module
 from retina_focal import FocalRetinaNetHead
-from retina_focal.head import build_dense_head, prior_bias
+from retina_focal.head import LazyDeltas, build_dense_head, deltas_at, prior_bias
 
 LEVELS = [ShapeSpec(channels=16, stride=stride) for stride in (8, 16, 32)]
 
@@ -111,3 +116,137 @@ def test_levels_with_different_numbers_of_anchors_are_refused():
 def test_a_prior_outside_0_to_1_is_refused(pi):
     with pytest.raises(ValueError, match=f"PRIOR_PROB is {pi}; expected 0 < PRIOR_PROB < 1"):
         head(prior_prob=pi)
+
+
+# Boxes where they are needed
+
+
+def random_places(shapes, num_anchors, counts, generator):
+    """Anchors of each level, some of them more than once."""
+    return [
+        tuple(
+            torch.randint(size, (count,), generator=generator)
+            for size in (shape[0], *shape[2:], num_anchors)
+        )
+        for shape, count in zip(shapes, counts, strict=True)
+    ]
+
+
+@given(
+    seed=st.integers(0, 99),
+    num_images=st.integers(1, 3),
+    sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3),
+    num_convs=st.integers(0, 3),
+    most=st.integers(0, 4),
+)
+def test_deltas_of_some_anchors_equal_those_of_whole_maps(seed, num_images, sizes, num_convs, most):
+    generator = torch.Generator().manual_seed(seed)
+    module = head(seed=seed, conv_dims=[5, 7, 6][:num_convs]).double()
+    nn.init.normal_(module.bbox_pred.bias)  # what stands outside of a map must not look like 0
+    for layer in module.bbox_subnet[::2]:
+        nn.init.normal_(layer.bias)
+    maps = [
+        torch.randn(num_images, 16, *size, generator=generator, dtype=torch.float64)
+        for size in sizes
+    ]
+    counts = torch.randint(most + 1, (len(sizes),), generator=generator).tolist()
+    places = random_places([x.shape for x in maps], 3, counts, generator)
+    weights = torch.randn(sum(counts), 4, generator=generator, dtype=torch.float64)
+    found = []
+    for cost in (0, math.inf):
+        inputs = [x.clone().requires_grad_() for x in maps]
+        parameters = [*module.bbox_subnet.parameters(), *module.bbox_pred.parameters()]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(head_module, "COST_OF_A_CELL", cost)
+            _, deltas = module(inputs)
+            chosen = deltas_at(deltas, places)
+        gradients = torch.autograd.grad((chosen * weights).sum(), [*inputs, *parameters])
+        found.append((chosen.detach(), *gradients))
+    for at_cells, of_maps in zip(*found, strict=True):
+        torch.testing.assert_close(at_cells, of_maps, rtol=1e-10, atol=1e-12)
+
+
+def test_whole_maps_are_computed_where_that_costs_less(monkeypatch):
+    computed = set()
+    dense = LazyDeltas.__getitem__
+    monkeypatch.setattr(
+        LazyDeltas, "__getitem__", lambda self, i: computed.add(i) or dense(self, i)
+    )
+    maps = [torch.randn(1, 16, 24, 24), torch.randn(1, 16, 12, 12)]
+    _, deltas = head()(maps)
+    corner = tuple(torch.tensor([0]) for _ in range(4))
+    deltas_at(deltas, [corner, corner])
+    assert not computed
+    everywhere = torch.ones(1, 24, 24, 3).nonzero(as_tuple=True)
+    deltas_at(deltas, [everywhere, corner])
+    assert computed >= {0, 1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.bbox_pred.register_forward_hook(lambda *_: None),
+        lambda module: module.bbox_subnet.register_forward_pre_hook(lambda *_: None),
+        lambda module: module.bbox_subnet.__setitem__(0, nn.Conv2d(16, 16, 5, padding=2)),
+        lambda module: module.bbox_subnet.insert(1, nn.GroupNorm(2, 16)),
+        lambda module: nn.utils.parametrizations.weight_norm(module.bbox_pred),
+    ],
+    ids=["hook", "pre-hook", "other convolution", "norm", "parametrized"],
+)
+def test_a_box_tower_that_is_not_its_own_any_more_sees_whole_maps(change):
+    module = head()
+    assert isinstance(module(features())[1], LazyDeltas)
+    change(module)
+    _, deltas = module(features())
+    assert isinstance(deltas, list)
+    expected = [module.bbox_pred(module.bbox_subnet(x)) for x in features()]
+    assert all(torch.equal(x, y) for x, y in zip(deltas, expected, strict=True))
+
+
+def test_a_graph_holds_the_whole_maps():
+    module = head().requires_grad_(False)
+
+    def outputs(*maps):
+        logits, deltas = module(list(maps))
+        return *logits, *deltas
+
+    traced = torch.jit.trace(outputs, tuple(features()))
+    for x, y in zip(traced(*features(1)), outputs(*features(1)), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_deltas_keep_the_autocast_of_their_head():
+    module, maps = head(), [torch.randn(1, 16, 24, 24), torch.randn(1, 16, 12, 12)]
+    with torch.autocast("cpu", torch.bfloat16):
+        _, deltas = module(maps)
+    place = tuple(torch.tensor([i]) for i in (0, 5, 0, 2))
+    chosen = deltas_at(deltas, [place, place])
+    assert chosen.dtype == deltas[0].dtype == torch.bfloat16
+    full = torch.stack([x[0, 8:12, 5, 0] for x in module(maps)[1]])
+    torch.testing.assert_close(chosen.float(), full, rtol=0.05, atol=1e-3)
+
+
+def test_a_training_step_runs_the_box_tower_at_few_cells(monkeypatch):
+    """At less than a seventh here, with the gradients that whole maps give."""
+    torch.manual_seed(0)
+    model = build_model(small_cfg(**PLUGIN)).train()
+    batch = pictures([(256, 320), (320, 256)], num_boxes=[2, 0])
+    linear, rows = torch.nn.functional.linear, []
+    monkeypatch.setattr(
+        head_module.F, "linear", lambda x, *rest: rows.append(len(x)) or linear(x, *rest)
+    )
+
+    def gradients():
+        copied = copy.deepcopy(model)
+        sum(copied(batch).values()).backward()
+        return {name: p.grad for name, p in copied.named_parameters()}
+
+    found = gradients()
+    cells = 2 * sum((320 // stride) ** 2 for stride in (8, 16, 32)) + 2 * 5**2 + 2 * 3**2
+    assert 0 < sum(rows) / 2 < 5 * cells / 7  # each row twice: the backward pass gathers again
+    rows.clear()
+    monkeypatch.setattr(head_module, "COST_OF_A_CELL", math.inf)
+    for name, expected in gradients().items():
+        error = (found[name] - expected).norm()
+        assert error <= 1e-5 * expected.norm().clamp(min=1e-6), name
+    assert not rows

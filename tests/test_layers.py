@@ -10,8 +10,8 @@ import retina_focal
 PACKAGE = Path(retina_focal.__file__).parent
 LAYERS = [
     {"config", "losses", "box_losses", "matching", "precision", "folding"},
-    {"sampling", "anchors", "assigner", "head", "backbone", "postprocess"},
-    {"criterion"},
+    {"sampling", "anchors", "assigner", "head", "backbone"},
+    {"criterion", "postprocess"},
     {"retinanet", "proposals", "checkpoint", "datasets", "accumulation", "first_step"},
     {"engine"},
 ]

@@ -20,13 +20,19 @@ from torchvision.models.detection import _utils as torchvision_utils
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead, _default_anchorgen
 
-from retina_focal import Assigner, Criterion, OctaveAnchorGenerator, sigmoid_focal_loss
+from retina_focal import Assigner, Criterion, OctaveAnchorGenerator, head, sigmoid_focal_loss
 
 # Depth, norm of the backbone, norm of the head.
 VARIANTS = [(18, "BN", ""), (18, "GN", "GN"), (50, "BN", "BN"), (50, "GN", "GN")]
 MIN_DETECTIONS = 50
 BCCD_CLASSES = ("RBC", "WBC", "Platelets")
 BCCD_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+@pytest.fixture(autouse=True)
+def _boxes_at_cells_only(monkeypatch) -> None:
+    """A head without a norm runs its box tower at cells, however many; the others on whole maps."""
+    monkeypatch.setattr(head, "COST_OF_A_CELL", 0)
 
 
 def build_pair(depth: int, norm: str, head_norm: str) -> tuple[nn.Module, nn.Module]:
