@@ -4,6 +4,7 @@ No P2; P6 is a 3x3 stride-2 convolution on C5 or P5, P7 a ReLU and the same on P
 ResNet pyramid there are the same pyramid on any timm model, and both without a pyramid.
 """
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
@@ -107,6 +108,8 @@ class TimmBackbone(Backbone):
         self._out_feature_strides = dict(PYRAMID_INPUTS)
         channels = info.channels()
         self._out_feature_channels = {f: channels[i] for f, i in self._outputs.items()}
+        convolutions = [m for m in self.body.modules() if isinstance(m, nn.Conv2d)]
+        self._has_depthwise = any(m.groups == m.in_channels > 1 for m in convolutions)
         self._freeze(info.module_name(), strides, freeze_at)
         self._set_norm(norm)
 
@@ -116,8 +119,14 @@ class TimmBackbone(Backbone):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(N, C, H, W) images to {"res3": (N, C3, H / 8, W / 8), "res4": ..., "res5": ...}."""
-        features = self.body(images)
-        return {name: features[index] for name, index in self._outputs.items()}
+        channels_last = images.is_contiguous(memory_format=torch.channels_last)
+        outside = torch.channels_last if channels_last else torch.contiguous_format
+        # Depthwise convolutions train twice as fast in it on a CPU; the pyramid's dense ones don't.
+        on_cpu = self._has_depthwise and images.device.type == "cpu"
+        features = self.body(images.to(memory_format=torch.channels_last if on_cpu else outside))
+        return {
+            name: features[index].to(memory_format=outside) for name, index in self._outputs.items()
+        }
 
     def _freeze(self, modules: list[str], strides: list[int], freeze_at: int) -> None:
         """No gradients for all that is registered up to the last feature of stride 2^freeze_at."""
