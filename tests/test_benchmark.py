@@ -1,6 +1,7 @@
 """The benchmark times equal work, and reports the quotients of what it timed."""
 
 import json
+import math
 import os
 import signal
 import statistics
@@ -16,6 +17,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.events import EventStorage
 
+from retina_focal import head
 from retina_focal.tools import benchmark, cli
 from retina_focal.tools import benchmark_cases as cases
 from retina_focal.tools.benchmark_cases import MODELS, Setting, Stopwatch
@@ -191,7 +193,8 @@ def flops_of(arguments: tuple) -> int:
     return x.shape[0] * out[0] * out[1] * weight.shape.numel()
 
 
-def test_recorded_convolutions_are_those_of_the_model(setting):
+def test_recorded_convolutions_are_those_of_the_model(setting, monkeypatch):
+    monkeypatch.setattr(head, "COST_OF_A_CELL", math.inf)  # the box tower on whole maps
     step = cases.training_step(setting, ["ours"])["ours"]
     with cases.ConvolutionRecorder() as recorder:
         step(Stopwatch("cpu"))
@@ -205,6 +208,18 @@ def test_recorded_convolutions_are_those_of_the_model(setting):
     assert sorted(weights[0]) == sorted(weights[1])
     frozen = [p for p in model.backbone.parameters() if p.dim() == 4 and not p.requires_grad]
     assert [x.shape for x in frozen] == [args[1].shape for args in forward[:5]]
+
+
+def test_the_products_of_a_box_tower_at_few_cells_are_recorded(setting, monkeypatch):
+    monkeypatch.setattr(head, "COST_OF_A_CELL", 0)
+    step = cases.training_step(setting, ["ours"])["ours"]
+    with cases.ConvolutionRecorder() as recorder:
+        step(Stopwatch("cpu"))
+    forward = [args for func, args in recorder.calls if func is cases.MATRIX_PRODUCTS[0]]
+    # Four convolutions and the output, on fewer and fewer cells.
+    assert [args[2].shape[0] for args in forward] == [9 * 256] * 5
+    cells = [args[1].shape[0] for args in forward]
+    assert cells == sorted(cells, reverse=True)
 
 
 def test_the_replay_makes_tensors_like_those_of_the_step():
@@ -233,6 +248,23 @@ def test_stock_is_built_from_detectron2s_parts(setting):
     ours = cases.build("ours", setting).anchor_generator(features)
     stock = model.anchor_generator(features)
     torch.testing.assert_close(Boxes.cat(ours).tensor, Boxes.cat(stock).tensor)
+
+
+def test_stock_runs_timm_as_timm_made_it():
+    cfg = load_cfg("quick_start/bccd.yaml", ["DATASETS.COCO_JSON", "[]", "MODEL.WEIGHTS", "''"])
+    small = Setting(cfg, image_size=(64, 96), batch=1, boxes=2)
+    stock, ours = (cases.build(name, small) for name in ("stock", "ours"))
+    inside = [type(m).__module__ for m in stock.modules()]
+    assert not [m for m in inside if m.startswith("retina_focal") and m != cases.__name__]
+    state = stock.state_dict()
+    assert all(
+        torch.equal(state[name], x) for name, x in ours.state_dict().items() if name in state
+    )
+    trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (stock, ours)]
+    assert trained[0] == trained[1]
+    image = torch.randn(1, 3, 64, 96)
+    for name, feature in ours.backbone(image).items():
+        torch.testing.assert_close(stock.backbone(image)[name], feature, rtol=1e-4, atol=1e-4)
 
 
 def test_torchvision_is_left_out_where_it_has_no_such_network(setting):
@@ -313,6 +345,7 @@ def test_a_run_leaves_json_markdown_and_a_plot(output):
         ("classification loss", 3), ("classification loss", 5), ("matching", 3), ("matching", 5),
         ("training step", 3), ("training step", 5), ("inference, initialised", 3),
         ("inference, realistic", 3), ("training step over its convolutions", 3),
+        ("training step over its convolutions", 5),
     ]  # fmt: skip
     text = (output / "results.md").read_text()
     for title, boxes in titles:

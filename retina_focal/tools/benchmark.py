@@ -43,7 +43,7 @@ TIMED = {
 }
 MEMORY = ("loss", "matching", "train")
 WHAT = (*TIMED, "memory")
-INDEPENDENT_OF = {"matching": {"classes"}, "inference": {"boxes"}, "convolutions": {"boxes"}}
+INDEPENDENT_OF = {"matching": {"classes"}, "inference": {"boxes"}}
 # Untimed runs before the first round: torch.jit compiles stock's loss in its second.
 WARM_UP = 2
 WHOLE = "whole"

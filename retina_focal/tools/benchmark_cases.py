@@ -29,6 +29,7 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from retina_focal.assigner import Assigner
+from retina_focal.backbone import PYRAMID_INPUTS, TimmBackbone
 from retina_focal.config import retina_focal_node
 from retina_focal.criterion import Criterion
 from retina_focal.head import prior_bias
@@ -39,7 +40,9 @@ SEED = 0
 MIN_SIDE = 8  # pixels, of a box
 # Of the (anchor, class) pairs on P3 to P5, in `inference_realistic`.
 PASSING_FRACTION = 0.01
+# The products of a network, forward and backward; matrices are what our box tower runs on.
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+MATRIX_PRODUCTS = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
 
 
 class Stopwatch:
@@ -108,7 +111,36 @@ def build(name: str, setting: Setting) -> nn.Module:
     torch.manual_seed(SEED)
     if name == "torchvision":
         return _torchvision_model(setting)
-    return build_model(setting.cfg if name == "ours" else stock_cfg(setting.cfg))
+    if name == "ours":
+        return build_model(setting.cfg)
+    model = build_model(stock_cfg(setting.cfg))
+    if isinstance(getattr(model.backbone, "bottom_up", None), TimmBackbone):
+        model.backbone.bottom_up = PlainTimm(setting.cfg, model.backbone.bottom_up)
+    return model
+
+
+class PlainTimm(nn.Module):
+    """A timm model as timm makes it, for stock: norms not folded, in the image's memory format."""
+
+    def __init__(self, cfg: CfgNode, ours: TimmBackbone):
+        import timm
+        from timm.layers import freeze_batch_norm_2d
+
+        super().__init__()
+        node = retina_focal_node(cfg).TIMM
+        body = timm.create_model(node.NAME, features_only=True, feature_cls="getter")
+        self.body = freeze_batch_norm_2d(body) if node.NORM == "FrozenBN" else body
+        self.body.load_state_dict(ours.body.state_dict())
+        self.body.to(cfg.MODEL.DEVICE)
+        trained = {name for name, p in ours.body.named_parameters() if p.requires_grad}
+        for name, parameter in self.body.named_parameters():
+            parameter.requires_grad = name in trained
+        strides = self.body.feature_info.reduction()
+        self._outputs = {f: strides.index(s) for f, s in PYRAMID_INPUTS.items()}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.body(images)
+        return {name: features[index] for name, index in self._outputs.items()}
 
 
 def stock_cfg(cfg: CfgNode) -> CfgNode:
@@ -407,7 +439,10 @@ def inference_realistic(setting: Setting, names: Sequence[str]) -> dict[str, Run
 
 
 def convolutions(setting: Setting, names: Sequence[str]) -> dict[str, Run]:
-    """Our training step, and its convolutions alone: what a step can't be faster than."""
+    """Our training step, and its convolutions alone: what a step can't be faster than.
+
+    The matrix products of the box tower, which are its convolutions at chosen cells, count as such.
+    """
     step = training_step(setting, ["ours"])["ours"]
     with ConvolutionRecorder() as recorder:
         step(Stopwatch(setting.device))
@@ -438,7 +473,7 @@ class _Likeness:
 
 
 class ConvolutionRecorder(TorchDispatchMode):
-    """Notes the arguments of each convolution, forward and backward, that runs inside it.
+    """Notes the arguments of each convolution and matrix product, forward and backward, inside it.
 
     A frozen convolution has no call for its backward, one with frozen weights only that for its
     input: the calls are what the step needs.
@@ -449,7 +484,7 @@ class ConvolutionRecorder(TorchDispatchMode):
         self.calls: list[tuple[Callable, tuple]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in CONVOLUTIONS:
+        if func in CONVOLUTIONS + MATRIX_PRODUCTS:
             likenesses = tree_map_only(
                 Tensor, lambda x: _Likeness(x.shape, x.stride(), x.dtype, x.device), args
             )
