@@ -103,6 +103,12 @@ def test_a_key_of_no_config_is_refused_in_words(base, tmp_path, monkeypatch):
         ablate.main(["--base", str(base), "--grid", "MODEL.RETINANET.GAMA=0,1"])
 
 
+def test_a_key_given_twice_is_refused_rather_than_run_by_half(base, capsys):
+    with pytest.raises(SystemExit):
+        ablate.main(["--base", str(base), "--grid", f"{GAMMA}=0,1", "--grid", f"{GAMMA}=2"])
+    assert f"keys {GAMMA}, {GAMMA}; give each key once" in capsys.readouterr().err
+
+
 def test_a_sweep_killed_in_the_middle_repeats_no_finished_run_and_loses_none(base, tmp_path):
     arguments = ("--grid", f"{GAMMA}=0,1,2", "--iterations", "12")
     first = ablate_process(base, tmp_path, *arguments)
@@ -122,6 +128,7 @@ def test_a_sweep_killed_in_the_middle_repeats_no_finished_run_and_loses_none(bas
         f"FOCAL_LOSS_GAMMA {g}" for g in (0, 1, 2)
     ]
     assert all(path.stat().st_mtime_ns == written for path, written in trained.items())
+    assert all("first step" in (path.parent / "log.txt").read_text() for path in trained)
     # Nothing is left to run: the third time only writes the tables.
     third = ablate_process(base, tmp_path, *arguments)
     output, _ = third.communicate(timeout=200)

@@ -116,6 +116,12 @@ def test_checkpoints_of_different_test_sets_are_not_compared(checkpoint, tmp_pat
         speed.main(["--checkpoint", config, weights, "--checkpoint", str(other), weights])
 
 
+def test_a_config_without_a_test_set_is_refused_in_words(checkpoint):
+    config, weights = checkpoint
+    with pytest.raises(SystemExit, match=r"DATASETS\.TEST is empty"):
+        speed.main(["--checkpoint", config, weights, "DATASETS.TEST", "()"])
+
+
 def test_a_checkpoint_is_named_by_what_tells_it_from_the_others():
     a, b = ("a.yaml", "one/model.pth"), ("a.yaml", "two/model.pth")
     assert speed._labels([a, b]) == ["one", "two"]

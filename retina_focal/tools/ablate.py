@@ -137,6 +137,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("nothing to run; name rows, such as 'table_1b_*', or give --grid KEY=V,V")
     if args.grid and not args.base:
         parser.error("--grid needs --base CFG, the config that it varies")
+    if len(dict(args.grid)) < len(args.grid):
+        keys = ", ".join(key for key, _ in args.grid)
+        parser.error(f"--grid has the keys {keys}; give each key once, with all of its values")
     if args.cluster_option and not args.cluster:
         parser.error("--cluster-option needs --cluster local or slurm")
     args.results = args.results or args.output / "results.json"

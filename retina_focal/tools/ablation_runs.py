@@ -17,6 +17,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
+from detectron2.utils.logger import setup_logger
 
 from retina_focal.config import config_path, get_cfg
 from retina_focal.datasets import register_datasets
@@ -197,6 +198,7 @@ def _train(cfg: CfgNode) -> dict:
     cfg.freeze()
     register_datasets(cfg)
     default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
+    setup_logger(cfg.OUTPUT_DIR, name="retina_focal")
     start = time.perf_counter()
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=True)

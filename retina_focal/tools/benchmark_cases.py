@@ -270,16 +270,19 @@ def _random_outputs(setting: Setting, std: float) -> tuple[list[Tensor], list[Te
     return logits, deltas
 
 
-def realistic_outputs(setting: Setting) -> tuple[list[Tensor], list[Tensor]]:
-    """Head outputs of which one pair in a hundred passes the score threshold on P3 to P5."""
-    logits, deltas = _random_outputs(setting, std=0.0)
+def realistic_logits(setting: Setting) -> list[Tensor]:
+    """Logits of which one pair in a hundred passes the score threshold on P3 to P5.
+
+    Those are scattered over the image, as on a picture full of small objects.
+    """
+    logits, _ = _random_outputs(setting, std=0.0)
     threshold = logit(setting.cfg.MODEL.RETINANET.SCORE_THRESH_TEST)
     for level in logits:
         level.clamp_(max=threshold - 1)
     for level in logits[:3]:
         passing = torch.rand_like(level) < PASSING_FRACTION
         level[passing] = threshold + 6 * torch.rand(int(passing.sum()), device=level.device) + 0.01
-    return logits, deltas
+    return logits
 
 
 # The cases
@@ -378,7 +381,7 @@ def training_step(setting: Setting, names: Sequence[str]) -> dict[str, Run]:
 
         def run(stopwatch: Stopwatch) -> dict[str, Tensor]:
             model.zero_grad()
-            with EventStorage(), _after_head(model, lambda: stopwatch.mark("network, forward")):
+            with EventStorage(), _after_head(model, lambda _: stopwatch.mark("network, forward")):
                 stopwatch.start()
                 losses = model(*arguments)
                 stopwatch.mark("matching and loss")
@@ -395,11 +398,11 @@ def inference(setting: Setting, names: Sequence[str], realistic: bool = False) -
     """Image to detections.
 
     Args:
-        realistic: `realistic_outputs` take the place of what the head has computed; otherwise,
-            with the scores of an initialised model, next to nothing passes the threshold.
+        realistic: `realistic_logits` take the place of the head's; otherwise, with the scores of
+            an initialised model, next to nothing passes the threshold. The boxes are the head's.
     """
     batch = pictures(setting)
-    outputs = realistic_outputs(setting) if realistic else None
+    logits = realistic_logits(setting) if realistic else None
     calibrated = _calibrate(build("stock", setting)).state_dict()
 
     def run_of(name: str) -> Run:
@@ -414,13 +417,19 @@ def inference(setting: Setting, names: Sequence[str], realistic: bool = False) -
         @torch.no_grad()
         def run(stopwatch: Stopwatch) -> object:
             # A copy: stock takes the sigmoid in place.
-            replacement = outputs and tuple([x.clone() for x in levels] for levels in outputs)
+            replacement = logits and [x.clone() for x in logits]
             if replacement and name == "torchvision":
-                replacement = _torchvision_outputs(replacement, setting.classes)
+                replacement = torch.cat(
+                    [permute_to_N_HWA_K(x, setting.classes) for x in replacement], dim=1
+                )
 
-            def after_head() -> object:
+            def after_head(outputs: object) -> object:
                 stopwatch.mark("network, forward")
-                return replacement
+                if replacement is None:
+                    return None
+                if name == "torchvision":
+                    return {**outputs, "cls_logits": replacement}
+                return replacement, outputs[1]
 
             with _after_head(model, after_head):
                 stopwatch.start()
@@ -493,24 +502,13 @@ class ConvolutionRecorder(TorchDispatchMode):
 
 
 @contextmanager
-def _after_head(model: nn.Module, call: Callable[[], object]) -> Iterator[None]:
-    """Call after the head; what it returns, unless None, takes the place of the outputs."""
-    hook = model.head.register_forward_hook(lambda *_: call())
+def _after_head(model: nn.Module, call: Callable[[object], object]) -> Iterator[None]:
+    """Call on the head's outputs; what that returns, unless None, takes their place."""
+    hook = model.head.register_forward_hook(lambda module, inputs, outputs: call(outputs))
     try:
         yield
     finally:
         hook.remove()
-
-
-def _torchvision_outputs(
-    outputs: tuple[list[Tensor], list[Tensor]], classes: int
-) -> dict[str, Tensor]:
-    """(N, R, K) and (N, R, 4), as torchvision's head gives them."""
-    logits, deltas = outputs
-    return {
-        "cls_logits": torch.cat([permute_to_N_HWA_K(x, classes) for x in logits], 1),
-        "bbox_regression": torch.cat([permute_to_N_HWA_K(x, 4) for x in deltas], 1),
-    }
 
 
 @torch.no_grad()

@@ -200,6 +200,11 @@ def plot(report: dict, path: Path) -> None:
 
 
 def _common_test_set(cfgs: Sequence[CfgNode]) -> str:
+    if not all(cfg.DATASETS.TEST for cfg in cfgs):
+        raise ValueError(
+            "a config has no test set, DATASETS.TEST is empty; give one for all at the end: "
+            "DATASETS.TEST \"('name',)\""
+        )
     names = {cfg.DATASETS.TEST[0] for cfg in cfgs}
     if len(names) > 1:
         raise ValueError(
