@@ -28,6 +28,8 @@ Called with `(cfg, input_shape: list[ShapeSpec])`; see `FocalRetinaNetHead.forwa
 Places = tuple[Tensor, Tensor, Tensor, Tensor]
 # A cell on its own costs up to this many times what it costs in a map.
 COST_OF_A_CELL = 1.5
+# Cells whose neighbours are gathered at once: 38 MB with 256 channels in fp32.
+CELLS_AT_ONCE = 4096
 
 logger = logging.getLogger(__name__)
 
@@ -186,16 +188,18 @@ def deltas_at(deltas: Sequence[Tensor], places: Sequence[Places]) -> Tensor:
             if isinstance(layer, nn.ReLU):
                 rows = layer(rows)
                 continue
+            rows, weight = F.pad(rows, (0, 0, 0, 1)), layer.weight.permute(0, 2, 3, 1).flatten(1)
             # Nine rows a cell are gathered, and gathered again rather than kept for the gradient.
-            rows = checkpoint(
-                lambda rows, near, weight, bias: F.linear(rows[near].flatten(1), weight, bias),
-                F.pad(rows, (0, 0, 0, 1)),
-                next(neighbours),
-                layer.weight.permute(0, 2, 3, 1).flatten(1),
-                layer.bias,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
+            products = [
+                checkpoint(
+                    lambda rows, near, weight, bias: F.linear(rows[near].flatten(1), weight, bias),
+                    *(rows, near, weight, layer.bias),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+                for near in next(neighbours).split(CELLS_AT_ONCE)
+            ]
+            rows = torch.cat(products)
     anchor = torch.cat([anchor for *_, anchor in places])
     return rows.unflatten(1, (-1, 4))[seen.outputs, anchor]
 

@@ -158,6 +158,7 @@ def test_deltas_of_some_anchors_equal_those_of_whole_maps(seed, num_images, size
         parameters = [*module.bbox_subnet.parameters(), *module.bbox_pred.parameters()]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(head_module, "COST_OF_A_CELL", cost)
+            patch.setattr(head_module, "CELLS_AT_ONCE", 7)
             _, deltas = module(inputs)
             chosen = deltas_at(deltas, places)
         gradients = torch.autograd.grad((chosen * weights).sum(), [*inputs, *parameters])
