@@ -186,7 +186,6 @@ def plot(report: dict, path: Path) -> None:
                 f"{row['size']} px", (row["ms"][1], row["AP"]), (5, -11), textcoords="offset points"
             )
     here.set_title(f"measured: {report['data set']}, {report['processor']}", fontsize=10)
-    here.margins(x=0.12)
     for label, points in PUBLISHED.items():
         published.plot(*zip(*points, strict=True), "o-", label=label)
     published.set_title("published: COCO test-dev, Nvidia M40 (arXiv:1708.02002)", fontsize=10)
@@ -194,7 +193,8 @@ def plot(report: dict, path: Path) -> None:
         axes.set_xlabel("ms an image")
         axes.set_ylabel("AP")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8)  # where it covers least
+        axes.margins(x=0.15)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
