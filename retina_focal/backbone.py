@@ -76,6 +76,21 @@ class SingleLevelBackbone(Backbone):
         return {"p5": self.lateral5(self.bottom_up(images)["res5"])}
 
 
+class ImageByImage(nn.Sequential):
+    """A stage without gradients, on a CPU run one image after another.
+
+    Its inner maps are the largest of the network. A batch of them fits neither the cache nor what
+    the C library keeps of freed memory, and the system's fresh pages cost more than the arithmetic.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C', H', W'), the same as at once where no norm sees the batch."""
+        in_graph = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        if x.device.type != "cpu" or in_graph:
+            return super().forward(x)
+        return torch.cat([super(ImageByImage, self).forward(image) for image in x.split(1)])
+
+
 class TimmBackbone(Backbone):
     """A timm model as bottom-up network: its features of stride 8, 16, 32 as res3, res4, res5.
 
@@ -149,6 +164,7 @@ class TimmBackbone(Backbone):
 
             self.body = freeze_batch_norm_2d(self.body)
             fold_timm_norms(self.body.model)
+            _run_frozen_stages_image_by_image(self.body.model)
         elif norm == "SyncBN":
             from timm.layers import convert_sync_batchnorm
 
@@ -177,6 +193,17 @@ def _create_timm_model(name: str, in_channels: int) -> nn.Module:
     return timm.create_model(
         name, pretrained=False, features_only=True, feature_cls="getter", in_chans=in_channels
     )
+
+
+def _run_frozen_stages_image_by_image(module: nn.Module) -> None:
+    """Replace, in place, the outermost stages that have parameters but none to train."""
+    for name, child in module.named_children():
+        parameters = list(child.parameters())
+        frozen = parameters and not any(parameter.requires_grad for parameter in parameters)
+        if type(child) is nn.Sequential and frozen:
+            setattr(module, name, ImageByImage(*child))
+        else:
+            _run_frozen_stages_image_by_image(child)
 
 
 def _check_timm_strides(name: str, strides: list[int]) -> None:

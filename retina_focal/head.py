@@ -30,6 +30,8 @@ Places = tuple[Tensor, Tensor, Tensor, Tensor]
 COST_OF_A_CELL = 1.5
 # Cells whose neighbours are gathered at once: 38 MB with 256 channels in fp32.
 CELLS_AT_ONCE = 4096
+# What a module calls with the whole of its inputs, outputs or gradients.
+HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 
 logger = logging.getLogger(__name__)
 
@@ -104,24 +106,28 @@ class FocalRetinaNetHead(nn.Module):
             features: (N, C, Hi, Wi) a level, P3 first.
         Returns:
             logits: (N, A x K, Hi, Wi) a level, anchor-major; the score of a class is its sigmoid.
-            deltas: (N, A x 4, Hi, Wi) a level, (dx, dy, dw, dh) of each anchor; on a CPU computed
-                where `deltas_at` or an index asks for them, unless a norm or a hook needs all.
+            deltas: (N, A x 4, Hi, Wi) a level, (dx, dy, dw, dh) of each anchor; on a CPU the layers
+                after the last norm, hook or foreign layer run where `deltas_at` or an index asks.
         """
         logits = [self.cls_score(self.cls_subnet(feature)) for feature in features]
         device = features[0].device.type
-        layers = [*self.bbox_subnet, self.bbox_pred]
         # Elsewhere the host would wait for the number of cells; a graph needs sizes that are fixed.
-        if (
-            device == "cpu"
-            and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
-            and all(type(layer) in (Conv3x3, nn.ReLU) for layer in layers)
-            and not any(
-                m._forward_hooks or m._forward_pre_hooks for m in (self.bbox_subnet, *layers)
-            )
-        ):
-            enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-            return logits, LazyDeltas(layers, features, torch.autocast(device, dtype, enabled))
-        return logits, [self.bbox_pred(self.bbox_subnet(feature)) for feature in features]
+        lazy = device == "cpu" and not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+        whole, at_cells = [self.bbox_subnet, self.bbox_pred], []
+        while lazy and whole and not any(getattr(whole[-1], hooks) for hooks in HOOKS):
+            layer = whole.pop()
+            if type(layer) is nn.Sequential:
+                whole.extend(layer)
+            elif type(layer) in (Conv3x3, nn.ReLU):
+                at_cells.insert(0, layer)
+            else:
+                whole.append(layer)
+                break
+        maps = [nn.Sequential(*whole)(feature) for feature in features]
+        if not at_cells:
+            return logits, maps
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        return logits, LazyDeltas(at_cells, maps, torch.autocast(device, dtype, enabled))
 
     def _initialize(self, prior_prob: float) -> None:
         # Towers first, outputs last: detectron2's order, so that one seed gives the same weights.
@@ -145,15 +151,15 @@ class LazyDeltas(Sequence):
     """Deltas of a level, (N, A x 4, Hi, Wi), computed when it is indexed; see `deltas_at`."""
 
     layers: list[nn.Module]  # `Conv3x3` and ReLU
-    features: list[Tensor]
+    maps: list[Tensor]  # what the first of them sees
     autocast: torch.autocast  # as it was when the head ran
 
     def __len__(self) -> int:
-        return len(self.features)
+        return len(self.maps)
 
     def __getitem__(self, level: int) -> Tensor:
         with self.autocast:
-            return nn.Sequential(*self.layers)(self.features[level])
+            return nn.Sequential(*self.layers)(self.maps[level])
 
 
 def deltas_at(deltas: Sequence[Tensor], places: Sequence[Places]) -> Tensor:
@@ -179,8 +185,8 @@ def deltas_at(deltas: Sequence[Tensor], places: Sequence[Places]) -> Tensor:
     with deltas.autocast:
         rows = torch.cat(
             [
-                feature.permute(0, 2, 3, 1)[cells]
-                for feature, cells in zip(deltas.features, seen.inputs, strict=True)
+                level.permute(0, 2, 3, 1)[cells]
+                for level, cells in zip(deltas.maps, seen.inputs, strict=True)
             ]
         )
         neighbours = iter(seen.neighbours)
@@ -215,7 +221,7 @@ class _ReceptiveCells(NamedTuple):
 def _receptive_cells(deltas: LazyDeltas, places: Sequence[Places]) -> _ReceptiveCells | None:
     """None where they are so many that the whole maps cost less."""
     # The cells of all levels and images are numbered in one row, a border of one around each map.
-    sizes = [(len(x), x.shape[-2] + 2, x.shape[-1] + 2) for x in deltas.features]
+    sizes = [(len(x), x.shape[-2] + 2, x.shape[-1] + 2) for x in deltas.maps]
     first = [0, *accumulate(n * height * width for n, height, width in sizes)]
     inside = torch.zeros(first[-1], dtype=torch.bool)
     below = torch.empty(first[-1], dtype=torch.int64)  # from a cell to the one under it

@@ -12,6 +12,7 @@ from detectron2.modeling import build_backbone
 from torch import nn
 
 from retina_focal import get_cfg
+from retina_focal.backbone import ImageByImage
 
 TIMM_MODEL = "mobilenetv3_small_050"
 LEVELS = {f"p{i}": 2**i for i in range(3, 8)}
@@ -159,6 +160,35 @@ def test_freeze_at_freezes_all_that_leads_to_that_stride(freeze_at, name):
         features[-1].sum().backward()
         trained = [p for p in body.parameters() if p.requires_grad]
         assert all(p.grad is not None for p in trained)
+
+
+def test_frozen_stages_see_one_image_at_a_time_and_give_what_a_batch_gives():
+    cfg = timm_cfg(**{"MODEL.BACKBONE.FREEZE_AT": 2, "MODEL.RETINA_FOCAL.TIMM.NAME": "resnet10t"})
+    torch.manual_seed(0)
+    bottom_up = build_backbone(cfg).bottom_up.train()
+    stages = [m for m in bottom_up.modules() if isinstance(m, ImageByImage)]
+    inside = [m for stage in stages for m in stage.modules() if isinstance(m, nn.Conv2d)]
+    assert inside and not any(p.requires_grad for stage in stages for p in stage.parameters())
+    sizes = set()
+    for convolution in inside:
+        convolution.register_forward_hook(lambda _, inputs, __: sizes.add(len(inputs[0])))
+    images = torch.randn(3, 3, 64, 96)
+    features = bottom_up(images)
+    assert sizes == {1}
+    bottom_up.requires_grad_(False)  # a trace holds no weights that are trained
+    torch.jit.trace(lambda x: tuple(bottom_up(x).values()), images, check_trace=False)
+    assert sizes == {1, 3}  # a graph has one for the batch
+    for stage in stages:
+        stage.__class__ = nn.Sequential
+    expected = bottom_up(images)
+    for name, feature in features.items():
+        torch.testing.assert_close(feature, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_stages_whose_norms_see_the_batch_get_the_batch():
+    options = {"MODEL.BACKBONE.FREEZE_AT": 2, "MODEL.RETINA_FOCAL.TIMM.NORM": "BN"}
+    modules = build_backbone(timm_cfg(**options)).modules()
+    assert not any(isinstance(module, ImageByImage) for module in modules)
 
 
 def test_frozen_stages_of_a_resnet_are_detectron2s():

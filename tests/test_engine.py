@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -92,6 +93,34 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     """Norm of the difference, relative to the norm of `one`."""
     one, other = (torch.cat([x[name].flatten() for name in one]).double() for x in (one, other))
     return float((one - other).norm() / one.norm())
+
+
+NEW_PAGES_OF_A_BIG_TENSOR = """
+import resource, torch
+from retina_focal.engine import keep_freed_memory
+keep_freed_memory()
+pages = []
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 * 2**20)  # 64 MB
+    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(pages[-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+@needs_cpu_processes
+@pytest.mark.parametrize(
+    ("chosen", "kept"), [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "1000000"}, False)]
+)
+def test_freed_memory_serves_the_next_step_unless_the_user_chose(chosen, kept):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    script = [sys.executable, "-c", NEW_PAGES_OF_A_BIG_TENSOR]
+    run = subprocess.run(
+        script, env={**environment, **chosen}, capture_output=True, text=True, check=True
+    )
+    # Pages are of 4 kB, or some of them of 2 MB.
+    assert (int(run.stdout) == 0) == kept
 
 
 @needs_cpu_processes

@@ -137,14 +137,17 @@ def random_places(shapes, num_anchors, counts, generator):
     num_images=st.integers(1, 3),
     sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3),
     num_convs=st.integers(0, 3),
+    norm=st.sampled_from(["", lambda channels: nn.GroupNorm(1, channels)]),
     most=st.integers(0, 4),
 )
-def test_deltas_of_some_anchors_equal_those_of_whole_maps(seed, num_images, sizes, num_convs, most):
+def test_deltas_of_some_anchors_equal_those_of_whole_maps(
+    seed, num_images, sizes, num_convs, norm, most
+):
     generator = torch.Generator().manual_seed(seed)
-    module = head(seed=seed, conv_dims=[5, 7, 6][:num_convs]).double()
-    nn.init.normal_(module.bbox_pred.bias)  # what stands outside of a map must not look like 0
-    for layer in module.bbox_subnet[::2]:
-        nn.init.normal_(layer.bias)
+    module = head(seed=seed, conv_dims=[5, 7, 6][:num_convs], norm=norm).double()
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):  # what stands outside of a map must not look like 0
+            nn.init.normal_(parameter)
     maps = [
         torch.randn(num_images, 16, *size, generator=generator, dtype=torch.float64)
         for size in sizes
@@ -183,23 +186,39 @@ def test_whole_maps_are_computed_where_that_costs_less(monkeypatch):
     assert computed >= {0, 1}
 
 
+class OtherTower(nn.Sequential):
+    pass
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "num_at_cells"),
     [
-        lambda module: module.bbox_pred.register_forward_hook(lambda *_: None),
-        lambda module: module.bbox_subnet.register_forward_pre_hook(lambda *_: None),
-        lambda module: module.bbox_subnet.__setitem__(0, nn.Conv2d(16, 16, 5, padding=2)),
-        lambda module: module.bbox_subnet.insert(1, nn.GroupNorm(2, 16)),
-        lambda module: nn.utils.parametrizations.weight_norm(module.bbox_pred),
+        (lambda module: None, 5),
+        (lambda module: module.bbox_pred.register_forward_hook(lambda *_: None), 0),
+        (lambda module: nn.utils.parametrizations.weight_norm(module.bbox_pred), 0),
+        (lambda module: module.bbox_subnet.register_forward_pre_hook(lambda *_: None), 1),
+        (lambda module: setattr(module, "bbox_subnet", OtherTower(*module.bbox_subnet)), 1),
+        (lambda module: module.bbox_subnet[2].register_full_backward_hook(lambda *_: None), 2),
+        (lambda module: module.bbox_subnet.insert(3, nn.GroupNorm(2, 16)), 2),
+        (lambda module: module.bbox_subnet.__setitem__(0, nn.Conv2d(16, 16, 5, padding=2)), 4),
     ],
-    ids=["hook", "pre-hook", "other convolution", "norm", "parametrized"],
+    ids=[
+        "as built",
+        "hook on the last",
+        "parametrized",
+        "pre-hook on the tower",
+        "other tower",
+        "backward hook",
+        "norm",
+        "other convolution",
+    ],
 )
-def test_a_box_tower_that_is_not_its_own_any_more_sees_whole_maps(change):
+def test_layers_after_the_last_that_needs_whole_maps_run_on_cells(change, num_at_cells):
     module = head()
-    assert isinstance(module(features())[1], LazyDeltas)
     change(module)
     _, deltas = module(features())
-    assert isinstance(deltas, list)
+    assert isinstance(deltas, LazyDeltas) == (num_at_cells > 0)
+    assert num_at_cells == 0 or len(deltas.layers) == num_at_cells
     expected = [module.bbox_pred(module.bbox_subnet(x)) for x in features()]
     assert all(torch.equal(x, y) for x, y in zip(deltas, expected, strict=True))
 

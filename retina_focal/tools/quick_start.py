@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+from retina_focal.engine import keep_freed_memory
 from retina_focal.tools import sample_data, train
 from retina_focal.tools.draw import draw_detections
 
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("name", choices=sorted(CONFIGS))
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     sample_data.main([args.name])
     cfg = train.set_up(train.parse_args(["--config-file", CONFIGS[args.name], *args.opts]))
     start = time.perf_counter()

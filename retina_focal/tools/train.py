@@ -13,7 +13,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from retina_focal.config import config_path, get_cfg
 from retina_focal.datasets import check_data_sets, check_num_classes, register_datasets
-from retina_focal.engine import Trainer, available_device, share_cores
+from retina_focal.engine import Trainer, available_device, keep_freed_memory, share_cores
 from retina_focal.tools import lazy_train
 from retina_focal.tools.cli import exit_in_words
 
@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> dict:
     """What each process does; returns the evaluation's results on the main one."""
     if not torch.cuda.is_available():
         share_cores(args.num_gpus)
+    keep_freed_memory()
     if args.config_file.endswith(".py"):
         return lazy_train.run(args)
     cfg = set_up(args)
