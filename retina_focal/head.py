@@ -185,8 +185,8 @@ def deltas_at(deltas: Sequence[Tensor], places: Sequence[Places]) -> Tensor:
     with deltas.autocast:
         rows = torch.cat(
             [
-                level.permute(0, 2, 3, 1)[cells]
-                for level, cells in zip(deltas.maps, seen.inputs, strict=True)
+                level[image, :, row, column]
+                for level, (image, row, column) in zip(deltas.maps, seen.inputs, strict=True)
             ]
         )
         neighbours = iter(seen.neighbours)
