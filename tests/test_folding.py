@@ -8,6 +8,7 @@ from conftest import PLUGIN, STOCK, pictures, small_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retina_focal.folding import (
     FoldedConv2d,
@@ -207,6 +208,55 @@ def test_a_copy_folds_its_own_weights():
         for parameter in one.parameters():
             parameter.zero_()
         torch.testing.assert_close(other(image), before)
+
+
+def operators_of(function):
+    """Each operator that it calls, with its arguments."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append((func.overloadpacket.__name__, args))
+            return func(*args, **(kwargs or {}))
+
+    calls = []
+    with Recorder():
+        function()
+    return calls
+
+
+def step(model):
+    model(torch.randn(2, 3, 64, 64)).float().square().mean().backward()
+
+
+def test_depthwise_gradients_on_a_cpu_are_fp32_under_autocast():
+    model = frozen_timm_model("tf_efficientnet_lite0")
+    fold_timm_norms(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        calls = operators_of(lambda: step(model))
+    dtypes = {True: set(), False: set()}  # by whether it is depthwise
+    for name, args in calls:
+        if name == "convolution_backward":
+            dtypes[args[2].shape[1] == 1].add(args[1].dtype)
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+
+
+def test_depthwise_convolutions_without_gradients_stay_in_bf16():
+    model = frozen_timm_model("tf_efficientnet_lite0").requires_grad_(False)
+    fold_timm_norms(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        calls = operators_of(lambda: model(torch.randn(2, 3, 64, 64)))
+    assert {args[0].dtype for name, args in calls if name == "convolution"} == {torch.bfloat16}
+
+
+def test_activations_in_place_clone_no_map_for_their_gradient():
+    model = frozen_timm_model("tf_efficientnet_lite0")
+    counts = []
+    for fold in (False, True):
+        if fold:
+            fold_timm_norms(model)
+        calls = operators_of(lambda: step(model))
+        counts.append(sum(name == "clone" and args[0].dim() == 4 for name, args in calls))
+    assert counts[0] > 0 == counts[1]
 
 
 class ConvUsedTwice(torch.nn.Module):
