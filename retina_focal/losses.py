@@ -119,8 +119,13 @@ class SigmoidFocalLoss:
     def __call__(self, logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
         x, alpha_t = (-logits, self.alpha) if foreground else (logits, 1 - self.alpha)
         exp = x.clamp(max=MAX_EXPONENT).exp_()
-        softplus = torch.maximum(exp.log1p(), x)  # x is the larger one only beyond the clamp
-        complement = (exp + 1).reciprocal_()  # 1 - p
+        rounded = exp + 1
+        complement = rounded.reciprocal()  # 1 - p
+        # log1p(exp), which torch does not vectorise on every CPU: the logarithm, and to first order
+        # what the sum has lost.
+        softplus = rounded.log()
+        softplus.addcmul_(rounded.sub_(1).sub_(exp), complement, value=-1)
+        softplus = torch.maximum(softplus, x)  # x is the larger one only beyond the clamp
         p = exp.mul_(complement)
         # log p = x - softplus(x).
         weight = p.square() if self.gamma == 2 else (x - softplus).mul_(self.gamma).exp_()
@@ -155,9 +160,9 @@ class FocalStarLoss:
 
     def __call__(self, logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
         wrong = logits * (-self.gamma if foreground else self.gamma) - self.beta
-        value = F.logsigmoid(-wrong).div_(-self.gamma)
-        derivative = wrong.sigmoid_()
-        return value, derivative.neg_() if foreground else derivative
+        cross_entropy = SigmoidFocalLoss(alpha=-1, gamma=0)
+        value, derivative = cross_entropy(wrong, foreground=False)
+        return value.div_(self.gamma), derivative.neg_() if foreground else derivative
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,19 @@ def test_focal_star_with_gamma_1_and_beta_0_is_cross_entropy():
     )
 
 
+@pytest.mark.parametrize("loss", [SigmoidFocalLoss(), SigmoidFocalLoss(-1, 0), FocalStarLoss()])
+@pytest.mark.parametrize("foreground", [True, False])
+def test_fp32_has_five_digits_however_sure_or_wrong_the_logit(loss, foreground):
+    # 1 + e^x alone keeps one digit of e^x at -14, and none at -17.
+    x = torch.linspace(-20, 20, 4001)
+    for single, double in zip(loss(x, foreground), loss(x.double(), foreground), strict=True):
+        torch.testing.assert_close(single.double(), double, rtol=5e-6, atol=0)
+    x = torch.linspace(-20, 20, 4001, dtype=torch.float64)
+    p, gamma = x.sigmoid(), 2.0
+    by_hand = 0.75 * p**gamma * torch.log1p(x.exp())
+    torch.testing.assert_close(SigmoidFocalLoss()(x, False)[0], by_hand, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CHOICES)
 def test_each_named_loss_is_finite_and_leaves_the_logits_alone(name, dtype):
