@@ -310,7 +310,7 @@ def test_without_a_base_there_is_no_ratio(setting, ours):
     assert [(x["unit"], x["ratio"]) for x in rows] == [("bytes", {})]
     report = dict.fromkeys(["command", "processor", "threads", "date", "rounds"], "x")
     report |= dict.fromkeys(["torch", "torchvision", "detectron2"], "x") | {"rows": rows}
-    assert "| title | 80 | 20 | 8 MB |" in benchmark.markdown(report)
+    assert "| title | 80 | 20 | fp32 | 8 MB |" in benchmark.markdown(report)
     json.dumps(report, allow_nan=False)
 
 
@@ -327,6 +327,7 @@ def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     argv = ["--what", "loss,matching,train,inference,convolutions", "--image-size", "64x96"]
     argv += ["--rounds", "1", "--boxes", "3,5", "--threads", "1", "--device", "cpu"]
+    argv += ["--precision", "fp32,bf16"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "WARM_UP", 0)
         cli.main(["benchmark", *argv, "--output", str(folder), *SMALL])
@@ -340,18 +341,26 @@ def test_a_run_leaves_json_markdown_and_a_plot(output):
     report = json.loads((output / "results.json").read_text())
     assert report["command"].startswith("retina-focal benchmark --what loss,matching")
     assert report["processor"] and report["torch"] == torch.__version__ and report["threads"] == 1
-    titles = [(x["what"], x["boxes"]) for x in report["rows"] if x["part"] == "whole"]
+    fields = "what", "boxes", "precision"
+    titles = [tuple(x[f] for f in fields) for x in report["rows"] if x["part"] == "whole"]
+    both = "fp32", "bf16"
     assert titles == [
-        ("classification loss", 3), ("classification loss", 5), ("matching", 3), ("matching", 5),
-        ("training step", 3), ("training step", 5), ("inference, initialised", 3),
-        ("inference, realistic", 3), ("training step over its convolutions", 3),
-        ("training step over its convolutions", 5),
-    ]  # fmt: skip
+        *[("classification loss", boxes, "fp32") for boxes in (3, 5)],
+        *[("matching", boxes, "fp32") for boxes in (3, 5)],
+        *[("training step", boxes, precision) for boxes in (3, 5) for precision in both],
+        *[("inference, initialised", 3, precision) for precision in both],
+        *[("inference, realistic", 3, precision) for precision in both],
+        *[
+            ("training step over its convolutions", boxes, precision)
+            for boxes in (3, 5)
+            for precision in both
+        ],
+    ]
     text = (output / "results.md").read_text()
-    for title, boxes in titles:
-        assert f"| {title} | 80 | {boxes} |" in text
+    for title, boxes, precision in titles:
+        assert f"| {title} | 80 | {boxes} | {precision} |" in text
     columns = [line.count("|") for line in text.splitlines() if line.startswith("|")]
-    assert set(columns) == {9, 7}  # the second is for the convolutions' two columns
+    assert set(columns) == {10, 8}  # the second is for the convolutions' two columns
 
 
 def test_ratios_of_a_run_equal_the_quotients_of_its_times(output):
@@ -368,7 +377,7 @@ def test_ratios_of_a_run_equal_the_quotients_of_its_times(output):
 def test_parts_of_a_step_add_up_to_the_whole(output):
     rows = json.loads((output / "results.json").read_text())["rows"]
     steps = [x for x in rows if x["what"] == "training step" and x["boxes"] == 3]
-    whole, *parts = steps
+    whole, *parts = [x for x in steps if x["precision"] == "fp32"]
     assert [x["part"] for x in parts] == ["network, forward", "matching and loss", "backward"]
     for name in MODELS:
         total = sum(x["values"][name][0] for x in parts)
@@ -452,6 +461,24 @@ def test_a_config_needs_no_data_set_and_no_weights():
     settings = benchmark.settings_of(benchmark.parse_args(argv))
     assert [(x.classes, x.boxes) for x in settings] == [(1, 1), (1, 20), (3, 1), (3, 20)]
     run_once(cases.training_step, settings[0], ["stock", "ours"])
+
+
+def test_precision_is_that_of_our_model_alone():
+    args = benchmark.parse_args(["--precision", "fp32,bf16", *SMALL, "MODEL.DEVICE", "cpu"])
+    settings = benchmark.settings_of(args)
+    assert [setting.precision for setting in settings] == ["fp32", "bf16"]
+    dtypes = []
+    for setting in settings:
+        setting = replace(setting, image_size=(64, 96))
+        with cases.ConvolutionRecorder() as recorder:
+            run_once(cases.training_step, setting, ["stock"])
+            stock = len(recorder.calls)
+            run_once(cases.training_step, setting, ["ours"])
+        calls = [arguments[0].dtype for _, arguments in recorder.calls]
+        dtypes.append((set(calls[:stock]), set(calls[stock:])))
+    assert dtypes == [
+        ({torch.float32}, {torch.float32}), ({torch.float32}, {torch.bfloat16})
+    ]  # fmt: skip
 
 
 def test_a_config_of_another_architecture_is_refused_with_what_to_type(tmp_path):

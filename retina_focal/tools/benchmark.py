@@ -24,6 +24,8 @@ import torchvision
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
+from retina_focal.config import retina_focal_node
+from retina_focal.precision import PRECISIONS
 from retina_focal.tools import benchmark_cases as cases
 from retina_focal.tools.benchmark_cases import MODELS, Setting, Stopwatch
 from retina_focal.tools.cli import exit_in_words
@@ -43,7 +45,11 @@ TIMED = {
 }
 MEMORY = ("loss", "matching", "train")
 WHAT = (*TIMED, "memory")
-INDEPENDENT_OF = {"matching": {"classes"}, "inference": {"boxes"}}
+INDEPENDENT_OF = {
+    "loss": {"precision"},
+    "matching": {"classes", "precision"},
+    "inference": {"boxes"},
+}
 # Untimed runs before the first round: torch.jit compiles stock's loss in its second.
 WARM_UP = 2
 WHOLE = "whole"
@@ -51,11 +57,13 @@ WHOLE = "whole"
 Probe = Callable[[], dict[str, float]]  # part of a row to seconds or bytes
 EPILOG = """
 Boxes have sides from 8 px to half the image's, log-uniform, at uniform places. Weights are random.
-Ctrl-C ends in a table of the rounds that are finished.
+The precision is that of our model; the others compute in fp32. Ctrl-C ends in a table of the rounds
+that are finished.
 
 Examples:
   %(prog)s --what loss,matching --boxes 20,500,2000
   %(prog)s --what train,memory --classes 80,1203 --image-size 384x512
+  %(prog)s --what train,inference,convolutions --precision fp32,bf16
   %(prog)s --config-file quick_start/bccd.yaml --image-size 240x320 --batch 8 --classes 3
 """
 
@@ -102,12 +110,22 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = partial(parser.add_argument, metavar="X")
-    add("--what", type=_what, default=list(WHAT), help=f"some of {','.join(WHAT)}; default: all")
+    add(
+        "--what",
+        type=partial(_names, choices=WHAT),
+        default=list(WHAT),
+        help=f"some of {','.join(WHAT)}; default: all",
+    )
     add("--config-file", default="COCO-Detection/retinanet_R_50_FPN_1x.yaml", help="as of train")
     add("--image-size", type=_size, default=(800, 1216), help="HxW in pixels; default: 800x1216")
     add("--batch", type=_positive, default=1, help="images; default: %(default)s")
     add("--classes", type=_numbers, help="default: the config's; several: 1,80,1203")
     add("--boxes", type=_numbers, default=[20], help="an image; default: 20; several: 20,500,2000")
+    add(
+        "--precision",
+        type=partial(_names, choices=PRECISIONS),
+        help="of our model; default: the config's; several: fp32,bf16",
+    )
     add("--rounds", type=_positive, default=5, help="times each model is run; default: %(default)s")
     add("--threads", type=_positive, default=torch.get_num_threads(), help="default: %(default)s")
     add("--device", help="cpu or cuda; default: the config's")
@@ -119,7 +137,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
-    """One for each pair of numbers of classes and boxes.
+    """One for each combination of number of classes, number of boxes and precision.
 
     Raises:
         ValueError: the config is not one of our model's.
@@ -133,9 +151,10 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
             "from which stock's is derived; add: MODEL.META_ARCHITECTURE FocalRetinaNet"
         )
     classes = args.classes or [cfg.MODEL.RETINANET.NUM_CLASSES]
+    precisions = args.precision or [retina_focal_node(cfg).PRECISION]
     return [
-        Setting(_with_classes(cfg, k), args.image_size, args.batch, boxes)
-        for k, boxes in product(classes, args.boxes)
+        Setting(_with(cfg, k, precision), args.image_size, args.batch, boxes)
+        for k, boxes, precision in product(classes, args.boxes, precisions)
     ]
 
 
@@ -198,7 +217,9 @@ def benchmark(
     names = MODELS if cases.torchvision_has(settings[0].cfg) else ("stock", "ours")
     with tqdm(total=sum(job[-1] for job in jobs), unit="round", dynamic_ncols=True) as progress:
         for title, make_probes, setting, job_rounds in jobs:
-            progress.set_description(f"{title}, {setting.classes} classes, {setting.boxes} boxes")
+            progress.set_description(
+                f"{title}, {setting.classes} classes, {setting.boxes} boxes, {setting.precision}"
+            )
             probes = make_probes(setting, names)
             first, records = len(rows), []
             for _ in range(job_rounds):
@@ -327,6 +348,7 @@ def rows_of(title: str, setting: Setting, records: list[dict[str, dict[str, floa
                 "batch": setting.batch,
                 "classes": setting.classes,
                 "boxes": setting.boxes,
+                "precision": setting.precision,
                 "base": base,
                 "values": values,
                 "median": {name: statistics.median(v) for name, v in values.items()},
@@ -358,7 +380,7 @@ def markdown(report: dict) -> str:
         if (names, row["base"]) != columns:
             columns = names, row["base"]
             heads = [f"{name} / {row['base']}" for name in names if name != row["base"]]
-            heads = ["what", "classes", "boxes", *names, *heads]
+            heads = ["what", "classes", "boxes", "precision", *names, *heads]
             lines += ["", _line(heads), _line(["---"] * len(heads))]
         title = row["what"] if row["part"] == WHOLE else f"- {row['part']}"
         medians = [_quantity(row["median"][name], row["unit"]) for name in names]
@@ -369,7 +391,8 @@ def markdown(report: dict) -> str:
             for name in names
             if name != row["base"]
         ]
-        lines.append(_line([title, row["classes"], row["boxes"], *medians, *ratios]))
+        setting = row["classes"], row["boxes"], row["precision"]
+        lines.append(_line([title, *setting, *medians, *ratios]))
     return "\n".join(lines) + "\n"
 
 
@@ -380,7 +403,9 @@ def plot(rows: list[dict], path: Path) -> None:
 
     bars = [
         (
-            "{what}, {classes} classes, {boxes} boxes: {name} / {base}".format(name=name, **row),
+            "{what}, {classes} classes, {boxes} boxes, {precision}: {name} / {base}".format(
+                name=name, **row
+            ),
             ratio,
         )
         for row in rows
@@ -426,10 +451,11 @@ def processor(device: str) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _with_classes(cfg: CfgNode, classes: int) -> CfgNode:
+def _with(cfg: CfgNode, classes: int, precision: str) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.RETINANET.NUM_CLASSES = classes
+    retina_focal_node(cfg).PRECISION = precision
     cfg.freeze()
     return cfg
 
@@ -447,11 +473,11 @@ def _quantity(value: float, unit: str) -> str:
     return f"{value * scale:.{max(digits, 0)}f} {name}"
 
 
-def _what(text: str) -> list[str]:
+def _names(text: str, choices: Sequence[str]) -> list[str]:
     names = text.split(",")
-    unknown = [name for name in names if name not in WHAT]
+    unknown = [name for name in names if name not in choices]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(WHAT)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(choices)}")
     return names
 
 

@@ -89,7 +89,7 @@ Run = Callable[[Stopwatch], object]
 class Setting:
     """What two rows of the table may differ in."""
 
-    cfg: CfgNode  # of our model; the number of classes and the device are in it
+    cfg: CfgNode  # of our model; number of classes, precision and device are in it
     image_size: tuple[int, int]  # height, width in pixels
     batch: int  # images
     boxes: int  # an image
@@ -97,6 +97,11 @@ class Setting:
     @property
     def classes(self) -> int:
         return self.cfg.MODEL.RETINANET.NUM_CLASSES
+
+    @property
+    def precision(self) -> str:
+        """Of our model; the others compute in fp32."""
+        return retina_focal_node(self.cfg).PRECISION
 
     @property
     def device(self) -> str:
