@@ -83,9 +83,13 @@ def check_data_sets(names: Sequence[str]) -> None:
             )
 
 
-def check_num_classes(names: Sequence[str], num_classes: int) -> None:
+def check_num_classes(
+    names: Sequence[str], num_classes: int, setting: str = "MODEL.RETINANET.NUM_CLASSES "
+) -> None:
     """Compare the model's number of classes with that of each data set that tells its classes.
 
+    Args:
+        setting: what the user types before the number.
     Raises:
         ValueError: they differ.
     """
@@ -94,8 +98,8 @@ def check_num_classes(names: Sequence[str], num_classes: int) -> None:
         if classes is not None and len(classes) != num_classes:
             raise ValueError(
                 f"dataset '{name}' has {len(classes)} classes ({', '.join(classes[:5])}"
-                f"{', ...' if len(classes) > 5 else ''}) but MODEL.RETINANET.NUM_CLASSES is "
-                f"{num_classes}; add: MODEL.RETINANET.NUM_CLASSES {len(classes)}"
+                f"{', ...' if len(classes) > 5 else ''}) but {setting.rstrip(' =')} is "
+                f"{num_classes}; add: {setting}{len(classes)}"
             )
 
 

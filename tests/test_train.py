@@ -170,6 +170,34 @@ def test_a_wrong_config_ends_the_tool_in_words_and_makes_no_folder(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["SOLVER.MAX_ITER", "2"], r"'SOLVER.MAX_ITER' changes nothing.*: train.max_iter=1000"),
+        (["model.num_classes.x=2"], "model.num_classes is not a config"),
+        (["dataloader.train.dataset.names=nowhere"], "data set 'nowhere' is not registered"),
+        (
+            ["--eval-only", "dataloader.test.dataset.names=[nowhere]"],
+            "data set 'nowhere' is not registered",
+        ),
+        (
+            ["dataloader.train.dataset.names=lazy_cells", "dataloader.test.dataset.names=[]"],
+            r"'lazy_cells' has 2 classes.*model.num_classes is 80; add: model.num_classes=2",
+        ),
+    ],
+)
+def test_a_wrong_lazy_config_ends_the_tool_in_words_and_makes_no_folder(
+    arguments, message, data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["retina-focal"])
+    config = ["--config-file", str(ROOT / "configs/lazy/retinanet_R_50_FPN_1x.py")]
+    cells = ["--dataset", "lazy_cells", str(data / "a.json"), str(data)]
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["train", *config, *cells, *arguments])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_quick_start_goes_on_only_where_the_last_checkpoint_is_not_the_final_one(tmp_path):
     assert not quick_start._is_unfinished(tmp_path)
     last = tmp_path / "last_checkpoint"

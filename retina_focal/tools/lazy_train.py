@@ -20,7 +20,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from retina_focal.datasets import register_coco_json
+from retina_focal.datasets import check_data_sets, check_num_classes, register_coco_json
 from retina_focal.engine import available_device, distribute
 from retina_focal.first_step import FirstStepCheck
 from retina_focal.tools.cli import exit_in_words
@@ -28,10 +28,12 @@ from retina_focal.tools.cli import exit_in_words
 
 def run(args: argparse.Namespace) -> dict:
     """Train, or with `--eval-only` evaluate, the LazyConfig file `args.config_file`."""
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    cfg = LazyConfig.load(args.config_file)
     with exit_in_words():
+        _override(cfg, args.opts)
         for row in args.dataset:
             register_coco_json(*row)
+        _check(cfg, ["test"] if args.eval_only else ["train", "test"])
     cfg.train.device = available_device(cfg.train.device)
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, comm.get_rank(), name="retina_focal")
@@ -85,3 +87,25 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
     results = inference_on_dataset(model, loader, evaluator) or {}
     print_csv_format(results)
     return results
+
+
+def _override(cfg: DictConfig, opts: list[str]) -> None:
+    wrong = [option for option in opts if "=" not in option]
+    if wrong:
+        raise ValueError(
+            f"'{wrong[0]}' changes nothing in a LazyConfig; expected KEY=VALUE, for example: "
+            "train.max_iter=1000"
+        )
+    LazyConfig.apply_overrides(cfg, opts)
+
+
+def _check(cfg: DictConfig, loaders: list[str]) -> None:
+    """Look for the data sets, and compare their classes with the model's."""
+    names = []
+    for loader in loaders:
+        found = OmegaConf.select(cfg, f"dataloader.{loader}.dataset.names", default=[])
+        names += [found] if isinstance(found, str) else found
+    check_data_sets(names)
+    num_classes = OmegaConf.select(cfg, "model.num_classes")
+    if num_classes is not None:
+        check_num_classes(names, num_classes, setting="model.num_classes=")
