@@ -280,6 +280,24 @@ def test_a_results_file_of_something_else_is_refused(tmp_path):
         ablate.load_results(path)
 
 
+def test_the_results_on_bccd_are_those_of_the_shipped_configs(tmp_path, monkeypatch):
+    """The command beside the tables repeats none of their runs."""
+
+    def load_without_data(path, opts, datasets):
+        cfg = get_cfg()
+        cfg.merge_from_file(path)
+        return cfg
+
+    monkeypatch.setattr(ablation_runs, "load_cfg", load_without_data)
+    folder = ROOT / "configs/ablations/bccd"
+    rows = [read_row(name) for name in ablation_runs.row_names("table_*")]
+    planned = plan(rows, str(folder / "base.yaml"), [], [], [1], tmp_path)
+    finished = {(run["settings"], run["seed"]) for run in results_of(folder)}
+    assert len(planned) > 20
+    for name, (run,) in planned.items():
+        assert (run.settings, run.seed) in finished, name
+
+
 def test_bccd_rows_build(tmp_path):
     """Each row on BCCD is its own file, merged onto what all share."""
     for path in sorted((ROOT / "configs/ablations/bccd").glob("*.yaml")):
