@@ -13,7 +13,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from retina_focal.config import retina_focal_node
-from retina_focal.folding import fold_timm_norms
+from retina_focal.folding import fold_timm_norms, is_depthwise
 
 TOP_BLOCK_IN_FEATURES = ("res5", "p5")
 TIMM_NORMS = ("FrozenBN", "BN", "SyncBN")
@@ -124,7 +124,7 @@ class TimmBackbone(Backbone):
         channels = info.channels()
         self._out_feature_channels = {f: channels[i] for f, i in self._outputs.items()}
         convolutions = [m for m in self.body.modules() if isinstance(m, nn.Conv2d)]
-        self._has_depthwise = any(m.groups == m.in_channels > 1 for m in convolutions)
+        self._has_depthwise = any(map(is_depthwise, convolutions))
         self._freeze(info.module_name(), strides, freeze_at)
         self._set_norm(norm)
 

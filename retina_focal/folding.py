@@ -71,7 +71,7 @@ class FoldedTimmConv2d(nn.Conv2d):
         super().__init__(**_arguments(conv))
         self.weight, self.bias = conv.weight, conv.bias
         self._conv2d = conv2d_same if isinstance(conv, Conv2dSame) else F.conv2d
-        self._is_depthwise = conv.groups == conv.in_channels > 1
+        self._is_depthwise = is_depthwise(conv)
         self._folded = FoldedWeight(self, norm)
         self.train(conv.training)
 
@@ -117,6 +117,11 @@ class FoldedTimmNorm(nn.Module):
         # Weights of a norm that was trained count its batches.
         state_dict.pop(f"{prefix}num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether each of several channels is convolved on its own."""
+    return conv.groups == conv.in_channels > 1
 
 
 def fold_frozen_norms(module: nn.Module) -> None:
