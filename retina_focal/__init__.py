@@ -3,8 +3,13 @@
 Importing the package registers its names in detectron2's registries, and does nothing else.
 """
 
+import warnings
+
 try:
-    import detectron2  # noqa: F401
+    # detectron2's and torch's own deprecations, which no user of this package can mend.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*deprecated")
+        import detectron2.modeling  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "retina_focal needs detectron2, which is not installed. Build it from source "
@@ -24,7 +29,7 @@ from retina_focal.backbone import (
 )
 from retina_focal.config import add_retina_focal_config, get_cfg
 from retina_focal.criterion import Criterion
-from retina_focal.datasets import register_datasets
+from retina_focal.data.registration import register_coco_json, register_datasets
 from retina_focal.head import DENSE_HEAD_REGISTRY, FocalRetinaNetHead
 from retina_focal.losses import (
     FocalStarLoss,
@@ -38,6 +43,8 @@ from retina_focal.postprocess import Postprocessor
 from retina_focal.proposals import FocalRPN, FocalRPNHead
 from retina_focal.retinanet import FocalRetinaNet
 from retina_focal.sampling import HardExampleSampler
+from retina_focal.training.accumulation import accumulate_gradients
+from retina_focal.training.assembly import Trainer
 
 __all__ = [
     "DENSE_HEAD_REGISTRY",
@@ -53,6 +60,8 @@ __all__ = [
     "OctaveAnchorGenerator",
     "Postprocessor",
     "SigmoidFocalLoss",
+    "Trainer",
+    "accumulate_gradients",
     "add_retina_focal_config",
     "build_retina_focal_resnet_fpn_backbone",
     "build_retina_focal_resnet_single_backbone",
@@ -60,6 +69,7 @@ __all__ = [
     "focal_star_loss",
     "get_cfg",
     "hinge_loss",
+    "register_coco_json",
     "register_datasets",
     "sigmoid_focal_loss",
 ]

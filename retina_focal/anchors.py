@@ -8,6 +8,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, DefaultAnchorGenerator
 
 from retina_focal.config import retina_focal_node
+from retina_focal.errors import UserError
 
 
 @ANCHOR_GENERATOR_REGISTRY.register()
@@ -37,7 +38,7 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
             strides: pixels between neighbouring cells, per level.
             offset: of the first anchor's centre from the image corner, in strides, [0, 1).
         Raises:
-            ValueError: the number of base sizes fits neither the levels nor a single level.
+            UserError: the number of base sizes fits neither the levels nor a single level.
         """
         super().__init__(
             sizes=octave_sizes(base_sizes, scales_per_octave, num_levels=len(strides)),
@@ -65,7 +66,7 @@ def octave_sizes(
 ) -> list[list[float]]:
     """Anchor sizes in pixels, a list a level; all of them on the level where there is only one."""
     if scales_per_octave < 1:
-        raise ValueError(
+        raise UserError(
             f"MODEL.RETINA_FOCAL.ANCHORS.SCALES_PER_OCTAVE is {scales_per_octave}; "
             "expected at least 1 (the paper's value is 3)"
         )
@@ -76,7 +77,7 @@ def octave_sizes(
     if num_levels == 1:
         return [[size for octave in octaves for size in octave]]
     if len(octaves) != num_levels:
-        raise ValueError(
+        raise UserError(
             f"MODEL.RETINA_FOCAL.ANCHORS.BASE_SIZES has {len(octaves)} sizes {list(base_sizes)} "
             f"for {num_levels} feature levels; give one size a level, highest resolution first"
         )
@@ -88,7 +89,7 @@ def _check_sizes_key(sizes_key: Sequence, sizes: list[list[float]]) -> None:
     default = detectron2_get_cfg().MODEL.ANCHOR_GENERATOR.SIZES
     key = [list(level) if isinstance(level, Sequence) else level for level in sizes_key]
     if key not in (default, sizes):
-        raise ValueError(
+        raise UserError(
             f"MODEL.ANCHOR_GENERATOR.SIZES is {key}, but OctaveAnchorGenerator makes {sizes} from "
             "MODEL.RETINA_FOCAL.ANCHORS; set ANCHORS.BASE_SIZES and ANCHORS.SCALES_PER_OCTAVE and "
             "leave SIZES out, or use MODEL.ANCHOR_GENERATOR.NAME DefaultAnchorGenerator"

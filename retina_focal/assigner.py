@@ -8,6 +8,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from retina_focal.config import check_choice, retina_focal_node
+from retina_focal.errors import UserError
 from retina_focal.matching import AnchorGrid, find_grid, match_dense, match_on_grid
 
 ASSIGNMENTS = ("detectron2", "detectron", "paper")
@@ -40,12 +41,12 @@ class Assigner:
                 anchor that overlaps nothing has no box to regress to.
             rule: one of `ASSIGNMENTS`.
         Raises:
-            ValueError: an unknown rule, or thresholds and labels that don't fit.
+            UserError: an unknown rule, or thresholds and labels that don't fit.
         """
         check_choice("MODEL.RETINA_FOCAL.ASSIGNMENT", rule, ASSIGNMENTS)
         rising = [0, *iou_thresholds] == sorted([0, *iou_thresholds]) and iou_thresholds[0] > 0
         if not rising or len(iou_labels) != len(iou_thresholds) + 1 or iou_labels[0] == 1:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.RETINANET.IOU_THRESHOLDS {list(iou_thresholds)} and IOU_LABELS "
                 f"{list(iou_labels)}; expected rising thresholds above 0, one label more than "
                 "thresholds, and as first label 0 or -1"

@@ -13,6 +13,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from retina_focal.config import retina_focal_node
+from retina_focal.errors import UserError
 from retina_focal.folding import fold_timm_norms, is_depthwise
 
 TOP_BLOCK_IN_FEATURES = ("res5", "p5")
@@ -106,12 +107,12 @@ class TimmBackbone(Backbone):
             freeze_at: freeze all that leads to the feature of stride 2^freeze_at; 0: nothing.
             in_channels: of the image.
         Raises:
-            ImportError: timm is not installed.
-            ValueError: unknown name or norm, or no feature of stride 8, 16 or 32.
+            UserError: timm is not installed, an unknown name or norm, or no feature of stride 8,
+                16 or 32.
         """
         super().__init__()
         if norm not in TIMM_NORMS:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.RETINA_FOCAL.TIMM.NORM is '{norm}'; expected one of {', '.join(TIMM_NORMS)}"
             )
         self.body = _create_timm_model(name, in_channels)
@@ -180,12 +181,12 @@ def _create_timm_model(name: str, in_channels: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise ImportError(
+        raise UserError(
             "the timm backbone needs timm, which is not installed; type: pip install timm"
         ) from error
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name}*")[:5]) if name else ""
-        raise ValueError(
+        raise UserError(
             f"MODEL.RETINA_FOCAL.TIMM.NAME is '{name}', which timm {timm.__version__} doesn't have"
             + (f"; it has {near}" if near else "; for example: tf_efficientnet_lite0")
         )
@@ -209,7 +210,7 @@ def _run_frozen_stages_image_by_image(module: nn.Module) -> None:
 def _check_timm_strides(name: str, strides: list[int]) -> None:
     missing = [stride for stride in PYRAMID_INPUTS.values() if stride not in strides]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"timm's {name} has features of stride {strides}, none of stride {missing}; P3, P4 and "
             f"P5 need strides {list(PYRAMID_INPUTS.values())}: choose a convolutional model"
         )
@@ -219,13 +220,13 @@ def _pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     """P3 to P7 on the features res3, res4, res5 of `bottom_up`."""
     in_feature = retina_focal_node(cfg).TOP_BLOCK_IN_FEATURE
     if in_feature not in TOP_BLOCK_IN_FEATURES:
-        raise ValueError(
+        raise UserError(
             f"MODEL.RETINA_FOCAL.TOP_BLOCK_IN_FEATURE is '{in_feature}'; "
             f"expected one of {', '.join(TOP_BLOCK_IN_FEATURES)}"
         )
     _check_features(bottom_up, cfg.MODEL.FPN.IN_FEATURES, "MODEL.FPN.IN_FEATURES")
     if list(cfg.MODEL.FPN.IN_FEATURES) != list(PYRAMID_INPUTS):
-        raise ValueError(
+        raise UserError(
             f"MODEL.FPN.IN_FEATURES is {cfg.MODEL.FPN.IN_FEATURES}; P3 to P7 without P2 need "
             f"{list(PYRAMID_INPUTS)}"
         )
@@ -246,13 +247,13 @@ def _check_features(bottom_up: Backbone, features: list[str], key: str) -> None:
     shapes = bottom_up.output_shape()
     absent = [feature for feature in features if feature not in shapes]
     if absent:
-        raise ValueError(
+        raise UserError(
             f"{key} needs {absent}, but the backbone outputs {sorted(shapes)}; "
             f"set MODEL.RESNETS.OUT_FEATURES {list(PYRAMID_INPUTS)}"
         )
     for feature in set(features) & set(PYRAMID_INPUTS):
         if shapes[feature].stride != PYRAMID_INPUTS[feature]:
-            raise ValueError(
+            raise UserError(
                 f"the backbone's {feature} has stride {shapes[feature].stride}; "
                 f"expected {PYRAMID_INPUTS[feature]} (MODEL.RESNETS.RES5_DILATION must be 1)"
             )

@@ -11,12 +11,15 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as detectron2_get_cfg
+from yaml import YAMLError
+
+from retina_focal.errors import UserError
 
 
 def add_retina_focal_config(cfg: CfgNode) -> None:
     """Add ``MODEL.RETINA_FOCAL`` and ``DATASETS.COCO_JSON`` with their defaults to a config."""
     cfg.MODEL.RETINA_FOCAL = _default_node()
-    # Data sets in COCO format to register: rows of [name, annotation json, image folder].
+    # Datasets in COCO format to register: rows of [name, annotation json, image folder].
     cfg.DATASETS.COCO_JSON = []
 
 
@@ -32,17 +35,72 @@ def retina_focal_node(cfg: CfgNode) -> CfgNode:
     return cfg.MODEL.RETINA_FOCAL if "RETINA_FOCAL" in cfg.MODEL else _default_node()
 
 
+def merge_file(cfg: CfgNode, path: str) -> None:
+    """Merge a YAML config and what its ``_BASE_`` names.
+
+    Raises:
+        UserError: it is no YAML, or has an unknown key or a value of another type.
+    """
+    try:
+        cfg.merge_from_file(path)
+    except (AssertionError, KeyError, OSError, ValueError, YAMLError) as error:  # yacs asserts
+        # The text of a KeyError has quotes around it.
+        message = error.args[0] if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: {message}") from error
+
+
+def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
+    """Merge KEY VALUE pairs, as they stand on a command line.
+
+    Raises:
+        UserError: an unknown key, a value of another type, or a key without a value.
+    """
+    if len(options) % 2:
+        raise UserError(
+            f"the options {' '.join(map(str, options))} are no pairs; expected KEY VALUE KEY VALUE"
+        )
+    for key, value in zip(options[::2], options[1::2], strict=True):
+        try:
+            cfg.merge_from_list([key, value])
+        except (AssertionError, KeyError) as error:
+            near = difflib.get_close_matches(key, flatten(cfg), n=3)
+            raise UserError(
+                f"there is no key '{key}'" + (f"; near it: {', '.join(near)}" if near else "")
+            ) from error
+        except ValueError as error:
+            wanted = flatten(cfg)[key]
+            example = f"{int(value)}.0" if _is_int(value) and isinstance(wanted, float) else wanted
+            raise UserError(
+                f"{key} is a {type(wanted).__name__}, which {value} is not; type {key} {example}"
+            ) from error
+
+
+def flatten(node: dict, prefix: str = "") -> dict[str, object]:
+    """{"A": {"B": 1}} to {"A.B": 1}, tuples to lists."""
+    flat = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _is_int(text: object) -> bool:
+    return str(text).lstrip("+-").isdecimal()
+
+
 def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a value of a key that is none of its choices (ValueError)."""
+    """Refuse a value of a key that is none of its choices (UserError)."""
     if value not in choices:
-        raise ValueError(f"{key} is '{value}'; expected one of {', '.join(choices)}")
+        raise UserError(f"{key} is '{value}'; expected one of {', '.join(choices)}")
 
 
 def config_path(name: str) -> str:
     """Path of a config: `name` itself where it is a file, else that of the package's config `name`.
 
     Raises:
-        FileNotFoundError: neither exists.
+        UserError: neither exists.
     """
     if Path(name).is_file():
         return name
@@ -58,7 +116,7 @@ def config_path(name: str) -> str:
         if path.suffix in (".yaml", ".py")
     )
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
-    raise FileNotFoundError(
+    raise UserError(
         f"config '{name}' is neither a file nor a config of the package; near it: {', '.join(near)}"
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from retina_focal.box_losses import BOX_LOSSES, box_regression_loss
 from retina_focal.config import check_choice, retina_focal_node
+from retina_focal.errors import UserError
 from retina_focal.head import Places, deltas_at
 from retina_focal.losses import (
     DenseLoss,
@@ -73,13 +74,13 @@ class Criterion(nn.Module):
                 max(P of this process, 1), "ema" by their moving average, "global" by
                 max(P of all processes, 1) / W.
         Raises:
-            ValueError: an unknown name, or `alpha_from_data` for a loss without alpha.
+            UserError: an unknown name, or `alpha_from_data` for a loss without alpha.
         """
         super().__init__()
         check_choice("MODEL.RETINA_FOCAL.NORMALIZER", normalizer, NORMALIZERS)
         check_choice("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", box_reg_loss_type, BOX_LOSSES)
         if alpha_from_data and getattr(classification_loss, "alpha", -1) < 0:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.RETINA_FOCAL.ALPHA_FROM_DATA is True, but {classification_loss} does not "
                 "weigh by alpha; set MODEL.RETINA_FOCAL.CLS_LOSS focal, with "
                 "MODEL.RETINANET.FOCAL_LOSS_ALPHA at least 0 (and FOCAL_LOSS_GAMMA 0 for "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from retina_focal.config import retina_focal_node
+from retina_focal.errors import UserError
 
 DENSE_HEAD_REGISTRY = Registry("DENSE_HEAD")
 DENSE_HEAD_REGISTRY.__doc__ = """
@@ -69,11 +70,11 @@ class FocalRetinaNetHead(nn.Module):
             norm: of the tower: "", "GN", or "BN" and "SyncBN" with statistics of their own a level.
             prior_prob: pi in (0, 1).
         Raises:
-            ValueError: pi outside (0, 1).
+            UserError: pi outside (0, 1).
         """
         super().__init__()
         if not 0 < prior_prob < 1:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.RETINANET.PRIOR_PROB is {prior_prob}; expected 0 < PRIOR_PROB < 1 "
                 "(the paper's value is 0.01)"
             )
@@ -296,7 +297,7 @@ def _norm_per_level(
 def _anchors_per_cell(cfg: CfgNode, input_shape: list[ShapeSpec]) -> int:
     num_anchors = build_anchor_generator(cfg, input_shape).num_anchors
     if len(set(num_anchors)) != 1:
-        raise ValueError(
+        raise UserError(
             f"the anchor generator makes {num_anchors} anchors a cell on the levels "
             f"{cfg.MODEL.RETINANET.IN_FEATURES}; one head serves all levels, so give every level "
             "as many sizes and aspect ratios (MODEL.ANCHOR_GENERATOR, MODEL.RETINA_FOCAL.ANCHORS)"

@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from retina_focal.config import check_choice, retina_focal_node
+from retina_focal.errors import UserError
 
 # Elements per step of the dense sum. On a CPU the temporaries of one step stay in the cache;
 # elsewhere a step should outlast its launches.
@@ -103,7 +104,7 @@ class SigmoidFocalLoss:
     alpha instead of 1 - alpha and -x instead of x.
 
     Raises:
-        ValueError: gamma below 0.
+        UserError: gamma below 0.
     """
 
     alpha: float = 0.25
@@ -111,7 +112,7 @@ class SigmoidFocalLoss:
 
     def __post_init__(self):
         if not self.gamma >= 0:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.RETINANET.FOCAL_LOSS_GAMMA is {self.gamma}; expected at least 0 "
                 "(0 is cross entropy, the paper's value is 2)"
             )
@@ -144,7 +145,7 @@ class FocalStarLoss:
     sigmoid(gamma x - beta); the foreground term is its mirror image, -x instead of x.
 
     Raises:
-        ValueError: gamma not above 0.
+        UserError: gamma not above 0.
     """
 
     gamma: float = 2.0
@@ -152,7 +153,7 @@ class FocalStarLoss:
 
     def __post_init__(self):
         if not self.gamma > 0:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.RETINANET.FOCAL_LOSS_GAMMA is {self.gamma}; MODEL.RETINA_FOCAL.CLS_LOSS "
                 "'focal_star' divides by it and expects it above 0 (the paper's values are 2, with "
                 "FOCAL_STAR.BETA 1, and 4, with BETA 0); for gamma 0 use 'focal'"
@@ -170,14 +171,14 @@ class HingeLoss:
     """`hinge_loss` with its derivative: p_t (1 - p_t) towards the wrong side where p_t < m, else 0.
 
     Raises:
-        ValueError: a margin outside (0, 1].
+        UserError: a margin outside (0, 1].
     """
 
     margin: float = 0.5
 
     def __post_init__(self):
         if not 0 < self.margin <= 1:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.RETINA_FOCAL.HINGE.MARGIN is {self.margin}; expected above 0 and at most 1:"
                 " p_t is a probability (the package's value is 0.5)"
             )
@@ -194,7 +195,7 @@ def build_classification_loss(cfg: CfgNode) -> DenseLoss:
     """The loss that ``MODEL.RETINA_FOCAL.CLS_LOSS`` names.
 
     Raises:
-        ValueError: an unknown name, or a parameter out of its range.
+        UserError: an unknown name, or a parameter out of its range.
     """
     stock, ours = cfg.MODEL.RETINANET, retina_focal_node(cfg)
     losses = {

@@ -5,6 +5,8 @@ from functools import cache
 
 import torch
 
+from retina_focal.errors import UserError
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("fp32", *DTYPES, "auto")
 
@@ -18,20 +20,20 @@ def autocast(precision: str, device_type: str, training: bool) -> AbstractContex
         device_type: "cpu", "cuda", ...
         training: whether gradients will be taken.
     Raises:
-        ValueError: "fp16" in training, or an outer autocast of another dtype.
+        UserError: "fp16" in training, or an outer autocast of another dtype.
     """
     if precision == "auto":
         precision = "bf16" if has_bf16(device_type) else "fp32"
     if precision == "fp32":
         return nullcontext()
     if precision == "fp16" and training:
-        raise ValueError(
+        raise UserError(
             "MODEL.RETINA_FOCAL.PRECISION fp16 is for inference, as its gradients underflow unless "
             "the loss is scaled; to train in fp16 set PRECISION fp32 and SOLVER.AMP.ENABLED True"
         )
     outer = torch.get_autocast_dtype(device_type)
     if torch.is_autocast_enabled(device_type) and outer != DTYPES[precision]:
-        raise ValueError(
+        raise UserError(
             f"MODEL.RETINA_FOCAL.PRECISION is {precision}, but the model is called inside an "
             f"autocast to {outer}; set PRECISION fp32, which leaves that one alone, or open none "
             "(SOLVER.AMP.ENABLED False)"

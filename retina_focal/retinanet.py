@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from retina_focal.assigner import Assigner
 from retina_focal.config import check_choice, retina_focal_node
 from retina_focal.criterion import Criterion
+from retina_focal.errors import UserError
 from retina_focal.folding import fold_frozen_norms
 from retina_focal.head import build_dense_head
 from retina_focal.postprocess import Postprocessor
@@ -73,7 +74,7 @@ class FocalRetinaNet(nn.Module):
             input_format: channel order of the images, for those pictures.
             num_classes: K; only checked against the parts: a LazyConfig's one place for it.
         Raises:
-            ValueError: an unknown precision, or the parts disagree on the number of classes.
+            UserError: an unknown precision, or the parts disagree on the number of classes.
         """
         super().__init__()
         check_choice("MODEL.RETINA_FOCAL.PRECISION", precision, PRECISIONS)
@@ -196,7 +197,7 @@ class FocalRetinaNet(nn.Module):
         if num_classes is not None:
             found["model"] = num_classes
         if len(set(found.values())) != 1:
-            raise ValueError(
+            raise UserError(
                 f"the parts disagree on the number of classes: {found}; give all of them the same "
                 "num_classes (in a LazyConfig: num_classes='${..num_classes}')"
             )
@@ -205,7 +206,7 @@ class FocalRetinaNet(nn.Module):
 def _check_in_features(in_features: list[str], available: list[str]) -> None:
     missing = [feature for feature in in_features if feature not in available]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"MODEL.RETINANET.IN_FEATURES names {missing}, but MODEL.BACKBONE.NAME makes "
             f"{available}; set IN_FEATURES to (a part of) these, or the backbone to "
             "build_retina_focal_resnet_fpn_backbone"
@@ -216,7 +217,7 @@ def _ground_truth(batched_inputs: list[dict], num_classes: int) -> list[Instance
     """Ground truth as it lies on the host, checked before the loss turns into NaN or crashes."""
     for index, record in enumerate(batched_inputs):
         if "instances" not in record:
-            raise ValueError(
+            raise UserError(
                 f"{_record_name(record, index)} has no 'instances', but the model is in training "
                 "mode; for inference call model.eval() first"
             )
@@ -225,17 +226,17 @@ def _ground_truth(batched_inputs: list[dict], num_classes: int) -> list[Instance
         bad = ~boxes.isfinite().all(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
         if bad.any():
             box = int(bad.nonzero()[0])
-            raise ValueError(
+            raise UserError(
                 f"{_record_name(record, index)}: box {box} is {boxes[box].tolist()}; expected "
                 "finite XYXY pixels with x0 <= x1 and y0 <= y1: correct or remove that annotation"
             )
         bad = (classes < 0) | (classes >= num_classes)
         if bad.any():
             box = int(bad.nonzero()[0])
-            raise ValueError(
+            raise UserError(
                 f"{_record_name(record, index)}: box {box} has class {int(classes[box])}, but the "
                 f"model has {num_classes} classes, 0 to {num_classes - 1}; set "
-                "MODEL.RETINANET.NUM_CLASSES to the data set's"
+                "MODEL.RETINANET.NUM_CLASSES to the dataset's"
             )
     return [record["instances"] for record in batched_inputs]
 

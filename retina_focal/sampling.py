@@ -8,6 +8,7 @@ from detectron2.structures import Boxes
 from torch import Tensor
 
 from retina_focal.config import retina_focal_node
+from retina_focal.errors import UserError
 
 # Anchors that NMS sees first, in batches, and how many times more where those don't suffice.
 FIRST_CANDIDATES = 16
@@ -31,10 +32,10 @@ class HardExampleSampler:
             nms_thresh: anchors with a higher IoU are the same example, [0, 1].
             neg_per_pos: negatives for each positive (3 is the 1:3 of SSD); 0: no fixed ratio.
         Raises:
-            ValueError: a value out of its range, or a batch too small for the ratio.
+            UserError: a value out of its range, or a batch too small for the ratio.
         """
         if neg_per_pos < 0 or batch_size < 1 + neg_per_pos or not 0 <= nms_thresh <= 1:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.RETINA_FOCAL.OHEM has BATCH_SIZE {batch_size}, NMS_THRESH {nms_thresh}, "
                 f"NEG_PER_POS {neg_per_pos}; expected NMS_THRESH from 0 to 1, NEG_PER_POS at least "
                 "0, and a BATCH_SIZE of at least 1 + NEG_PER_POS"

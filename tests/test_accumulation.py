@@ -9,13 +9,14 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from test_engine import distance, needs_cpu_processes, step, tiny_cfg, tiny_model
 
-from retina_focal.accumulation import (
+from retina_focal.criterion import NORMALIZERS
+from retina_focal.training.accumulation import (
     AccumulatingAMPTrainer,
     AccumulatingTrainer,
     accumulate_gradients,
 )
-from retina_focal.criterion import NORMALIZERS
-from retina_focal.engine import Trainer, distribute
+from retina_focal.training.assembly import Trainer
+from retina_focal.training.processes import distribute
 
 # One size, as different sizes pad differently; one image without a box.
 SIZES, NUM_BOXES = [(64, 96)] * 4, [5, 0, 2, 9]

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
 from retina_focal import add_retina_focal_config
-from retina_focal.datasets import register_coco_json
-from retina_focal.tools import anatomy, anatomy_report, anatomy_windows
-from retina_focal.tools.anatomy_windows import (
+from retina_focal.data.registration import register_coco_json
+from retina_focal.tools.anatomy import command as anatomy
+from retina_focal.tools.anatomy import report as anatomy_report
+from retina_focal.tools.anatomy import windows as anatomy_windows
+from retina_focal.tools.anatomy.windows import (
     Anatomy,
     HardestWindows,
     HardWindow,
@@ -338,7 +340,7 @@ def test_a_crop_shows_the_anchor_in_its_middle_and_the_ground_truth_where_it_is(
         (["MODEL.WEIGHTS", ""], r"add: MODEL\.WEIGHTS output/model_final\.pth"),
         (["MODEL.META_ARCHITECTURE", "RetinaNet"], "add: MODEL.META_ARCHITECTURE FocalRetinaNet"),
         (["MODEL.RETINANET.NUM_CLASSES", "4"], "add: MODEL.RETINANET.NUM_CLASSES 3"),
-        (["DATASETS.TEST", "()"], "DATASETS.TEST is empty"),
+        (["DATASETS.TEST", "()"], "names no dataset; add: DATASETS.TEST"),
         (["MODEL.WEIGHTS", "backbone.pth"], "holds no weights of the head"),
         (["MODEL.WEIGHTS", "nan.pth"], "logits of p3 are not finite"),
         (["MODEL.RETINANET.IOU_LABELS", "(0, -1, 0)"], "no positive window in 4 images"),

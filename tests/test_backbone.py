@@ -13,6 +13,7 @@ from torch import nn
 
 from retina_focal import get_cfg
 from retina_focal.backbone import ImageByImage
+from retina_focal.errors import UserError
 
 TIMM_MODEL = "mobilenetv3_small_050"
 LEVELS = {f"p{i}": 2**i for i in range(3, 8)}
@@ -235,5 +236,5 @@ def test_a_dilated_res5_is_refused_in_words():
 
 def test_a_missing_timm_is_named_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match="pip install timm"):
+    with pytest.raises(UserError, match="pip install timm"):
         build_backbone(timm_cfg())

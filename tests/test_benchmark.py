@@ -18,10 +18,11 @@ from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.events import EventStorage
 
 from retina_focal import head
-from retina_focal.tools import benchmark, cli
-from retina_focal.tools import benchmark_cases as cases
-from retina_focal.tools.benchmark_cases import MODELS, Setting, Stopwatch
-from retina_focal.tools.train import load_cfg
+from retina_focal.tools import cli
+from retina_focal.tools.benchmark import cases
+from retina_focal.tools.benchmark import command as benchmark
+from retina_focal.tools.benchmark.cases import MODELS, Setting, Stopwatch
+from retina_focal.tools.common import load_cfg
 
 SMALL = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
 CONFIG = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"

@@ -1,4 +1,4 @@
-"""Data sets from the config: registered once, refused in words."""
+"""Datasets from the config: registered once, refused in words."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,12 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from retina_focal import get_cfg, register_datasets
-from retina_focal.datasets import (
-    check_data_sets,
+from retina_focal.data.registration import (
+    check_datasets,
     check_num_classes,
     register_coco_json,
 )
+from retina_focal.errors import UserError
 
 CONTENT = {
     "images": [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}],
@@ -42,11 +43,13 @@ def test_classes_follow_the_category_ids_as_in_the_loaded_records(row):
     assert record["annotations"][0]["category_id"] == metadata.thing_classes.index("second")
 
 
-def test_the_same_row_again_changes_nothing(row):
+def test_rows_that_are_named_are_registered_and_the_same_again_changes_nothing(row):
     cfg = get_cfg()
-    cfg.DATASETS.COCO_JSON = [row, list(row)]
+    cfg.DATASETS.COCO_JSON = [row, list(row), ["not_named", "nowhere.json", "nowhere"]]
+    cfg.DATASETS.TRAIN = (row[0],)
     register_datasets(cfg)
     register_datasets(cfg)
+    assert "not_named" not in DatasetCatalog
     assert row[0] in DatasetCatalog
 
 
@@ -54,7 +57,7 @@ def test_the_same_name_with_other_files_is_an_error_naming_both(row, tmp_path):
     register_coco_json(*row)
     other = tmp_path / "other.json"
     other.write_text(json.dumps(CONTENT))
-    with pytest.raises(ValueError, match=r"annotations\.json.*other\.json"):
+    with pytest.raises(UserError, match=r"annotations\.json.*other\.json"):
         register_coco_json(row[0], str(other), row[2])
 
 
@@ -67,12 +70,12 @@ def test_a_config_without_the_key_registers_nothing():
 @pytest.mark.parametrize(
     "content, error, message",
     [
-        (None, FileNotFoundError, r"annotations\.json' does not exist"),
-        ("{", ValueError, "is not JSON"),
-        ("[]", ValueError, "no 'categories'; expected COCO format"),
-        ('{"images": []}', ValueError, "no 'categories'; expected COCO format"),
-        ('{"categories": ["cell"]}', ValueError, r"are \['cell'\]; expected a list of"),
-        ('{"categories": [{"id": 1}]}', ValueError, r"are \[{'id': 1}\]; expected a list of"),
+        (None, UserError, r"annotations\.json' does not exist"),
+        ("{", UserError, "is not JSON"),
+        ("[]", UserError, "no 'categories'; expected COCO format"),
+        ('{"images": []}', UserError, "no 'categories'; expected COCO format"),
+        ('{"categories": ["cell"]}', UserError, r"are \['cell'\]; expected a list of"),
+        ('{"categories": [{"id": 1}]}', UserError, r"are \[{'id': 1}\]; expected a list of"),
     ],
 )
 def test_a_file_that_is_not_coco_is_refused_with_what_was_expected(row, content, error, message):
@@ -89,45 +92,41 @@ def test_a_file_that_is_not_coco_is_refused_with_what_was_expected(row, content,
 
 
 def test_a_missing_image_folder_is_named(row):
-    with pytest.raises(FileNotFoundError, match="image folder 'nowhere'"):
+    with pytest.raises(UserError, match="image folder 'nowhere'"):
         register_coco_json(row[0], row[1], "nowhere")
 
 
 def test_a_row_of_another_length_is_refused(row):
     cfg = get_cfg()
     cfg.DATASETS.COCO_JSON = [row[:2]]
-    with pytest.raises(ValueError, match=r"\[name, annotation json, image folder\]"):
+    with pytest.raises(UserError, match=r"\[name, annotation json, image folder\]"):
         register_datasets(cfg)
 
 
 def test_another_number_of_classes_is_refused_with_what_to_type(row):
     register_coco_json(*row)
     check_num_classes([row[0]], 2)
-    with pytest.raises(
-        ValueError, match=r"2 classes.* is 80; add: MODEL\.RETINANET\.NUM_CLASSES 2"
-    ):
+    with pytest.raises(UserError, match=r"2 classes.* is 80; add: MODEL\.RETINANET\.NUM_CLASSES 2"):
         check_num_classes([row[0]], 80)
 
 
 def test_a_picture_in_place_of_the_annotations_is_refused(row):
     with open(row[1], "wb") as file:
         file.write(b"\x89PNG\xff")
-    with pytest.raises(ValueError, match=r"annotations\.json is not JSON"):
+    with pytest.raises(UserError, match=r"annotations\.json is not JSON"):
         register_coco_json(*row)
 
 
 def test_an_unknown_data_set_lists_near_names_and_how_to_register(row):
     register_coco_json(*row)
-    check_data_sets([row[0]])
-    with pytest.raises(ValueError, match=f"near it: .*{row[0]}.*--dataset {row[0]}s JSON IMAGES"):
-        check_data_sets([f"{row[0]}s"])
+    check_datasets([row[0]])
+    with pytest.raises(UserError, match=f"near it: .*{row[0]}.*--dataset {row[0]}s JSON IMAGES"):
+        check_datasets([f"{row[0]}s"])
 
 
 def test_a_registered_data_set_without_its_file_names_detectron2s_folder(row, monkeypatch):
     register_coco_json(*row)
     Path(row[1]).unlink()
     monkeypatch.setenv("DETECTRON2_DATASETS", "/data")
-    with pytest.raises(
-        FileNotFoundError, match=f"{row[1]}.*DETECTRON2_DATASETS names, now '/data'"
-    ):
-        check_data_sets([row[0]])
+    with pytest.raises(UserError, match=f"{row[1]}.*DETECTRON2_DATASETS names, now '/data'"):
+        check_datasets([row[0]])

@@ -23,8 +23,9 @@ from detectron2.utils import comm
 from torch import nn
 
 from retina_focal import add_retina_focal_config
-from retina_focal.datasets import register_coco_json
-from retina_focal.engine import Trainer, available_device, distribute, share_cores
+from retina_focal.data.registration import register_coco_json
+from retina_focal.training.assembly import Trainer
+from retina_focal.training.processes import available_device, distribute, share_cores
 
 needs_cpu_processes = pytest.mark.skipif(
     torch.cuda.is_available(), reason="detectron2's launcher gives each process a GPU"
@@ -97,7 +98,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 NEW_PAGES_OF_A_BIG_TENSOR = """
 import resource, torch
-from retina_focal.engine import keep_freed_memory
+from retina_focal.training.processes import keep_freed_memory
 keep_freed_memory()
 pages = []
 for _ in range(4):
@@ -171,7 +172,7 @@ def test_a_missing_gpu_is_said_and_a_cpu_is_not(monkeypatch, caplog):
 
 @pytest.fixture
 def one_picture(tmp_path):
-    """A data set of one picture: every iteration sees the same."""
+    """A dataset of one picture: every iteration sees the same."""
     picture = np.full((64, 96, 3), 128, np.uint8)
     picture[10:40, 20:60] = (0, 0, 255)
     cv2.imwrite(str(tmp_path / "0.png"), picture)

@@ -8,8 +8,8 @@ import pytest
 from detectron2.config import CfgNode
 
 from retina_focal import get_cfg
-from retina_focal.tools import fidelity
-from retina_focal.tools.fidelity_settings import SETTINGS
+from retina_focal.tools.fidelity import command as fidelity
+from retina_focal.tools.fidelity.settings import SETTINGS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAPER = CONFIGS / "COCO-Detection" / "retinanet_R_50_FPN_paper_600.yaml"

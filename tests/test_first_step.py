@@ -32,15 +32,15 @@ from retina_focal import (
     HardExampleSampler,
     HingeLoss,
     SigmoidFocalLoss,
-    first_step,
     focal_star_loss,
     get_cfg,
     hinge_loss,
     sigmoid_focal_loss,
 )
 from retina_focal.config import config_path
-from retina_focal.first_step import FirstStepCheck
 from retina_focal.head import prior_bias
+from retina_focal.training import first_step
+from retina_focal.training.first_step import FirstStepCheck
 
 CONFIGS = Path(config_path("Base-RetinaFocal.yaml")).parent
 ALPHA = 0.25
@@ -173,15 +173,15 @@ def test_the_closed_form_is_every_loss_at_the_prior_whatever_divides_it(
 
 
 @torch.no_grad()
-def check(model: nn.Module, caplog, batch: list[dict], *data_sets: str) -> tuple[str, dict]:
+def check(model: nn.Module, caplog, batch: list[dict], *datasets: str) -> tuple[str, dict]:
     """What the check says about a first step, and the scalars that it leaves."""
-    hook = FirstStepCheck(data_sets)
+    hook = FirstStepCheck(datasets)
     hook.trainer = SimpleNamespace(model=model.train(), start_iter=0)
     hook.before_train()
     caplog.clear()
     with EventStorage() as storage, caplog.at_level(logging.INFO, logger="retina_focal"):
         model(batch)
-    records = [x for x in caplog.records if x.name == "retina_focal.first_step"]
+    records = [x for x in caplog.records if x.name == "retina_focal.training.first_step"]
     assert len(records) == 1
     assert not (model.backbone._forward_pre_hooks or model.criterion._forward_hooks)
     numbers = {k.split("/")[-1]: x for k, (x, _) in storage.latest().items() if "first_step" in k}
@@ -363,9 +363,9 @@ def test_no_shipped_config_raises_an_alarm(request, caplog, monkeypatch, backbon
     model = build_model(cfg)
     if not cfg.MODEL.WEIGHTS.startswith("detectron2://"):
         DetectionCheckpointer(model).load(str(request.getfixturevalue("lite0_weights")))
-    data_sets = [x for x in cfg.DATASETS.TRAIN if x.startswith("coco")]
+    datasets = [x for x in cfg.DATASETS.TRAIN if x.startswith("coco")]
     batch = pictures([(128, 160)], [6], model.num_classes)
-    said, _ = check(model, caplog, batch, *data_sets)
+    said, _ = check(model, caplog, batch, *datasets)
     assert said.startswith("INFO"), said
     assert "closed form" in said
 
@@ -388,7 +388,7 @@ def trained_from(iteration: int, model: nn.Module) -> None:
 
 
 def said_by(caplog) -> list[str]:
-    return [x.getMessage() for x in caplog.records if x.name == "retina_focal.first_step"]
+    return [x.getMessage() for x in caplog.records if x.name == "retina_focal.training.first_step"]
 
 
 def test_only_the_first_step_of_a_run_in_the_main_process_is_checked(caplog, monkeypatch):

@@ -5,51 +5,125 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import retina_focal
 
 PACKAGE = Path(retina_focal.__file__).parent
+# From the ground up: a module imports from its own layer or one below. A folder is one room.
 LAYERS = [
-    {"config", "losses", "box_losses", "matching", "precision", "folding"},
-    {"sampling", "anchors", "assigner", "head", "backbone"},
+    {"errors", "kernels"},
+    {"config", "files"},
+    {"places", "losses", "box_losses", "matching", "precision", "folding"},
+    {"sampling", "anchors", "assigner", "box_tower", "head", "backbone"},
     {"criterion", "postprocess"},
-    {"retinanet", "proposals", "checkpoint", "datasets", "accumulation", "first_step"},
-    {"engine"},
+    {"retinanet", "proposals"},
+    {"data", "weights"},
+    {"training", "evaluation", "export"},
+    {"tools"},
 ]
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
+# What commands share; they import no other command.
+SHARED_TOOLS = {"common"}
 
 
-def own_imports(path: Path) -> set[str]:
-    """Modules of the package that a file imports, at any depth of its code."""
+def module_of(path: Path) -> tuple[str, ...]:
+    """("tools", "ablate", "report") of retina_focal/tools/ablate/report.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imports_of(path: Path, source: str | None = None) -> set[tuple[str, ...]]:
+    """Modules of the package that a file imports, in any form and at any depth of its code."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-        elif isinstance(node, ast.Import):
+    package = path.relative_to(PACKAGE).parent.parts
+    for node in ast.walk(ast.parse(source or path.read_text())):
+        if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
-    return {name.split(".")[1] for name in found if name.startswith("retina_focal.")}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                inside = package[: len(package) - node.level + 1]
+                base = ".".join(("retina_focal", *inside, *filter(None, [base])))
+            # What is imported from a package may be a module of it.
+            found.update(f"{base}.{alias.name}" for alias in node.names)
+    names = (tuple(name.split(".")[1:]) for name in found if name.split(".")[0] == "retina_focal")
+    return {name for name in names if name}
 
 
-def test_a_module_never_imports_from_a_higher_layer():
-    for path in PACKAGE.glob("[!_]*.py"):
-        if path.stem in LAYER:
-            for name in own_imports(path):
-                assert LAYER.get(name, 5) <= LAYER[path.stem], f"{path.stem} imports {name}"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_a_module_never_imports_from_a_higher_layer(path):
+    room = module_of(path)[0]
+    assert room in LAYER, f"{room} stands in no layer; add it to LAYERS"
+    for name in imports_of(path):
+        assert name[0] in LAYER, f"{path.name} imports retina_focal.{'.'.join(name)}"
+        assert LAYER[name[0]] <= LAYER[room], f"{room} imports {'.'.join(name)}"
+
+
+def test_no_command_imports_another():
+    for path in MODULES:
+        own = module_of(path)
+        if own[0] == "tools" and len(own) > 1:
+            others = {name[1] for name in imports_of(path) if name[0] == "tools"}
+            assert others <= {own[1], *SHARED_TOOLS}, f"{'.'.join(own)} imports {others}"
+
+
+def test_no_module_of_the_package_imports_itself_in_a_circle():
+    names = {module_of(path): path for path in MODULES}
+    below = {
+        own: {name[:n] for name in imports_of(path) for n in range(1, 4) if name[:n] in names}
+        - {own[:n] for n in range(1, 4)}
+        for own, path in names.items()
+    }
+    done, path = set(), []
+
+    def visit(own: tuple[str, ...]) -> None:
+        assert own not in path, f"a circle: {path[path.index(own) :]}"
+        if own not in done:
+            path.append(own)
+            for other in below[own]:
+                visit(other)
+            path.pop()
+            done.add(own)
+
+    for own in below:
+        visit(own)
+
+
+@pytest.mark.parametrize(
+    "source, found",
+    [
+        ("import retina_focal.tools.train", {("tools", "train")}),
+        ("from retina_focal import tools", {("tools",)}),
+        ("from retina_focal.tools import train", {("tools", "train")}),
+        ("def f():\n    from retina_focal.tools.train import main", {("tools", "train", "main")}),
+        ("from ..tools import train", {("tools", "train")}),
+        ("from . import registration", {("data", "registration")}),
+        ("import torch\nfrom torch import nn", set()),
+    ],
+)
+def test_every_form_of_import_is_read(source, found):
+    assert imports_of(PACKAGE / "data" / "sample.py", source) == found
 
 
 def test_importing_the_package_changes_nothing_global():
     script = """
-import logging, sys, torch
+import logging, sys, torch, warnings
 import detectron2.modeling, detectron2.config, detectron2.evaluation, detectron2.utils.events
+import detectron2.engine
 def state():
     return (torch.save, torch.load, torch.get_default_dtype(), torch.get_num_threads(),
             torch.backends.cudnn.benchmark, torch.backends.mkldnn.enabled,
             torch.get_float32_matmul_precision(), torch.is_grad_enabled(),
             detectron2.config.get_cfg().dump(), logging.getLogger().level,
-            list(logging.getLogger().handlers))
+            list(logging.getLogger().handlers), list(warnings.filters))
 before, modules = state(), set(sys.modules)
 import retina_focal
 assert state() == before
 new = {name.split(".")[0] for name in set(sys.modules) - modules}
-assert not new & {"timm", "onnx", "matplotlib"}, new
+assert not new & {"timm", "onnx", "matplotlib", "triton"}, new
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)

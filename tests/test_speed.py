@@ -8,9 +8,9 @@ import torch
 from test_train import SMALL
 
 from retina_focal.config import config_path, get_cfg
-from retina_focal.engine import Trainer
 from retina_focal.tools import speed
-from retina_focal.tools.train import load_cfg
+from retina_focal.tools.common import load_cfg
+from retina_focal.training.assembly import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_published_figures_never_share_an_axis_with_measured_ones(tmp_path, monk
         Figure, "savefig", lambda self, path, **_: (figures.append(self), path.touch())
     )
     row = {"checkpoint": "mine", "size": 64, "AP": 1.0, "AP50": 2.0, "ms": [1, 2, 3]}
-    report = {"processor": "a processor", "data set": "some set", "rows": [row]}
+    report = {"processor": "a processor", "dataset": "some set", "rows": [row]}
     speed.plot(report, tmp_path / "speed.png")
     here, published = ([line.get_label() for line in axes.lines] for axes in figures[0].axes)
     assert here == ["mine"] and published == list(speed.PUBLISHED)

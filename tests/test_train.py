@@ -153,9 +153,14 @@ def test_arguments_that_cannot_run_are_refused_in_words(arguments, message, caps
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["MODEL.NOPE", "1"], "retina-focal train: Non-existent key: MODEL.NOPE"),
-        (["DATASETS.TRAIN", "('nowhere',)"], "data set 'nowhere' is not registered"),
-        (["--dataset", "cells", "nowhere.json", "."], "'nowhere.json' does not exist"),
+        (["MODEL.NOPE", "1"], "retina-focal train: there is no key 'MODEL.NOPE'"),
+        (["DATASETS.TRAIN", "('nowhere',)"], "dataset 'nowhere' is not registered"),
+        (
+            ["--dataset", "cells", "nowhere.json", ".", "DATASETS.TRAIN", "('cells',)"],
+            "'nowhere.json' does not exist",
+        ),
+        (["--dataset", "cells", "a.json", "."], r"add: DATASETS.TRAIN \"\('cells',\)\""),
+        (["SOLVER.BASE_LR", "1000"], "type SOLVER.BASE_LR 1000.0"),
     ],
 )
 def test_a_wrong_config_ends_the_tool_in_words_and_makes_no_folder(
@@ -175,10 +180,10 @@ def test_a_wrong_config_ends_the_tool_in_words_and_makes_no_folder(
     [
         (["SOLVER.MAX_ITER", "2"], r"'SOLVER.MAX_ITER' changes nothing.*: train.max_iter=1000"),
         (["model.num_classes.x=2"], "model.num_classes is not a config"),
-        (["dataloader.train.dataset.names=nowhere"], "data set 'nowhere' is not registered"),
+        (["dataloader.train.dataset.names=nowhere"], "dataset 'nowhere' is not registered"),
         (
             ["--eval-only", "dataloader.test.dataset.names=[nowhere]"],
-            "data set 'nowhere' is not registered",
+            "dataset 'nowhere' is not registered",
         ),
         (
             ["dataloader.train.dataset.names=lazy_cells", "dataloader.test.dataset.names=[]"],

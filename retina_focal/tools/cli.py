@@ -2,14 +2,11 @@
 
 import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 TOOLS = {
     "train": "train and evaluate a config (= train_net.py)",
     "quick-start": "sample data, training, evaluation and a picture, in minutes on a CPU",
-    "sample-data": "fetch and prepare a small data set and backbone weights",
+    "sample-data": "fetch and prepare a small dataset and backbone weights",
     "draw": "detections beside ground truth, as one picture",
     "ablate": "tables of the paper, or any grid of keys, on your own data",
     "anatomy": "where a model's class loss comes from, and its hardest windows",
@@ -32,16 +29,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"retina-focal has no tool '{name}'; it has {', '.join(TOOLS)}")
     sys.argv = [f"retina-focal {name}", *rest]  # what usage lines call the program
     importlib.import_module(f"retina_focal.tools.{name.replace('-', '_')}").main(rest)
-
-
-@contextmanager
-def exit_in_words() -> Iterator[None]:
-    """End the program with the message alone where a config or its data sets are wrong."""
-    try:
-        yield
-    except (AssertionError, KeyError, OSError, ValueError) as error:  # yacs asserts
-        message = error.args[0] if isinstance(error, KeyError) else error  # its str() adds quotes
-        sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
 if __name__ == "__main__":

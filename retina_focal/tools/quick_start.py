@@ -5,14 +5,19 @@ import os
 import time
 from pathlib import Path
 
-from retina_focal.engine import keep_freed_memory
-from retina_focal.tools import sample_data, train
-from retina_focal.tools.draw import draw_detections
+from retina_focal.config import config_path
+from retina_focal.data.sample import PREPARE
+from retina_focal.evaluation.drawing import draw_detections
+from retina_focal.tools.common import command, set_up
+from retina_focal.training.assembly import fit
+from retina_focal.training.processes import keep_freed_memory
+from retina_focal.weights.lite0 import prepare_weights
 
 CONFIGS = {"trees": "quick_start/trees.yaml", "bccd": "quick_start/bccd.yaml"}
 TEST_IMAGES = {"trees": "held-out tiles", "bccd": "test photographs"}
 
 
+@command
 def main(argv: list[str]) -> None:
     """``retina-focal quick-start``: prepare the data, train, evaluate, draw, print the AP.
 
@@ -25,10 +30,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     args = parser.parse_args(argv)
     keep_freed_memory()
-    sample_data.main([args.name])
-    cfg = train.set_up(train.parse_args(["--config-file", CONFIGS[args.name], *args.opts]))
+    PREPARE[args.name](Path("datasets", args.name))
+    prepare_weights()
+    path = config_path(CONFIGS[args.name])
+    cfg = set_up(argparse.Namespace(config_file=path, opts=args.opts, dataset=[], eval_only=False))
     start = time.perf_counter()
-    trainer = train.fit(cfg, resume=_is_unfinished(Path(cfg.OUTPUT_DIR)))
+    trainer = fit(cfg, resume=_is_unfinished(Path(cfg.OUTPUT_DIR)))
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     picture = os.path.join(cfg.OUTPUT_DIR, "detections.png")
     draw_detections(cfg, trainer.model, picture)

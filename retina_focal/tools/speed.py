@@ -9,19 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.evaluation import COCOEvaluator, inference_context
 from torch import nn
 from tqdm import tqdm
 
-from retina_focal.datasets import check_data_sets
-from retina_focal.engine import Trainer
-from retina_focal.tools.benchmark import processor
-from retina_focal.tools.cli import exit_in_words
-from retina_focal.tools.train import add_dataset_argument, load_cfg
-from retina_focal.tools.whole_file import whole_file
+from retina_focal.data.registration import use_datasets
+from retina_focal.errors import UserError
+from retina_focal.files import whole_file
+from retina_focal.tools.common import add_dataset_argument, command, load_cfg, processor
+from retina_focal.weights.load import load_model
 
 WARM_UP = 3  # images that are not timed
 # (ms an image, AP) on one Nvidia M40, COCO test-dev; paper, table 1e and Fig. 2.
@@ -78,23 +76,21 @@ class Point:
         }
 
 
+@command
 def main(argv: list[str]) -> None:
     """``retina-focal speed``: measure, then write ``speed.md``, ``.json`` and ``.png``."""
     args = parse_args(argv)
-    with exit_in_words():
-        cfgs = {
-            label: load_cfg(config, [*args.opts, "MODEL.WEIGHTS", weights], args.dataset)
-            for label, (config, weights) in zip(
-                _labels(args.checkpoint), args.checkpoint, strict=True
-            )
-        }
-        name = _common_test_set(list(cfgs.values()))
-        records = DatasetCatalog.get(name)
-        if len(records) < 2 * WARM_UP:
-            raise ValueError(
-                f"data set '{name}' has {len(records)} images; timing needs {2 * WARM_UP} or more"
-            )
-        models = {label: _load(cfg) for label, cfg in cfgs.items()}
+    cfgs = {
+        label: load_cfg(config, [*args.opts, "MODEL.WEIGHTS", weights], args.dataset)
+        for label, (config, weights) in zip(_labels(args.checkpoint), args.checkpoint, strict=True)
+    }
+    name = _common_test_set(list(cfgs.values()))
+    records = DatasetCatalog.get(name)
+    if len(records) < 2 * WARM_UP:
+        raise UserError(
+            f"dataset '{name}' has {len(records)} images; timing needs {2 * WARM_UP} or more"
+        )
+    models = {label: load_model(cfg) for label, cfg in cfgs.items()}
     points = [
         _point(label, models[label], cfg, size)
         for label, cfg in cfgs.items()
@@ -105,7 +101,7 @@ def main(argv: list[str]) -> None:
     report = {
         "processor": processor(str(device)),
         "threads": torch.get_num_threads(),
-        "data set": name,
+        "dataset": name,
         "images": len(records),
         "rows": rows,
     }
@@ -158,7 +154,7 @@ def markdown(report: dict) -> str:
     """What it ran on, and a line a point."""
     lines = [
         f"{report['processor']}, {report['threads']} threads; {report['images']} images of "
-        f"{report['data set']}, one at a time; ms an image: median (quartiles)",
+        f"{report['dataset']}, one at a time; ms an image: median (quartiles)",
         "",
         "| checkpoint | shorter side, px | AP | AP50 | ms an image |",
         "| --- | --- | --- | --- | --- |",
@@ -185,7 +181,7 @@ def plot(report: dict, path: Path) -> None:
             here.annotate(
                 f"{row['size']} px", (row["ms"][1], row["AP"]), (5, -11), textcoords="offset points"
             )
-    here.set_title(f"measured: {report['data set']}, {report['processor']}", fontsize=10)
+    here.set_title(f"measured: {report['dataset']}, {report['processor']}", fontsize=10)
     for label, points in PUBLISHED.items():
         published.plot(*zip(*points, strict=True), "o-", label=label)
     published.set_title("published: COCO test-dev, Nvidia M40 (arXiv:1708.02002)", fontsize=10)
@@ -201,17 +197,18 @@ def plot(report: dict, path: Path) -> None:
 
 def _common_test_set(cfgs: Sequence[CfgNode]) -> str:
     if not all(cfg.DATASETS.TEST for cfg in cfgs):
-        raise ValueError(
+        raise UserError(
             "a config has no test set, DATASETS.TEST is empty; give one for all at the end: "
             "DATASETS.TEST \"('name',)\""
         )
     names = {cfg.DATASETS.TEST[0] for cfg in cfgs}
     if len(names) > 1:
-        raise ValueError(
+        raise UserError(
             f"the configs have the test sets {sorted(names)}, whose AP can't be compared; give one "
             "for all at the end: DATASETS.TEST \"('name',)\""
         )
-    check_data_sets(names)
+    for cfg in cfgs:
+        use_datasets(cfg, cfg.DATASETS.TEST[:1])
     return names.pop()
 
 
@@ -223,17 +220,11 @@ def _point(label: str, model: nn.Module, cfg: CfgNode, size: int) -> Point:
     return Point(label, size, model, DatasetMapper(cfg, is_train=False), evaluator)
 
 
-def _load(cfg: CfgNode) -> nn.Module:
-    model = Trainer.build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    return model
-
-
 def _labels(checkpoints: Sequence[Sequence[str]]) -> list[str]:
     """The shortest of a checkpoint's names that tell all of them apart.
 
     Raises:
-        ValueError: one is given twice.
+        UserError: one is given twice.
     """
     folders = [Path(weights).parent.name for _, weights in checkpoints]
     files = [weights for _, weights in checkpoints]
@@ -241,7 +232,7 @@ def _labels(checkpoints: Sequence[Sequence[str]]) -> list[str]:
     for labels in (folders, files, both):
         if len(set(labels)) == len(labels) and all(labels):
             return labels
-    raise ValueError("a --checkpoint is given twice; give each config with its weights once")
+    raise UserError("a --checkpoint is given twice; give each config with its weights once")
 
 
 def _synchronize() -> None:

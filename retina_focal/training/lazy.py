@@ -20,20 +20,19 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from retina_focal.datasets import check_data_sets, check_num_classes, register_coco_json
-from retina_focal.engine import available_device, distribute
-from retina_focal.first_step import FirstStepCheck
-from retina_focal.tools.cli import exit_in_words
+from retina_focal.data.registration import check_datasets, check_num_classes, register_coco_json
+from retina_focal.errors import UserError
+from retina_focal.training.first_step import FirstStepCheck
+from retina_focal.training.processes import available_device, distribute
 
 
 def run(args: argparse.Namespace) -> dict:
     """Train, or with `--eval-only` evaluate, the LazyConfig file `args.config_file`."""
     cfg = LazyConfig.load(args.config_file)
-    with exit_in_words():
-        _override(cfg, args.opts)
-        for row in args.dataset:
-            register_coco_json(*row)
-        _check(cfg, ["test"] if args.eval_only else ["train", "test"])
+    _override(cfg, args.opts)
+    for row in args.dataset:
+        register_coco_json(*row)
+    _check(cfg, ["test"] if args.eval_only else ["train", "test"])
     cfg.train.device = available_device(cfg.train.device)
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, comm.get_rank(), name="retina_focal")
@@ -92,20 +91,23 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
 def _override(cfg: DictConfig, opts: list[str]) -> None:
     wrong = [option for option in opts if "=" not in option]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"'{wrong[0]}' changes nothing in a LazyConfig; expected KEY=VALUE, for example: "
             "train.max_iter=1000"
         )
-    LazyConfig.apply_overrides(cfg, opts)
+    try:
+        LazyConfig.apply_overrides(cfg, opts)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"{' '.join(opts)}: {error}") from error
 
 
 def _check(cfg: DictConfig, loaders: list[str]) -> None:
-    """Look for the data sets, and compare their classes with the model's."""
+    """Look for the datasets, and compare their classes with the model's."""
     names = []
     for loader in loaders:
         found = OmegaConf.select(cfg, f"dataloader.{loader}.dataset.names", default=[])
         names += [found] if isinstance(found, str) else found
-    check_data_sets(names)
+    check_datasets(names)
     num_classes = OmegaConf.select(cfg, "model.num_classes")
     if num_classes is not None:
         check_num_classes(names, num_classes, setting="model.num_classes=")

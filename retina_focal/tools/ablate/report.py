@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from retina_focal.tools.ablation_runs import METRICS, Row, Run
-from retina_focal.tools.whole_file import whole_file
+from retina_focal.files import whole_file
+from retina_focal.tools.ablate.runs import METRICS, Row, Run
 
 
 def write(

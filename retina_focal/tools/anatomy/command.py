@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
@@ -24,14 +23,14 @@ from detectron2.evaluation import inference_context
 from torch import Tensor
 from tqdm import tqdm
 
-from retina_focal.datasets import check_data_sets, check_num_classes
-from retina_focal.engine import Trainer
+from retina_focal.data.registration import use_datasets
+from retina_focal.errors import UserError
+from retina_focal.files import whole_file
 from retina_focal.retinanet import FocalRetinaNet
-from retina_focal.tools import anatomy_report
-from retina_focal.tools.anatomy_windows import Anatomy
-from retina_focal.tools.cli import exit_in_words
-from retina_focal.tools.train import add_dataset_argument, load_cfg
-from retina_focal.tools.whole_file import whole_file
+from retina_focal.tools.anatomy import report as anatomy_report
+from retina_focal.tools.anatomy.windows import Anatomy
+from retina_focal.tools.common import add_config_arguments, command, load_cfg
+from retina_focal.weights.load import load_model
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0)  # Fig. 4
 CURVE_GAMMAS = (*GAMMAS, 5.0)  # Fig. 1
@@ -41,7 +40,7 @@ EPILOG = """
 A window is a class of an anchor that is not ignored. Images of the config's first test set come in
 a random order, fixed by a seed, at the size of the evaluation, and all windows of an image count;
 it ends with the image that brings both numbers of windows up to what was asked for, or with the
-data set. Memory does not grow with the windows. Ctrl-C ends with the images seen so far.
+dataset. Memory does not grow with the windows. Ctrl-C ends with the images seen so far.
 
 Written: anatomy.png (cumulative distribution of the loss, a line a gamma), anatomy.md and .json
 (the numbers), hardest_negatives.png and hardest_positives.png (often missing and wrong labels).
@@ -52,6 +51,7 @@ Examples:
 """
 
 
+@command
 def main(argv: list[str]) -> None:
     """``retina-focal anatomy``: run the model over images, write figures and numbers."""
     args = parse_args(argv)
@@ -61,17 +61,22 @@ def main(argv: list[str]) -> None:
         print(f"curves of the losses: {path}")
     if not args.config_file:
         return
-    with exit_in_words():
-        cfg = load_cfg(args.config_file, args.opts, args.dataset)
-        model = load_model(cfg)
-        args.output.mkdir(parents=True, exist_ok=True)
-        anatomy = dissect(cfg, model, args.gammas or GAMMAS, args.num_negatives, args.num_positives)
-        _check(anatomy)
+    cfg = load_cfg(args.config_file, args.opts, args.dataset)
+    if cfg.MODEL.META_ARCHITECTURE != "FocalRetinaNet":
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; expected FocalRetinaNet, "
+            "which loads the weights of detectron2's RetinaNet too; add: "
+            "MODEL.META_ARCHITECTURE FocalRetinaNet"
+        )
+    use_datasets(cfg, cfg.DATASETS.TEST[:1])
+    model = load_model(cfg)
+    anatomy = dissect(cfg, model, args.gammas or GAMMAS, args.num_negatives, args.num_positives)
+    _check(anatomy)
     report = {
         "command": shlex.join(["retina-focal", "anatomy", *argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "weights": cfg.MODEL.WEIGHTS,
-        "data_set": cfg.DATASETS.TEST[0],
+        "dataset": cfg.DATASETS.TEST[0],
         **anatomy_report.numbers(anatomy),
     }
     write(report, anatomy, args.output)
@@ -85,8 +90,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = partial(parser.add_argument, metavar="X")
-    parser.add_argument("--config-file", metavar="FILE", help="as of train")
-    add_dataset_argument(parser)
+    add_config_arguments(parser, required=False)
     add("--gammas", type=_gammas, help="default: 0,0.5,1,2; for --curves also 5")
     add("--num-negatives", type=float, default=1e7, help="at least; default: 1e7, the paper's")
     add("--num-positives", type=float, default=1e5, help="at least; default: 1e5, the paper's")
@@ -101,36 +105,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if not args.config_file and not args.curves:
         parser.error("--config-file is missing; for example: --config-file quick_start/bccd.yaml")
     return args
-
-
-def load_model(cfg: CfgNode) -> FocalRetinaNet:
-    """The config's model with its trained weights, once its data set is known to fit.
-
-    Raises:
-        ValueError: no or untrained weights, another model or another number of classes.
-        FileNotFoundError: the data set's annotations are missing.
-    """
-    if cfg.MODEL.META_ARCHITECTURE != "FocalRetinaNet":
-        raise ValueError(
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; expected FocalRetinaNet, "
-            "which loads the weights of detectron2's RetinaNet too; add: "
-            "MODEL.META_ARCHITECTURE FocalRetinaNet"
-        )
-    if not cfg.DATASETS.TEST:
-        raise ValueError("DATASETS.TEST is empty; add: DATASETS.TEST \"('name',)\"")
-    check_data_sets(cfg.DATASETS.TEST[:1])
-    check_num_classes(cfg.DATASETS.TEST[:1], cfg.MODEL.RETINANET.NUM_CLASSES)
-    if not cfg.MODEL.WEIGHTS:
-        raise ValueError("no weights are given; add: MODEL.WEIGHTS output/model_final.pth")
-    model = Trainer.build_model(cfg)
-    initial = {name: value.clone() for name, value in model.head.state_dict().items()}
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    if all(torch.equal(value, initial[name]) for name, value in model.head.state_dict().items()):
-        raise ValueError(
-            f"{cfg.MODEL.WEIGHTS} holds no weights of the head, which is what the loss is about; "
-            "name a trained model: MODEL.WEIGHTS output/model_final.pth"
-        )
-    return model
 
 
 @torch.no_grad()
@@ -149,11 +123,11 @@ def dissect(
     Returns:
         The anatomy of the images that were seen; Ctrl-C makes them fewer.
     Raises:
-        ValueError: the data set has no images or no ground truth, or logits are not finite.
+        UserError: the dataset has no images or no ground truth, or logits are not finite.
     """
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     if not records:
-        raise ValueError(f"data set '{cfg.DATASETS.TEST[0]}' has no images; expected at least one")
+        raise UserError(f"dataset '{cfg.DATASETS.TEST[0]}' has no images; expected at least one")
     # The evaluation's size but with ground truth, which DatasetMapper drops unless "training".
     mapper = DatasetMapper(
         is_train=True,
@@ -219,8 +193,8 @@ def _look(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Anchors (Ri, 4), logits (Ri, K) and labels (Ri,) of one image, a list of levels each."""
     if "instances" not in record:
-        raise ValueError(
-            f"image '{record['file_name']}' has no 'annotations'; expected a data set with ground "
+        raise UserError(
+            f"image '{record['file_name']}' has no 'annotations'; expected a dataset with ground "
             "truth: --dataset NAME JSON IMAGES DATASETS.TEST \"('NAME',)\""
         )
     model([record])
@@ -237,10 +211,10 @@ def _per_anchor(logits: Tensor, num_classes: int) -> Tensor:
 
 def _check(anatomy: Anatomy) -> None:
     if not anatomy.num_images:
-        raise ValueError("interrupted before the first image; there is nothing to write")
+        raise UserError("interrupted before the first image; there is nothing to write")
     for name, is_positive in (("positive", True), ("negative", False)):
         if not anatomy.tally.num_windows(is_positive):
-            raise ValueError(
+            raise UserError(
                 f"there is no {name} window in {anatomy.num_images} images; expected images with "
                 "boxes of the model's classes: see DATASETS.TEST and MODEL.RETINANET.IOU_THRESHOLDS"
             )

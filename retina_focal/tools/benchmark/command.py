@@ -25,12 +25,12 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from retina_focal.config import retina_focal_node
+from retina_focal.errors import UserError
+from retina_focal.files import whole_file
 from retina_focal.precision import PRECISIONS
-from retina_focal.tools import benchmark_cases as cases
-from retina_focal.tools.benchmark_cases import MODELS, Setting, Stopwatch
-from retina_focal.tools.cli import exit_in_words
-from retina_focal.tools.train import load_cfg
-from retina_focal.tools.whole_file import whole_file
+from retina_focal.tools.benchmark import cases
+from retina_focal.tools.benchmark.cases import MODELS, Setting, Stopwatch
+from retina_focal.tools.common import command, load_cfg, processor
 
 # What can be measured: the rows of each choice, and what else than the image they depend on.
 TIMED = {
@@ -68,14 +68,13 @@ Examples:
 """
 
 
+@command
 def main(argv: list[str]) -> None:
     """``retina-focal benchmark``: measure, then print and write the table."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    with exit_in_words():
-        args.output.mkdir(parents=True, exist_ok=True)
-        settings = settings_of(args)
-        check_fp32(settings[0].device)
+    settings = settings_of(args)
+    check_fp32(settings[0].device)
     report = {
         "command": shlex.join(["retina-focal", "benchmark", *argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -140,13 +139,12 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     """One for each combination of number of classes, number of boxes and precision.
 
     Raises:
-        ValueError: the config is not one of our model's.
+        UserError: the config is not one of our model's.
     """
     device = ["MODEL.DEVICE", args.device] if args.device else []
-    # No data is read, so the config's data sets need not be there.
-    cfg = load_cfg(args.config_file, [*args.opts, *device, "DATASETS.COCO_JSON", "[]"])
+    cfg = load_cfg(args.config_file, [*args.opts, *device])
     if cfg.MODEL.META_ARCHITECTURE != "FocalRetinaNet":
-        raise ValueError(
+        raise UserError(
             f"{args.config_file} builds {cfg.MODEL.META_ARCHITECTURE}; expected FocalRetinaNet, "
             "from which stock's is derived; add: MODEL.META_ARCHITECTURE FocalRetinaNet"
         )
@@ -162,7 +160,7 @@ def check_fp32(device: str) -> None:
     """That fp32 means IEEE fp32 for all models.
 
     Raises:
-        ValueError: torch may compute it in TF32 or bf16.
+        UserError: torch may compute it in TF32 or bf16.
     """
     if torch.device(device).type == "cuda":
         if os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
@@ -189,7 +187,7 @@ def check_fp32(device: str) -> None:
         remedy = "unset the variable, or set torch's to 'ieee'"
     if found:
         values = ", ".join(f"{name} is {value!r}" for name, value in found.items())
-        raise ValueError(f"fp32 would not be IEEE fp32 on {device}: {values}; {remedy}")
+        raise UserError(f"fp32 would not be IEEE fp32 on {device}: {values}; {remedy}")
 
 
 def benchmark(
@@ -437,18 +435,6 @@ def plot(rows: list[dict], path: Path) -> None:
 def save(report: dict, args: argparse.Namespace) -> None:
     with whole_file(args.output / "results.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1))
-
-
-def processor(device: str) -> str:
-    """Name of what computes."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _with(cfg: CfgNode, classes: int, precision: str) -> CfgNode:

@@ -475,7 +475,7 @@ SETTINGS = (
     ),
     # Training.
     Setting(
-        "data sets",
+        "datasets",
         ("DATASETS.TRAIN", "DATASETS.TEST"),
         "AP of R-50 at 600 px: 34.0 on minival, 34.3 on test-dev (Tables 1b, 1e)",
         Choice(

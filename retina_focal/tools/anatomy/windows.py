@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
+from retina_focal.errors import UserError
 from retina_focal.losses import sigmoid_focal_loss
 
 BINS_PER_UNIT = 64  # of x_t; a power of two, so that scaling is exact
@@ -230,11 +231,11 @@ class Anatomy:
             logits: (Ri, K) a level.
             labels: (Ri,) a level, in {-1, 0, ..., K}.
         Raises:
-            ValueError: logits that are not finite.
+            UserError: logits that are not finite.
         """
         for name, x in zip(self.level_names, logits, strict=True):
             if not x.isfinite().all():
-                raise ValueError(
+                raise UserError(
                     f"image '{record['file_name']}': logits of {name} are not finite; the weights "
                     "hold NaN or values too large for MODEL.RETINA_FOCAL.PRECISION"
                 )

@@ -13,9 +13,10 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from retina_focal.config import config_path, get_cfg
-from retina_focal.tools.cli import exit_in_words
-from retina_focal.tools.fidelity_settings import SETTINGS, Choice, Setting, frozen
+from retina_focal.config import config_path, get_cfg, merge_file, merge_options
+from retina_focal.errors import UserError
+from retina_focal.tools.common import command
+from retina_focal.tools.fidelity.settings import SETTINGS, Choice, Setting, frozen
 
 REFERENCES = {
     "paper": "the paper (arXiv:1708.02002)",
@@ -64,6 +65,7 @@ class Declaration(NamedTuple):
     differences: frozenset[str]  # names of settings
 
 
+@command
 def main(argv: list[str]) -> None:
     """``retina-focal fidelity``: a table for each config and reference."""
     parser = argparse.ArgumentParser(
@@ -83,14 +85,13 @@ def main(argv: list[str]) -> None:
     names = list(takewhile(lambda x: x.endswith((".yaml", ".yml")), args.configs))
     if not names:
         parser.error(f"'{args.configs[0]}' is no YAML config; for example: quick_start/bccd.yaml")
-    with exit_in_words():
-        for name in names:
-            path = config_path(name)
-            cfg = get_cfg()
-            cfg.merge_from_file(path)
-            cfg.merge_from_list(args.configs[len(names) :])
-            declared = declaration(path)
-            report(name, cfg, declared, args.reference, args.all, args.markdown)
+    for name in names:
+        path = config_path(name)
+        cfg = get_cfg()
+        merge_file(cfg, path)
+        merge_options(cfg, args.configs[len(names) :])
+        declared = declaration(path)
+        report(name, cfg, declared, args.reference, args.all, args.markdown)
 
 
 def report(
@@ -134,10 +135,10 @@ def compare(cfg: CfgNode, reference: str) -> list[Row]:
         cfg: of a RetinaNet, ours or detectron2's, with the package's keys.
         reference: one of REFERENCES. For "detectron2" the other keys that differ come last.
     Raises:
-        ValueError: another meta-architecture.
+        UserError: another meta-architecture.
     """
     if not cfg.MODEL.META_ARCHITECTURE.endswith("RetinaNet"):
-        raise ValueError(
+        raise UserError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; what can be compared are "
             "RetinaNet and FocalRetinaNet"
         )
@@ -221,14 +222,14 @@ def declaration(path: str | Path) -> Declaration:
     The nearest "Follows:" counts; "Differs in:" of a base counts where it follows the same.
 
     Raises:
-        ValueError: a header follows what is none of REFERENCES.
+        UserError: a header follows what is none of REFERENCES.
     """
     path = Path(path)
     lines = path.read_text().splitlines()
     header = [line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), lines)]
     own = [x.removeprefix("Follows:").strip() for x in header if x.startswith("Follows:")]
     if own and own[0] not in REFERENCES:
-        raise ValueError(
+        raise UserError(
             f"the header of {path} follows '{own[0]}'; expected one of {', '.join(REFERENCES)}"
         )
     names = ",".join(x.partition(":")[2] for x in header if x.startswith("Differs in:"))

@@ -19,11 +19,13 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils.logger import setup_logger
 
-from retina_focal.config import config_path, get_cfg
-from retina_focal.datasets import register_datasets
-from retina_focal.engine import Trainer, available_device
-from retina_focal.tools.train import load_cfg
-from retina_focal.tools.whole_file import whole_file
+from retina_focal.config import config_path, flatten, get_cfg, merge_options
+from retina_focal.data.registration import register_datasets
+from retina_focal.errors import UserError
+from retina_focal.files import whole_file
+from retina_focal.tools.common import load_cfg
+from retina_focal.training.assembly import Trainer
+from retina_focal.training.processes import available_device
 
 METRICS = ("AP", "AP50", "AP75", "AR@100")
 PAPER_AP = re.compile(r"^# The paper's AP, AP50, AP75: ([\d.]+), ([\d.]+), ([\d.]+)", re.MULTILINE)
@@ -59,7 +61,7 @@ def read_row(name: str) -> Row:
     """The row of a file, or of ``configs/ablations/<name>.yaml``: its keys without ``_BASE_``.
 
     Raises:
-        FileNotFoundError: neither exists.
+        UserError: neither exists.
     """
     path = Path(name if Path(name).is_file() else config_path(f"ablations/{name}.yaml"))
     text = path.read_text()
@@ -78,7 +80,7 @@ def row_names(pattern: str) -> list[str]:
     folder = Path(config_path("ablations/hinge.yaml")).parent
     names = sorted(path.stem for path in folder.glob(f"{pattern}.yaml"))
     if not names:
-        raise ValueError(f"no row matches '{pattern}'; expected a name in {folder}, such as hinge")
+        raise UserError(f"no row matches '{pattern}'; expected a name in {folder}, such as hinge")
     return names
 
 
@@ -110,7 +112,7 @@ def plan(
         seeds: of each row.
         output: folder of the runs' folders.
     Raises:
-        ValueError, KeyError, FileNotFoundError: a config or a data set is wrong.
+        UserError: a config or a dataset is wrong.
     """
     planned: dict[str, list[Run]] = {}
     known: dict[tuple[str, int], Run] = {}
@@ -124,7 +126,7 @@ def plan(
             for key, value in row.keys.items():
                 # yacs wants 2.0 where a person writes 2.
                 is_float = isinstance(known_values.get(key), float) and isinstance(value, int)
-                cfg.merge_from_list([key, float(value) if is_float else value])
+                merge_options(cfg, [key, float(value) if is_float else value])
             cfg.SEED = seed
             settings = fingerprint(cfg)
             # Readable, and one folder for the same settings whoever asks for them.
@@ -144,17 +146,6 @@ def fingerprint(cfg: CfgNode) -> str:
         if key not in NOT_COMPARED and (key not in defaults or defaults[key] != value)
     }
     return hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()
-
-
-def flatten(node: dict, prefix: str = "") -> dict[str, object]:
-    """{"A": {"B": 1}} to {"A.B": 1}, tuples to lists."""
-    flat = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def execute(config: str, threads: int = 0) -> dict:

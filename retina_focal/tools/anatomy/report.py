@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from detectron2.data.detection_utils import read_image
 
+from retina_focal.evaluation.drawing import COLORS, WHITE
+from retina_focal.files import whole_file
 from retina_focal.losses import FocalStarLoss, SigmoidFocalLoss
-from retina_focal.tools.anatomy_windows import HALF, Anatomy, HardWindow, LossTally
-from retina_focal.tools.draw import COLORS, WHITE
-from retina_focal.tools.whole_file import whole_file
+from retina_focal.tools.anatomy.windows import HALF, Anatomy, HardWindow, LossTally
 
 SIDES = ("negatives", "positives")
 # Of the paper's two readings of its figure: a fifth of the positives, most of the negatives' loss.
@@ -105,7 +105,7 @@ def markdown(report: dict) -> str:
     lines = [
         f"`{report['command']}`",
         "",
-        f"{report['weights']} on {report['images']} images of {report['data_set']}, "
+        f"{report['weights']} on {report['images']} images of {report['dataset']}, "
         f"{report['date']}; alpha {report['alpha']:g}. An image has {per_image}; positives and "
         "negatives are windows, (anchor, class) pairs.",
         "",
@@ -221,7 +221,7 @@ def contact_sheet(
     sheet = cv2.vconcat([_header(class_names, is_positive, rows[0].shape[1]), *rows])
     with whole_file(path) as temporary:
         if not cv2.imwrite(str(temporary), sheet[:, :, ::-1]):  # RGB to BGR
-            raise OSError(f"could not write '{path}'; is the disk full?")
+            raise OSError("OpenCV could not write it")
 
 
 def _tile(window: HardWindow, class_names: Sequence[str], is_positive: bool) -> np.ndarray:

@@ -46,12 +46,12 @@ class FirstStepCheck(HookBase):
     run. The numbers go into the event storage as ``retina_focal/first_step/...``.
     """
 
-    def __init__(self, data_sets: str | Sequence[str] = ()):
+    def __init__(self, datasets: str | Sequence[str] = ()):
         """
         Args:
-            data_sets: names of the training data sets, whose metadata tell the number of classes.
+            datasets: names of the training datasets, whose metadata tell the number of classes.
         """
-        self.data_sets = [data_sets] if isinstance(data_sets, str) else list(data_sets)
+        self.datasets = [datasets] if isinstance(datasets, str) else list(datasets)
         self._detach()
 
     def before_train(self) -> None:
@@ -92,7 +92,7 @@ class FirstStepCheck(HookBase):
         model, head = self._model, self._model.head
         bottom_up = list(getattr(model.backbone, "bottom_up", model.backbone).modules())
         _, logits, _, labels, *_ = inputs
-        num_classes = _num_classes_of(self.data_sets) or criterion.num_classes
+        num_classes = _num_classes_of(self.datasets) or criterion.num_classes
         causes = [
             _wrong_num_classes(criterion.num_classes, num_classes),
             _random_frozen_norms(bottom_up) or _foreign_pixels(bottom_up, self._images, model),
@@ -194,9 +194,9 @@ def _wrong_prior(head: nn.Module) -> str | None:
     )
 
 
-def _num_classes_of(data_sets: Sequence[str]) -> int | None:
-    """Of the first data set that tells its classes."""
-    classes = (MetadataCatalog.get(name).get("thing_classes") for name in data_sets)
+def _num_classes_of(datasets: Sequence[str]) -> int | None:
+    """Of the first dataset that tells its classes."""
+    classes = (MetadataCatalog.get(name).get("thing_classes") for name in datasets)
     return next((len(names) for names in classes if names is not None), None)
 
 

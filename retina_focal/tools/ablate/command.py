@@ -16,9 +16,11 @@ from typing import Protocol
 import yaml
 from tqdm import tqdm
 
-from retina_focal.datasets import check_data_sets, check_num_classes
-from retina_focal.tools import ablation_report as report
-from retina_focal.tools.ablation_runs import (
+from retina_focal.data.registration import use_datasets
+from retina_focal.errors import UserError
+from retina_focal.files import whole_file
+from retina_focal.tools.ablate import report
+from retina_focal.tools.ablate.runs import (
     Run,
     execute,
     grid_rows,
@@ -27,9 +29,7 @@ from retina_focal.tools.ablation_runs import (
     read_row,
     row_names,
 )
-from retina_focal.tools.cli import exit_in_words
-from retina_focal.tools.train import add_dataset_argument
-from retina_focal.tools.whole_file import whole_file
+from retina_focal.tools.common import add_dataset_argument, command
 
 POLL_SECONDS = 1.0
 EPILOG = """
@@ -58,21 +58,21 @@ class Job(Protocol):
 Submit = Callable[[Run], Job]
 
 
+@command
 def main(argv: list[str]) -> None:
     """``retina-focal ablate``: run what is not in the results file yet, then write the tables."""
     args = parse_args(argv)
-    with exit_in_words():
-        rows = [read_row(name) for pattern in args.rows for name in row_names(pattern)]
-        rows += grid_rows(dict(args.grid)) if args.grid else []
-        if len({row.name for row in rows}) < len(rows):
-            raise ValueError("a row is given twice; give each row once, repetitions by --seeds")
-        opts = [*args.opts]
-        if args.iterations:
-            opts += ["SOLVER.MAX_ITER", str(args.iterations)]
-        planned = plan(rows, args.base, opts, args.dataset, args.seeds, args.output)
-        check_runs(planned)
-        results = load_results(args.results)
-        submit = launcher(args)
+    rows = [read_row(name) for pattern in args.rows for name in row_names(pattern)]
+    rows += grid_rows(dict(args.grid)) if args.grid else []
+    if len({row.name for row in rows}) < len(rows):
+        raise UserError("a row is given twice; give each row once, repetitions by --seeds")
+    opts = [*args.opts]
+    if args.iterations:
+        opts += ["SOLVER.MAX_ITER", str(args.iterations)]
+    planned = plan(rows, args.base, opts, args.dataset, args.seeds, args.output)
+    check_runs(planned)
+    results = load_results(args.results)
+    submit = launcher(args)
     runs = {(run.settings, run.seed): run for runs in planned.values() for run in runs}
     waiting = [run for key, run in runs.items() if key not in results]
     failures: dict[Run, str] = {}
@@ -148,13 +148,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def check_runs(planned: dict[str, list[Run]]) -> None:
-    """Refuse data sets before hours of training rather than between them."""
+    """Refuse datasets before hours of training rather than between them."""
     for runs in planned.values():
         cfg = runs[0].cfg
-        names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-        check_data_sets(names)
-        if cfg.MODEL.META_ARCHITECTURE == "FocalRetinaNet":
-            check_num_classes(names, cfg.MODEL.RETINANET.NUM_CLASSES)
+        use_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
 
 
 def run_all(
@@ -198,7 +195,7 @@ def launcher(args: argparse.Namespace) -> Submit:
     try:
         import submitit
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "--cluster needs submitit, which is not installed; type: pip install submitit"
         ) from error
     executor = submitit.AutoExecutor(folder=args.output / "jobs", cluster=args.cluster)
@@ -224,7 +221,7 @@ def load_results(path: Path) -> dict[tuple[str, int], dict]:
     """Results of finished runs, by settings and seed; none where there is no file.
 
     Raises:
-        ValueError: the file is not what this tool writes.
+        UserError: the file is not what this tool writes.
     """
     if not path.exists():
         return {}
@@ -232,7 +229,7 @@ def load_results(path: Path) -> dict[tuple[str, int], dict]:
         results = json.loads(path.read_text())["runs"]
         return {(result["settings"], result["seed"]): result for result in results}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a results file of this tool ({error!r}); choose another by --results"
         ) from error
 

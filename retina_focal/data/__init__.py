@@ -1,0 +1,1 @@
+"""Datasets: their registration, and two small ones of real photographs."""

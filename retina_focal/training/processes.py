@@ -1,0 +1,71 @@
+"""Processes on one machine: devices, cores, memory, and the distributed model."""
+
+import ctypes
+import logging
+import os
+import platform
+
+import torch
+from detectron2.engine import create_ddp_model
+from detectron2.utils import comm
+from torch import nn
+
+from retina_focal.errors import UserError
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+logger = logging.getLogger(__name__)
+
+
+def distribute(model: nn.Module, **ddp_options: bool) -> nn.Module:
+    """`model` in DistributedDataParallel where there are several processes, on a GPU or a CPU.
+
+    Raises:
+        UserError: SyncBN on a CPU, which torch does not have.
+    """
+    if comm.get_world_size() == 1:
+        return model
+    options = {"broadcast_buffers": False, **ddp_options}
+    if next(model.parameters()).device.type == "cpu":
+        if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+            raise UserError(
+                "the model has SyncBN, which torch has only for GPUs, and runs on the CPU in "
+                f"{comm.get_world_size()} processes; use GN: MODEL.RETINANET.NORM GN"
+            )
+        options["device_ids"] = None
+    return create_ddp_model(model, **options)
+
+
+def available_device(device: str) -> str:
+    """`device`, or "cpu", said in a line, where that is a GPU and the machine has none."""
+    if not device.startswith("cuda") or torch.cuda.is_available():
+        return device
+    if comm.is_main_process():
+        logger.warning("no GPU was found; running on the CPU instead of '%s'", device)
+    return "cpu"
+
+
+def share_cores(num_local_processes: int) -> None:
+    """Give each of this machine's processes its part of the cores for CPU arithmetic.
+
+    torch takes all cores in every process, and they get into each other's way. OMP_NUM_THREADS,
+    where it is set, is the user's own choice for each process and stays.
+    """
+    if num_local_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // num_local_processes))
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of one training step on the CPU for the next.
+
+    glibc gives freed maps above 32 MB, and the end of its heap, back to the system after each
+    step; fresh pages then take up to a tenth of the next. Settings of the environment (MALLOC_...,
+    GLIBC_TUNABLES) are the user's own choice and stay.
+    """
+    chosen = [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]
+    if torch.cuda.is_available() or platform.libc_ver()[0] != "glibc" or chosen:
+        return
+    libc = ctypes.CDLL(None)
+    for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        libc.mallopt(parameter, 2**31 - 1)
