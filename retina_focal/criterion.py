@@ -94,8 +94,6 @@ class Criterion(nn.Module):
         self.smooth_l1_beta = smooth_l1_beta
         self.box_reg_loss_type = box_reg_loss_type
         self.normalizer = normalizer
-        # (N,) of the next forward pass, where it is a part of a step: see `accumulation`.
-        self.given_normalizers: Tensor | None = None
         if normalizer == "ema":
             self.register_buffer("loss_normalizer", torch.tensor(EMA_START))
 
@@ -121,6 +119,7 @@ class Criterion(nn.Module):
         labels: Tensor,
         matched_idxs: Tensor,
         gt_instances: list[Instances],
+        normalizers: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """
         Args:
@@ -129,6 +128,8 @@ class Criterion(nn.Module):
             deltas: (N, A x 4, Hi, Wi) a level, used at the positive anchors.
             labels, matched_idxs: (N, R) each, from `Assigner`.
             gt_instances: N images with `gt_boxes`, on any device.
+            normalizers: (N,) of `normalizers`, where these images are a part of a step; default:
+                they are the whole of it.
         Returns:
             losses: scalars `loss_cls` and `loss_box_reg`.
             statistics: what is worth logging, numbers on the host.
@@ -136,7 +137,6 @@ class Criterion(nn.Module):
         targets, positives, places = self._gather(
             anchors, logits, labels, matched_idxs, gt_instances
         )
-        normalizers = self.given_normalizers
         if normalizers is None:
             normalizers = self.normalizers(torch.bincount(positives.image, minlength=len(labels)))
         loss, cls_normalizers = self.classification_loss, normalizers

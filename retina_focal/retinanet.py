@@ -126,11 +126,14 @@ class FocalRetinaNet(nn.Module):
     def num_classes(self) -> int:
         return self.criterion.num_classes
 
-    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+    def forward(
+        self, batched_inputs: list[dict], normalizers: Tensor | None = None
+    ) -> dict[str, Tensor] | list[dict]:
         """
         Args:
             batched_inputs: from `DatasetMapper`: `image` (C, H, W), `instances` in training, and
                 for inference optionally the `height` and `width` to return boxes in.
+            normalizers: see `Criterion.forward`; only in training.
         Returns:
             In training {"loss_cls", "loss_box_reg"}; otherwise a dict with `instances` an image.
         """
@@ -148,7 +151,7 @@ class FocalRetinaNet(nn.Module):
         gt_instances = _ground_truth(batched_inputs, self.criterion.num_classes)
         labels, matched_idxs = self.assigner(anchors, gt_instances)
         losses, statistics = self.criterion(
-            anchors, logits, deltas, labels, matched_idxs, gt_instances
+            anchors, logits, deltas, labels, matched_idxs, gt_instances, normalizers
         )
         if has_event_storage():
             storage = get_event_storage()

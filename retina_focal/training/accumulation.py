@@ -6,7 +6,8 @@ network runs, since labels need only boxes and image sizes.
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
@@ -28,7 +29,7 @@ class AccumulatingTrainer(SimpleTrainer):
         self.num_micro_batches = num_micro_batches
 
     def run_step(self) -> None:
-        _run_micro_batches(self, lambda losses: losses.backward())
+        _run_micro_batches(self, Tensor.backward)
         self.optimizer.step()
 
 
@@ -40,19 +41,28 @@ class AccumulatingAMPTrainer(AMPTrainer):
         self.num_micro_batches = num_micro_batches
 
     def run_step(self) -> None:
-        with torch.autocast("cuda", self.precision):
-            _run_micro_batches(self, lambda losses: self.grad_scaler.scale(losses).backward())
+        _run_micro_batches(
+            self,
+            lambda loss: self.grad_scaler.scale(loss).backward(),
+            partial(torch.autocast, "cuda", self.precision),
+        )
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
 
-def _run_micro_batches(trainer: SimpleTrainer, backward: Callable[[Tensor], None]) -> None:
+def _run_micro_batches(
+    trainer: SimpleTrainer,
+    backward: Callable[[Tensor], None],
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
     """A step up to the optimizer's: gradients and metrics of the whole batch."""
     start = time.perf_counter()
     data = next(trainer._data_loader_iter)
     data_time = time.perf_counter() - start
     trainer.optimizer.zero_grad()
-    losses = accumulate_gradients(trainer.model, data, trainer.num_micro_batches, backward)
+    losses = accumulate_gradients(
+        trainer.model, data, trainer.num_micro_batches, backward, autocast
+    )
     trainer.after_backward()
     trainer._write_metrics(losses, data_time)
 
@@ -62,6 +72,7 @@ def accumulate_gradients(
     batched_inputs: list[dict],
     num_micro_batches: int,
     backward: Callable[[Tensor], None],
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Tensor]:
     """Add the gradients of a batch, a micro-batch at a time; processes synchronise at the last.
 
@@ -69,6 +80,7 @@ def accumulate_gradients(
         model: a `FocalRetinaNet` in training mode, distributed or not.
         batched_inputs: of this process; `num_micro_batches` divides their number.
         backward: takes a micro-batch's sum of losses.
+        autocast: makes the context of each forward pass; backward runs outside it.
     Returns:
         The losses of the batch, without gradients.
     """
@@ -78,15 +90,12 @@ def accumulate_gradients(
     positives = [detector.count_positives(micro_batch) for micro_batch in micro_batches]
     normalizers = detector.criterion.normalizers(torch.cat(positives)).split(size)
     total: dict[str, Tensor] = {}
-    try:
-        for i, micro_batch in enumerate(micro_batches):
-            detector.criterion.given_normalizers = normalizers[i]
-            last = i == len(micro_batches) - 1
-            with nullcontext() if last or model is detector else model.no_sync():
-                losses = model(micro_batch)
-                backward(sum(losses.values()))
-            for name, loss in losses.items():
-                total[name] = total.get(name, 0) + loss.detach()
-    finally:
-        detector.criterion.given_normalizers = None
+    for i, micro_batch in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        with nullcontext() if last or model is detector else model.no_sync():
+            with autocast():
+                losses = model(micro_batch, normalizers[i])
+            backward(sum(losses.values()))
+        for name, loss in losses.items():
+            total[name] = total.get(name, 0) + loss.detach()
     return total

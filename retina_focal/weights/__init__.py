@@ -1,0 +1,1 @@
+"""Weights: the one loader, and those of the quick starts."""
