@@ -21,7 +21,8 @@ except ImportError as error:
     ) from error
 
 from retina_focal.anchors import OctaveAnchorGenerator
-from retina_focal.assigner import Assigner
+from retina_focal.assigner import ASSIGNER_REGISTRY, Assigner
+from retina_focal.atss import ATSSAssigner
 from retina_focal.backbone import (
     build_retina_focal_resnet_fpn_backbone,
     build_retina_focal_resnet_single_backbone,
@@ -32,6 +33,7 @@ from retina_focal.criterion import Criterion
 from retina_focal.data.registration import register_coco_json, register_datasets
 from retina_focal.head import DENSE_HEAD_REGISTRY, FocalRetinaNetHead
 from retina_focal.losses import (
+    CLS_LOSS_REGISTRY,
     FocalStarLoss,
     HingeLoss,
     SigmoidFocalLoss,
@@ -39,6 +41,7 @@ from retina_focal.losses import (
     hinge_loss,
     sigmoid_focal_loss,
 )
+from retina_focal.normalizers import NORMALIZER_REGISTRY
 from retina_focal.postprocess import Postprocessor
 from retina_focal.proposals import FocalRPN, FocalRPNHead
 from retina_focal.retinanet import FocalRetinaNet
@@ -47,7 +50,11 @@ from retina_focal.training.accumulation import accumulate_gradients
 from retina_focal.training.assembly import Trainer
 
 __all__ = [
+    "ASSIGNER_REGISTRY",
+    "CLS_LOSS_REGISTRY",
     "DENSE_HEAD_REGISTRY",
+    "NORMALIZER_REGISTRY",
+    "ATSSAssigner",
     "Assigner",
     "Criterion",
     "FocalRPN",

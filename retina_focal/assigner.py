@@ -1,17 +1,34 @@
 """Anchors to labels and matched boxes (Sec. 4, "Anchors")."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Boxes, Instances
+from fvcore.common.registry import Registry
 from torch import Tensor
 
-from retina_focal.config import check_choice, retina_focal_node
+from retina_focal.config import check_choice, registered, retina_focal_node
 from retina_focal.errors import UserError
 from retina_focal.matching import AnchorGrid, find_grid, match_dense, match_on_grid
 
 ASSIGNMENTS = ("detectron2", "detectron", "paper")
+
+ASSIGNER_REGISTRY = Registry("ASSIGNER")
+ASSIGNER_REGISTRY.__doc__ = """
+Assigners by ``MODEL.RETINA_FOCAL.ASSIGNMENT``. Called with `(cfg)`; returns an object with
+`num_classes` that is called as `Assigner` is.
+"""
+
+
+def build_assigner(cfg: CfgNode) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The assigner that ``MODEL.RETINA_FOCAL.ASSIGNMENT`` names.
+
+    Raises:
+        UserError: an unknown name, or thresholds and labels that don't fit.
+    """
+    name = retina_focal_node(cfg).ASSIGNMENT
+    return registered(ASSIGNER_REGISTRY, "MODEL.RETINA_FOCAL.ASSIGNMENT", name)(cfg)
 
 
 class Assigner:
@@ -73,7 +90,7 @@ class Assigner:
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            anchors: one Boxes a level, P3 first, XYXY in pixels; R anchors over all levels.
+            anchors: one Boxes per level, P3 first, XYXY in pixels; R anchors over all levels.
             gt_instances: N images with `gt_boxes` and `gt_classes`, on any device.
         Returns:
             labels: (N, R) int64 in {-1, 0, ..., K}; K is background, -1 is ignored.
@@ -116,3 +133,21 @@ class Assigner:
             labels[i, matches.anchor_idxs] = matched_labels
             matched_idxs[i, matches.anchor_idxs] = matches.box_idxs
         return labels, matched_idxs
+
+
+@ASSIGNER_REGISTRY.register()
+def detectron2(cfg: CfgNode) -> Assigner:
+    """Low-quality matches are always positive, as in detectron2."""
+    return Assigner(cfg, rule="detectron2")
+
+
+@ASSIGNER_REGISTRY.register()
+def detectron(cfg: CfgNode) -> Assigner:
+    """They are positive only where their IoU reaches the lower threshold: the authors' code."""
+    return Assigner(cfg, rule="detectron")
+
+
+@ASSIGNER_REGISTRY.register()
+def paper(cfg: CfgNode) -> Assigner:
+    """They are never positive (Sec. 4, "Anchors")."""
+    return Assigner(cfg, rule="paper")

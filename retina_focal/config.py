@@ -6,11 +6,12 @@ The first value named in a comment is the default and means "as stock detectron2
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as detectron2_get_cfg
+from fvcore.common.registry import Registry
 from yaml import YAMLError
 
 from retina_focal.errors import UserError
@@ -94,6 +95,20 @@ def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a value of a key that is none of its choices (UserError)."""
     if value not in choices:
         raise UserError(f"{key} is '{value}'; expected one of {', '.join(choices)}")
+
+
+def registered(registry: Registry, key: str, name: str) -> Callable:
+    """What is registered under the name that a config's key gives.
+
+    Raises:
+        UserError: nothing is.
+    """
+    if name not in registry:
+        raise UserError(
+            f"{key} is '{name}'; expected one of {', '.join(other for other, _ in registry)}, or a "
+            "name that your own file registers"
+        )
+    return registry.get(name)
 
 
 def config_path(name: str) -> str:

@@ -1,28 +1,17 @@
-"""Classification losses: their definitions per element, and their sum over dense head outputs.
+"""Classification losses: their definitions per element, and the same with derivatives."""
 
-Nearly every anchor is background, so the dense sum takes the background term over the raw head
-outputs, in whatever order they lie in memory, and corrects it at the few anchors that are not
-background. It needs neither a permuted copy of the logits nor a one-hot target. Value and gradient
-come from one pass, so that the exponential and the logarithm, most of the cost, are taken once.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import repeat
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
+from fvcore.common.registry import Registry
 from torch import Tensor
 
-from retina_focal.config import check_choice, retina_focal_node
+from retina_focal.config import registered, retina_focal_node
 from retina_focal.errors import UserError
 
-# Elements per step of the dense sum. On a CPU the temporaries of one step stay in the cache;
-# elsewhere a step should outlast its launches.
-CPU_CHUNK_SIZE = 1 << 16
-CHUNK_SIZE = 1 << 24
 # exp(80) and its reciprocal are normal fp32 numbers.
 MAX_EXPONENT = 80.0
 
@@ -85,14 +74,37 @@ def hinge_loss(logits: Tensor, targets: Tensor, margin: float = 0.5) -> Tensor:
     return F.relu(margin - p_t)
 
 
-class DenseLoss(Protocol):
-    """A binary loss that `dense_loss_sum` can sum.
+CLS_LOSS_REGISTRY = Registry("CLS_LOSS")
+CLS_LOSS_REGISTRY.__doc__ = """
+Class losses by ``MODEL.RETINA_FOCAL.CLS_LOSS``. Called with `(cfg)`; returns a `DenseLoss`.
+"""
 
-    Called with fp32 or fp64 logits of any shape and whether they are the object's class; returns
-    the loss of each and its derivative by the logit, both of the same shape.
+
+NO_ALPHA = (
+    "MODEL.RETINA_FOCAL.ALPHA_FROM_DATA is True, but {} does not weigh by alpha; set "
+    "MODEL.RETINA_FOCAL.CLS_LOSS focal, with MODEL.RETINANET.FOCAL_LOSS_ALPHA at least 0 (and "
+    "FOCAL_LOSS_GAMMA 0 for alpha-balanced cross entropy), or ALPHA_FROM_DATA False"
+)
+
+
+class DenseLoss(Protocol):
+    """A binary loss of each class of each anchor, with its derivative by the logit.
+
+    Attributes that a loss may have besides:
+        soft_targets: True: it is called with a third argument at the positive anchors, their
+            (P,) fp32 targets q in [0, 1], the IoU of each decoded box with its ground truth; no
+            gradient flows through them.
+        with_alpha: method that returns the same loss with another alpha, for ALPHA_FROM_DATA.
     """
 
-    def __call__(self, logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            logits: any shape, fp32 or fp64; not to be changed in place.
+            foreground: whether they are those of the object's class.
+        Returns:
+            The loss and its derivative by the logit, each of the shape of `logits`.
+        """
 
 
 @dataclass(frozen=True)
@@ -117,13 +129,23 @@ class SigmoidFocalLoss:
                 "(0 is cross entropy, the paper's value is 2)"
             )
 
+    def with_alpha(self, alpha: float) -> "SigmoidFocalLoss":
+        """The same with another alpha.
+
+        Raises:
+            UserError: this one does not weigh by alpha.
+        """
+        if self.alpha < 0:
+            raise UserError(NO_ALPHA.format(self))
+        return replace(self, alpha=alpha)
+
     def __call__(self, logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
         x, alpha_t = (-logits, self.alpha) if foreground else (logits, 1 - self.alpha)
         exp = x.clamp(max=MAX_EXPONENT).exp_()
         rounded = exp + 1
         complement = rounded.reciprocal()  # 1 - p
-        # log1p(exp), which torch does not vectorise on every CPU: the logarithm, and to first order
-        # what the sum has lost.
+        # log1p(exp) without log1p, which torch does not vectorise on every CPU: the logarithm of
+        # the rounded sum 1 + exp, plus the rounding error times the logarithm's derivative.
         softplus = rounded.log()
         softplus.addcmul_(rounded.sub_(1).sub_(exp), complement, value=-1)
         softplus = torch.maximum(softplus, x)  # x is the larger one only beyond the clamp
@@ -191,21 +213,40 @@ class HingeLoss:
         return value, derivative.neg_() if foreground else derivative
 
 
+@CLS_LOSS_REGISTRY.register()
+def focal(cfg: CfgNode) -> SigmoidFocalLoss:
+    """Alpha-balanced focal loss (Eq. 5); with gamma 0 alpha-balanced cross entropy."""
+    node = cfg.MODEL.RETINANET
+    return SigmoidFocalLoss(node.FOCAL_LOSS_ALPHA, node.FOCAL_LOSS_GAMMA)
+
+
+@CLS_LOSS_REGISTRY.register()
+def cross_entropy(cfg: CfgNode) -> SigmoidFocalLoss:
+    """-log(p_t), without alpha."""
+    return SigmoidFocalLoss(alpha=-1, gamma=0)
+
+
+@CLS_LOSS_REGISTRY.register()
+def focal_star(cfg: CfgNode) -> FocalStarLoss:
+    """FL* (appendix A)."""
+    beta = retina_focal_node(cfg).FOCAL_STAR.BETA
+    return FocalStarLoss(cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA, beta)
+
+
+@CLS_LOSS_REGISTRY.register()
+def hinge(cfg: CfgNode) -> HingeLoss:
+    """Hinge loss on the probability (Sec. 5.1)."""
+    return HingeLoss(retina_focal_node(cfg).HINGE.MARGIN)
+
+
 def build_classification_loss(cfg: CfgNode) -> DenseLoss:
     """The loss that ``MODEL.RETINA_FOCAL.CLS_LOSS`` names.
 
     Raises:
         UserError: an unknown name, or a parameter out of its range.
     """
-    stock, ours = cfg.MODEL.RETINANET, retina_focal_node(cfg)
-    losses = {
-        "focal": lambda: SigmoidFocalLoss(stock.FOCAL_LOSS_ALPHA, stock.FOCAL_LOSS_GAMMA),
-        "cross_entropy": lambda: SigmoidFocalLoss(alpha=-1, gamma=0),
-        "focal_star": lambda: FocalStarLoss(stock.FOCAL_LOSS_GAMMA, ours.FOCAL_STAR.BETA),
-        "hinge": lambda: HingeLoss(ours.HINGE.MARGIN),
-    }
-    check_choice("MODEL.RETINA_FOCAL.CLS_LOSS", ours.CLS_LOSS, tuple(losses))
-    return losses[ours.CLS_LOSS]()
+    name = retina_focal_node(cfg).CLS_LOSS
+    return registered(CLS_LOSS_REGISTRY, "MODEL.RETINA_FOCAL.CLS_LOSS", name)(cfg)
 
 
 def inverse_frequency_alpha(labels: Tensor, num_classes: int) -> float:
@@ -222,108 +263,3 @@ def inverse_frequency_alpha(labels: Tensor, num_classes: int) -> float:
     is_positive = (labels >= 0) & (labels < num_classes)
     num_positives, num_anchors = torch.stack((is_positive.sum(), (labels >= 0).sum())).tolist()
     return 1 - max(num_positives, 1) / max(num_anchors * num_classes, 1)
-
-
-class LevelTargets(NamedTuple):
-    """What is not background on one pyramid level, as indices into (N, A, K, Hi, Wi) logits.
-
-    Each is a tuple of equally long index vectors.
-    """
-
-    foreground: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # image, anchor, class, y, x
-    ignored: tuple[Tensor, Tensor, Tensor, Tensor]  # image, anchor, y, x
-
-
-def dense_loss_sum(
-    loss: DenseLoss,
-    logits: Sequence[Tensor],
-    targets: Sequence[LevelTargets],
-    num_classes: int,
-    weights: Tensor,
-) -> Tensor:
-    """Weighted sum of a binary loss over every class of every anchor that is not ignored.
-
-    Args:
-        logits: raw head outputs, (N, A x K, Hi, Wi) a level, contiguous or channels_last (anything
-            else is copied), any floating dtype; the arithmetic is fp32.
-        targets: what is not background, a `LevelTargets` a level.
-        weights: (N,) fp32, of each image's loss; gets no gradient.
-    Returns:
-        fp32 scalar. Its gradient, made with it, is all the memory that is kept; it cannot be
-        differentiated again (RuntimeError).
-    """
-    dense = [
-        x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous() for x in logits
-    ]
-    return _DenseLossSum.apply(loss, targets, num_classes, weights, *dense)
-
-
-class _DenseLossSum(torch.autograd.Function):
-    """Background everywhere, corrected where `targets` says."""
-
-    @staticmethod
-    def forward(ctx, loss, targets, num_classes, weights, *logits):
-        # float64: the ignored anchors are subtracted again from sums of millions of terms.
-        sums = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
-        grads = []
-        for x, needs_grad, (foreground, ignored) in zip(
-            logits, ctx.needs_input_grad[4:], targets, strict=True
-        ):
-            grad = torch.empty_like(x) if needs_grad else None
-            _add_background(loss, x, weights, sums, grad)
-
-            # Both corrections: the true term instead of the background's, or nothing instead.
-            per_class = x.unflatten(1, (-1, num_classes))
-            positive = per_class[foreground].float()
-            value, derivative = loss(positive, foreground=True)
-            sums.index_add_(0, foreground[0], (value - loss(positive, False)[0]).double())
-            image, anchor, row, column = ignored
-            excess, _ = loss(per_class[image, anchor, :, row, column].float(), foreground=False)
-            sums.index_add_(0, image, -excess.double().sum(1))
-            if needs_grad:
-                grad_per_class = grad.unflatten(1, (-1, num_classes))
-                grad_per_class[foreground] = derivative.mul_(weights[foreground[0]]).to(grad.dtype)
-                grad_per_class[image, anchor, :, row, column] = 0
-                grads.append(grad)
-        ctx.save_for_backward(*grads)
-        return sums.mul_(weights).sum().float()
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        # Not once_differentiable: that lets create_graph=True pass, with a gradient that is wrong.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the gradient of dense_loss_sum is a closed form that cannot be differentiated "
-                "again (create_graph=True); sum the loss's definition, such as sigmoid_focal_loss, "
-                "over the logits instead"
-            )
-        saved = iter(ctx.saved_tensors)
-        grads = [next(saved) if needed else None for needed in ctx.needs_input_grad[4:]]
-        # Usually 1; looking costs nothing on a CPU, and elsewhere more than the product.
-        if grad_output.device.type != "cpu" or grad_output != 1:
-            grads = [None if grad is None else grad * grad_output for grad in grads]
-        return None, None, None, None, *grads
-
-
-def _add_background(
-    loss: DenseLoss, logits: Tensor, weights: Tensor, sums: Tensor, grad: Tensor | None
-) -> None:
-    """Add each image's loss to `sums`, all as background, and write the weighted gradient.
-
-    Args:
-        logits: (N, ...), contiguous or channels_last.
-        weights, sums: (N,).
-        grad: as `logits`, in the same memory order.
-    """
-    chunk_size = CPU_CHUNK_SIZE if logits.device.type == "cpu" else CHUNK_SIZE
-    # Rows in memory order, whichever of the two layouts that is.
-    shape, strides = (len(logits), logits[0].numel()), (logits[0].numel(), 1)
-    rows = logits.as_strided(shape, strides)
-    grad_rows = repeat(None) if grad is None else grad.as_strided(shape, strides)
-    for image, (row, grad_row) in enumerate(zip(rows, grad_rows, strict=False)):
-        for begin in range(0, len(row), chunk_size):
-            chunk = slice(begin, begin + chunk_size)
-            value, derivative = loss(row[chunk].float(), foreground=False)
-            sums[image] += value.sum()
-            if grad_row is not None:
-                grad_row[chunk] = derivative.mul_(weights[image])

@@ -65,7 +65,7 @@ def match_dense(anchors: Tensor, gt_boxes: Tensor) -> Matches:
     sides = anchors.t().contiguous()[:, None]
     first = 0
     for boxes in gt_boxes.split(max(1, MAX_PAIRS // max(1, len(anchors)))):
-        block = _iou(sides[0::2], sides[1::2], boxes.t()[:, :, None])  # (boxes, R)
+        block = iou_of_pairs(sides[0::2], sides[1::2], boxes.t()[:, :, None])  # (boxes, R)
         block_ious, block_idxs = block.max(dim=0)
         better = block_ious > ious
         ious = torch.where(better, block_ious, ious)
@@ -115,7 +115,7 @@ def _overlapping_pairs(
     place = (low + high - (first_low + first_high)[:, None]) / (2 * grid.step[:, None])
     nearest = torch.minimum(place.round().clamp(min=0), grid.size[:, None] - 1.0).long()
     shape, (column, row) = torch.arange(len(nearest))[:, None], nearest.unbind(2)
-    iou = _iou(grid.columns[:, shape, column], grid.rows[:, shape, row], boxes.t()[:, None])
+    iou = iou_of_pairs(grid.columns[:, shape, column], grid.rows[:, shape, row], boxes.t()[:, None])
     iou = iou.amax(0).double().clamp(max=min_iou) * (1 - ROUNDING)  # (M,)
 
     # IoU = I / (area + anchor area - I) >= iou needs an intersection I of at least this, (C, M).
@@ -141,14 +141,14 @@ def _overlapping_pairs(
     width = count[:, 0][window]
     below = cell.div(width, rounding_mode="floor")
     column, row = column + cell - below * width, row + below
-    iou = _iou(grid.columns[:, shape, column], grid.rows[:, shape, row], boxes.t()[:, box])
+    iou = iou_of_pairs(grid.columns[:, shape, column], grid.rows[:, shape, row], boxes.t()[:, box])
     column_stride, row_stride = grid.stride.t()[:, shape]
     anchor = grid.first[shape] + column * column_stride + row * row_stride
     overlap = (iou > 0).nonzero().squeeze(1)
     return box[overlap], anchor[overlap], iou[overlap]
 
 
-def _iou(anchor_x: Tensor, anchor_y: Tensor, boxes: Tensor) -> Tensor:
+def iou_of_pairs(anchor_x: Tensor, anchor_y: Tensor, boxes: Tensor) -> Tensor:
     """IoU by `pairwise_iou`'s operations in their order.
 
     Args:

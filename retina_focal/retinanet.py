@@ -10,14 +10,15 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from retina_focal.assigner import Assigner
+from retina_focal.assigner import Assigner, build_assigner
+from retina_focal.box_tower import first_image
 from retina_focal.config import check_choice, retina_focal_node
 from retina_focal.criterion import Criterion
 from retina_focal.errors import UserError
 from retina_focal.folding import fold_frozen_norms
 from retina_focal.head import build_dense_head
 from retina_focal.postprocess import Postprocessor
-from retina_focal.precision import PRECISIONS, autocast
+from retina_focal.precision import PRECISIONS, computation
 
 # Highest-scoring predictions drawn beside the ground truth every VIS_PERIOD iterations.
 VIS_MAX_BOXES = 20
@@ -69,7 +70,7 @@ class FocalRetinaNet(nn.Module):
             criterion: predictions and labels to losses.
             postprocessor: predictions to detections.
             pixel_mean, pixel_std: per channel, in `input_format` order, 0 to 255.
-            precision: of backbone and head, see `precision.autocast`.
+            precision: of backbone and head, see `precision.computation`.
             vis_period: iterations between training pictures in the event storage; 0: none.
             input_format: channel order of the images, for those pictures.
             num_classes: K; only checked against the parts: a LazyConfig's one place for it.
@@ -108,7 +109,7 @@ class FocalRetinaNet(nn.Module):
             "head": build_dense_head(cfg, feature_shapes),
             "head_in_features": cfg.MODEL.RETINANET.IN_FEATURES,
             "anchor_generator": build_anchor_generator(cfg, feature_shapes),
-            "assigner": Assigner(cfg),
+            "assigner": build_assigner(cfg),
             "criterion": Criterion(cfg),
             "postprocessor": Postprocessor(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -138,9 +139,8 @@ class FocalRetinaNet(nn.Module):
             In training {"loss_cls", "loss_box_reg"}; otherwise a dict with `instances` an image.
         """
         images = self.preprocess_image(batched_inputs)
-        with autocast(self.precision, images.tensor.device.type, self.training) as inner:
-            # Half precision is fastest in channels_last; fp32 on a CPU is slowest.
-            layout = torch.channels_last if inner else torch.preserve_format
+        autocast, layout = computation(self.precision, images.tensor.device.type, self.training)
+        with autocast:
             features = self.backbone(images.tensor.to(memory_format=layout))
             features = [features[name] for name in self.head_in_features]
             logits, deltas = self.head(features)
@@ -158,7 +158,7 @@ class FocalRetinaNet(nn.Module):
             for name, value in statistics.items():
                 storage.put_scalar(name, value)
             if self.vis_period > 0 and storage.iter % self.vis_period == 0:
-                first = [x[:1] for x in logits], [x[:1] for x in deltas], images.image_sizes[:1]
+                first = [x[:1] for x in logits], first_image(deltas), images.image_sizes[:1]
                 result = self.postprocessor(anchors, *first)[0]
                 storage.put_image(*_draw_training(batched_inputs[0], result, self.input_format))
         return losses

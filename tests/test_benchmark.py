@@ -17,7 +17,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.events import EventStorage
 
-from retina_focal import head
+from retina_focal import box_tower
 from retina_focal.tools import cli
 from retina_focal.tools.benchmark import cases
 from retina_focal.tools.benchmark import command as benchmark
@@ -195,7 +195,7 @@ def flops_of(arguments: tuple) -> int:
 
 
 def test_recorded_convolutions_are_those_of_the_model(setting, monkeypatch):
-    monkeypatch.setattr(head, "COST_OF_A_CELL", math.inf)  # the box tower on whole maps
+    monkeypatch.setattr(box_tower, "COST_OF_A_CELL", math.inf)  # the box tower on whole maps
     step = cases.training_step(setting, ["ours"])["ours"]
     with cases.ConvolutionRecorder() as recorder:
         step(Stopwatch("cpu"))
@@ -212,7 +212,7 @@ def test_recorded_convolutions_are_those_of_the_model(setting, monkeypatch):
 
 
 def test_the_products_of_a_box_tower_at_few_cells_are_recorded(setting, monkeypatch):
-    monkeypatch.setattr(head, "COST_OF_A_CELL", 0)
+    monkeypatch.setattr(box_tower, "COST_OF_A_CELL", 0)
     step = cases.training_step(setting, ["ours"])["ours"]
     with cases.ConvolutionRecorder() as recorder:
         step(Stopwatch("cpu"))

@@ -21,7 +21,6 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -121,15 +120,13 @@ LOSSES = {
 }
 
 
-def labelled(num_positives: int) -> tuple[list[Boxes], list[Tensor], Tensor]:
-    """Anchors and deltas of one 5x4 level of two images and 3 anchors a cell, and their labels of
-    K = 4 classes, a fifth of them ignored."""
+def labelled(num_positives: int) -> Tensor:
+    """Labels of one 5x4 level of two images, 3 anchors per cell and K = 4 classes, a fifth of
+    them ignored."""
     generator = torch.Generator().manual_seed(0)
-    corners = 64 * torch.rand(60, 2, generator=generator)
-    anchors = [Boxes(torch.cat([corners, corners + 16], 1))]
     labels = torch.where(torch.rand(2, 60, generator=generator) < 0.2, -1, 4)
     labels.view(-1)[:num_positives] = torch.arange(num_positives) % 4
-    return anchors, [torch.zeros(2, 12, 5, 4)], labels
+    return labels
 
 
 @pytest.mark.parametrize("num_positives", [0, 1, 17])
@@ -153,8 +150,7 @@ def test_the_closed_form_is_every_loss_at_the_prior_whatever_divides_it(
         sampler=HardExampleSampler(batch_size=8) if options == "OHEM" else None,
         normalizer="ema" if from_data or options == "OHEM" else options,
     )
-    anchors, deltas, labels = labelled(num_positives)
-    boxes = [Instances((64, 64), gt_boxes=Boxes(torch.tensor([[8.0, 8, 24, 24]])))] * 2
+    labels = labelled(num_positives)
     kept = labels.flatten()[labels.flatten() >= 0]
     targets = F.one_hot(kept, 5)[:, :4].float()
     if from_data:
@@ -162,12 +158,11 @@ def test_the_closed_form_is_every_loss_at_the_prior_whatever_divides_it(
         definition = functools.partial(definition, alpha=alpha)
     for pi in (0.01, 0.5):
         logits = [torch.full((2, 12, 5, 4), prior_bias(pi))]
-        inputs = (anchors, logits, deltas, labels, torch.zeros_like(labels), boxes)
         summed = definition(torch.full_like(targets, prior_bias(pi)), targets).double().sum()
         expected = summed.item() / max(num_positives, 1)
         # fp32 arithmetic of the losses; the hinge at pi 0.5 is zero.
         close = pytest.approx(expected, rel=1e-5, abs=1e-6)
-        assert first_step.loss_per_positive(criterion, *inputs) == close
+        assert first_step.loss_per_positive(criterion, logits, labels) == close
         assert first_step.closed_form(criterion, labels, pi, 4) == close
         assert first_step.mean_score(logits) == pytest.approx(pi, rel=1e-5)
 
@@ -403,18 +398,25 @@ def test_only_the_first_step_of_a_run_in_the_main_process_is_checked(caplog, mon
         model = small_model()
         hook.trainer = SimpleNamespace(model=model, start_iter=0)
         hook.before_train()
-        assert not model.criterion._forward_hooks
+        assert not model.criterion._forward_pre_hooks
 
 
-def test_a_check_that_fails_stops_no_run(caplog, monkeypatch):
-    def broken(*_: object) -> float:
-        raise RuntimeError("out of memory")
+class OtherCriterion(nn.Module):
+    """A user's own, with arguments and losses of its own kind."""
 
-    monkeypatch.setattr(first_step, "mean_score", broken)
+    num_classes = 3
+
+    def forward(self, *arguments):
+        return {"loss": arguments[1][0].mean()}, {}
+
+
+def test_a_criterion_that_is_not_ours_is_not_checked_and_stops_no_run(caplog):
     model = small_model()
-    trained_from(0, model)
-    assert said_by(caplog) == ["first step: not checked, because of an error"]
-    assert not model.criterion._forward_hooks
+    model.criterion = OtherCriterion()
+    with caplog.at_level(logging.INFO, logger="retina_focal"):
+        trained_from(0, model)
+    assert said_by(caplog) == ["first step: not checked, as the criterion is a OtherCriterion"]
+    assert not model.criterion._forward_pre_hooks
 
 
 def test_the_mean_score_weighs_every_anchor_alike():

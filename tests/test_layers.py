@@ -14,8 +14,9 @@ PACKAGE = Path(retina_focal.__file__).parent
 LAYERS = [
     {"errors", "kernels"},
     {"config", "files"},
-    {"places", "losses", "box_losses", "matching", "precision", "folding"},
-    {"sampling", "anchors", "assigner", "box_tower", "head", "backbone"},
+    {"places", "losses", "box_losses", "matching", "precision", "folding", "normalizers"},
+    {"dense_sum", "sampling", "anchors", "assigner", "box_tower", "backbone"},
+    {"atss", "head"},
     {"criterion", "postprocess"},
     {"retinanet", "proposals"},
     {"data", "weights"},

@@ -20,7 +20,7 @@ from torchvision.models.detection import _utils as torchvision_utils
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead, _default_anchorgen
 
-from retina_focal import Assigner, Criterion, OctaveAnchorGenerator, head, sigmoid_focal_loss
+from retina_focal import Assigner, Criterion, OctaveAnchorGenerator, box_tower, sigmoid_focal_loss
 
 # Depth, norm of the backbone, norm of the head.
 VARIANTS = [(18, "BN", ""), (18, "GN", "GN"), (50, "BN", "BN"), (50, "GN", "GN")]
@@ -32,7 +32,7 @@ BCCD_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 @pytest.fixture(autouse=True)
 def _boxes_at_cells_only(monkeypatch) -> None:
     """A head without a norm runs its box tower at cells, however many; the others on whole maps."""
-    monkeypatch.setattr(head, "COST_OF_A_CELL", 0)
+    monkeypatch.setattr(box_tower, "COST_OF_A_CELL", 0)
 
 
 def build_pair(depth: int, norm: str, head_norm: str) -> tuple[nn.Module, nn.Module]:
@@ -241,7 +241,8 @@ def test_weights_drift_from_stock_as_rounding_does_r50(norm):
     sgd_steps(stock, batches, lr=1e-3)
     sgd_steps(noisy, batches, lr=1e-3, gradient_noise=1e-7)
     sgd_steps(plugin, batches, lr=1e-3)
-    assert drift(plugin, stock) <= 5 * drift(noisy, stock)
+    # 1e-5 where the network amplifies nothing, as for R-18: folded norms round differently.
+    assert drift(plugin, stock) <= max(1e-5, 5 * drift(noisy, stock))
 
 
 @pytest.mark.parametrize("depth", [18, 50])

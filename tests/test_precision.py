@@ -6,7 +6,7 @@ from conftest import PLUGIN, pictures, small_cfg
 from detectron2.modeling import build_model
 
 from retina_focal import add_retina_focal_config, precision
-from retina_focal.precision import PRECISIONS, autocast
+from retina_focal.precision import PRECISIONS, computation
 
 SIZES = [(64, 96), (80, 64)]
 
@@ -23,7 +23,7 @@ def seen_by_the_criterion(model, batch):
     """Dtypes of logits and deltas, and the losses."""
     seen = []
     hook = model.criterion.register_forward_pre_hook(
-        lambda module, args: seen.extend(x.dtype for level in args[1:3] for x in level)
+        lambda module, args: seen.extend(x.dtype for x in [*args[1], *args[2].maps()])
     )
     losses = model.train()(batch)
     hook.remove()
@@ -75,7 +75,7 @@ def test_detections_come_in_fp32(value):
 def test_auto_is_bf16_where_the_processor_has_it(monkeypatch):
     for available, dtype in ((True, torch.bfloat16), (False, None)):
         monkeypatch.setattr(precision, "has_bf16", lambda _, found=available: found)
-        with autocast("auto", "cpu", training=True):
+        with computation("auto", "cpu", training=True).autocast:
             found = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         assert found is dtype
 
@@ -105,5 +105,13 @@ def test_what_cannot_be_meant_is_refused_in_words():
             ValueError, match=r"inside an autocast to torch\.float16; set PRECISION fp32"
         ),
     ):
-        autocast("bf16", "cpu", training=False)
+        computation("bf16", "cpu", training=False)
     assert PRECISIONS == ("fp32", "bf16", "fp16", "auto")
+
+
+@pytest.mark.parametrize(
+    "precision, memory_format",
+    [("fp32", torch.preserve_format), ("bf16", torch.channels_last), ("fp16", torch.channels_last)],
+)
+def test_half_precision_runs_in_channels_last(precision, memory_format):
+    assert computation(precision, "cpu", training=False).memory_format == memory_format

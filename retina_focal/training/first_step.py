@@ -5,10 +5,10 @@ it shows what would otherwise cost a training. What is looked at is what the ste
 and the parts that commonly do not fit: prior, number of classes, frozen norms and pixels.
 """
 
+import inspect
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,9 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from retina_focal.criterion import Criterion
+from retina_focal.criterion import Criterion, level_targets
+from retina_focal.dense_sum import dense_loss_sum
 from retina_focal.head import prior_bias
-from retina_focal.losses import inverse_frequency_alpha
 from retina_focal.retinanet import FocalRetinaNet
 
 # Pretrained backbones came within 3% of the closed form. Group norm over 256 channels, which
@@ -65,7 +65,7 @@ class FirstStepCheck(HookBase):
             self._model = model
             self._handles = [
                 model.backbone.register_forward_pre_hook(self._keep_images),
-                model.criterion.register_forward_hook(self._check),
+                model.criterion.register_forward_pre_hook(self._check, with_kwargs=True),
             ]
 
     def after_train(self) -> None:
@@ -74,12 +74,15 @@ class FirstStepCheck(HookBase):
     def _keep_images(self, backbone: Backbone, inputs: tuple[Tensor]) -> None:
         self._images = inputs[0].detach()
 
-    def _check(self, criterion: Criterion, inputs: tuple, outputs: tuple) -> None:
+    def _check(self, criterion: nn.Module, args: tuple, kwargs: dict) -> None:
         """As a forward hook, before the step changes any parameter."""
-        try:
-            self._report(criterion, *inputs)
-        except Exception:  # a part of somebody's own that differs from ours is no reason to stop
-            logger.warning("first step: not checked, because of an error", exc_info=True)
+        if isinstance(criterion, Criterion):
+            inputs = inspect.signature(criterion.forward).bind(*args, **kwargs).arguments
+            self._report(criterion, inputs["logits"], inputs["labels"])
+        else:
+            logger.info(
+                "first step: not checked, as the criterion is a %s", type(criterion).__name__
+            )
         self._detach()
 
     def _detach(self) -> None:
@@ -88,16 +91,15 @@ class FirstStepCheck(HookBase):
         self._handles, self._model, self._images = [], None, None
 
     @torch.no_grad()
-    def _report(self, criterion: Criterion, *inputs: object) -> None:
+    def _report(self, criterion: Criterion, logits: list[Tensor], labels: Tensor) -> None:
         model, head = self._model, self._model.head
         bottom_up = list(getattr(model.backbone, "bottom_up", model.backbone).modules())
-        _, logits, _, labels, *_ = inputs
         num_classes = _num_classes_of(self.datasets) or criterion.num_classes
         causes = [
             _wrong_num_classes(criterion.num_classes, num_classes),
             _random_frozen_norms(bottom_up) or _foreign_pixels(bottom_up, self._images, model),
         ]
-        loss, score = loss_per_positive(criterion, *inputs), mean_score(logits)
+        loss, score = loss_per_positive(criterion, logits, labels), mean_score(logits)
         numbers = {"per_positive": loss, "mean_score": score}
         if is_new(head):
             prior = head.prior_prob
@@ -121,23 +123,22 @@ class FirstStepCheck(HookBase):
         logger.log(logging.WARNING if causes else logging.INFO, ". ".join([line, *causes]))
 
 
-def loss_per_positive(criterion: Criterion, *inputs: object) -> float:
+def loss_per_positive(criterion: Criterion, logits: list[Tensor], labels: Tensor) -> float:
     """Sum of the class loss over all anchors that are not ignored, by max(positives, 1).
 
-    Of this process, whatever `criterion` divides by and whichever anchors its sampler would keep.
+    Of this process, whatever `criterion` divides by and whichever anchors its sampler would keep;
+    the targets of a loss with soft targets are 1.
 
     Args:
-        inputs: of `Criterion.forward`.
+        logits, labels: as of `Criterion.forward`.
     """
-    plain = Criterion(
-        num_classes=criterion.num_classes,
-        box2box_transform=criterion.box2box_transform,
-        classification_loss=criterion.classification_loss,
-        alpha_from_data=criterion.alpha_from_data,
-        normalizer="batch",
-    )
-    losses, _ = plain(*inputs)
-    return losses["loss_cls"].item()
+    targets = level_targets(labels, logits, criterion.num_classes)
+    if getattr(criterion.classification_loss, "soft_targets", False):
+        targets = [x._replace(quality=torch.ones_like(x.classes).float()) for x in targets]
+    weights = torch.ones(len(labels), device=labels.device)
+    loss = criterion.class_loss_of(labels)
+    total = dense_loss_sum(loss, logits, targets, criterion.num_classes, weights)
+    return total.item() / max(sum(len(x.classes) for x in targets), 1)
 
 
 def closed_form(criterion: Criterion, labels: Tensor, prior_prob: float, num_classes: int) -> float:
@@ -149,11 +150,10 @@ def closed_form(criterion: Criterion, labels: Tensor, prior_prob: float, num_cla
         prior_prob: pi.
         num_classes: K.
     """
-    loss = criterion.classification_loss
-    if criterion.alpha_from_data:
-        loss = replace(loss, alpha=inverse_frequency_alpha(labels, criterion.num_classes))
-    logit = torch.tensor(prior_bias(prior_prob), dtype=torch.float64)
-    negative, positive = (loss(logit, foreground)[0].item() for foreground in (False, True))
+    loss = criterion.class_loss_of(labels)
+    logit = torch.tensor([prior_bias(prior_prob)], dtype=torch.float64)
+    soft = (torch.ones(1),) if getattr(loss, "soft_targets", False) else ()
+    negative, positive = loss(logit, False)[0].item(), loss(logit, True, *soft)[0].item()
     num_positives = ((labels >= 0) & (labels < criterion.num_classes)).sum().item()
     num_negatives = (labels >= 0).sum().item() * num_classes - num_positives
     return (num_negatives * negative + num_positives * positive) / max(num_positives, 1)

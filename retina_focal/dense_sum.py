@@ -1,0 +1,163 @@
+"""The sum of a classification loss over dense head outputs.
+
+Nearly every anchor is background, so the sum takes the background term over the raw head outputs,
+in whatever order they lie in memory, and corrects it at the few anchors that are not background. It
+needs neither a permuted copy of the logits nor a one-hot target.
+
+On a CPU value and gradient come from one pass, since the exponential and the logarithm are most of
+the cost. On another device memory is, so backward reads the logits a second time. So it does in
+fp16, whose gradients would round to zero without the loss scale, which arrives in backward.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from retina_focal.errors import UserError
+from retina_focal.losses import DenseLoss
+from retina_focal.places import Places
+
+# Elements per step of the dense sum. On a CPU the temporaries of one step stay in the cache;
+# elsewhere a step should outlast its launches.
+CPU_CHUNK_SIZE = 1 << 16
+CHUNK_SIZE = 1 << 24
+
+
+class LevelTargets(NamedTuple):
+    """What is not background on one pyramid level."""
+
+    positive: Places  # P anchors
+    classes: Tensor  # (P,) of the positive anchors
+    ignored: Places
+    quality: Tensor | None = None  # (P,) fp32 in [0, 1], for a loss with soft targets
+
+
+def dense_loss_sum(
+    loss: DenseLoss,
+    logits: Sequence[Tensor],
+    targets: Sequence[LevelTargets],
+    num_classes: int,
+    weights: Tensor,
+) -> Tensor:
+    """Weighted sum of a binary loss over every class of every anchor that is not ignored.
+
+    Args:
+        logits: raw head outputs, (N, A x K, Hi, Wi) per level, contiguous or channels_last
+            (anything else is copied), any floating dtype; the arithmetic is at least fp32.
+        targets: what is not background, per level.
+        weights: (N,) fp32, of each image's loss; gets no gradient.
+    Returns:
+        Scalar, fp64 where the logits are, else fp32. It cannot be differentiated twice
+        (RuntimeError).
+    Raises:
+        UserError: the loss changed its input in place.
+    """
+    dense = [
+        x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous() for x in logits
+    ]
+    return _DenseLossSum.apply(loss, targets, num_classes, weights, *dense)
+
+
+class _DenseLossSum(torch.autograd.Function):
+    """Background everywhere, corrected where `targets` says."""
+
+    @staticmethod
+    def forward(ctx, loss, targets, num_classes, weights, *logits):
+        ctx.arguments = loss, targets, num_classes
+        ctx.one_pass = all(x.device.type == "cpu" and x.dtype != torch.float16 for x in logits)
+        # fp64: the ignored anchors are subtracted again from sums of millions of terms.
+        sums = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
+        grads = [
+            torch.empty_like(x) if needs_grad and ctx.one_pass else None
+            for x, needs_grad in zip(logits, ctx.needs_input_grad[4:], strict=True)
+        ]
+        for x, grad, target in zip(logits, grads, targets, strict=True):
+            _add_level(loss, x, target, num_classes, weights, sums, grad)
+        ctx.save_for_backward(*(grads if ctx.one_pass else (weights, *logits)))
+        return sums.mul_(weights).sum().to(torch.promote_types(logits[0].dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        # Not once_differentiable: that lets create_graph=True pass, with a gradient that is wrong.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the gradient of dense_loss_sum is a closed form that cannot be differentiated "
+                "again (create_graph=True); sum the loss's definition, such as sigmoid_focal_loss, "
+                "over the logits instead"
+            )
+        if ctx.one_pass:
+            grads = ctx.saved_tensors
+            if grad_output != 1:  # usually it is 1, and looking costs nothing on a CPU
+                grads = [None if grad is None else grad * grad_output for grad in grads]
+            return None, None, None, None, *grads
+        loss, targets, num_classes = ctx.arguments
+        weights, *logits = ctx.saved_tensors
+        weights, grads = weights * grad_output, []
+        for x, needs_grad, target in zip(logits, ctx.needs_input_grad[4:], targets, strict=True):
+            grads.append(torch.empty_like(x) if needs_grad else None)
+            if needs_grad:
+                _add_level(loss, x, target, num_classes, weights, None, grads[-1])
+        return None, None, None, None, *grads
+
+
+def _add_level(
+    loss: DenseLoss,
+    logits: Tensor,
+    targets: LevelTargets,
+    num_classes: int,
+    weights: Tensor,
+    sums: Tensor | None,
+    grad: Tensor | None,
+) -> None:
+    """Add each image's loss on one level to `sums`, and write the weighted gradient to `grad`.
+
+    Args:
+        logits: (N, A x K, Hi, Wi), contiguous or channels_last.
+        weights: (N,).
+        sums: (N,) fp64, or None.
+        grad: as `logits`, in the same memory order, or None.
+    """
+    version, dtype = logits._version, torch.promote_types(logits.dtype, torch.float32)
+    _add_background(loss, logits, weights, sums, grad)
+    # Both corrections: the true term instead of the background's, or nothing instead.
+    positive, classes, ignored, quality = targets
+    element = positive.image, positive.anchor, classes, positive.row, positive.column
+    x = logits.unflatten(1, (-1, num_classes))[element].to(dtype)
+    soft_target = () if quality is None else (quality,)
+    value, derivative = loss(x, True, *soft_target)
+    if sums is not None:
+        sums.index_add_(0, positive.image, (value - loss(x, False)[0]).double())
+        excess, _ = loss(ignored.of_map(logits, num_classes).to(dtype), False)
+        sums.index_add_(0, ignored.image, -excess.double().sum(1))
+    if grad is not None:
+        per_class = grad.unflatten(1, (-1, num_classes))
+        per_class[element] = (derivative * weights[positive.image]).to(grad.dtype)
+        per_class[ignored.image, ignored.anchor, :, ignored.row, ignored.column] = 0
+    if logits._version != version:
+        raise UserError(
+            f"the class loss {loss} changed the logits in place; let it compute new tensors"
+        )
+
+
+def _add_background(
+    loss: DenseLoss, logits: Tensor, weights: Tensor, sums: Tensor | None, grad: Tensor | None
+) -> None:
+    """`_add_level` as if all were background."""
+    # Rows in memory order, whichever of the two layouts that is.
+    shape, strides = (len(logits), logits[0].numel()), (logits[0].numel(), 1)
+    rows = logits.as_strided(shape, strides)
+    grad_rows = rows if grad is None else grad.as_strided(shape, strides)
+    on_cpu, dtype = logits.device.type == "cpu", torch.promote_types(logits.dtype, torch.float32)
+    images = 1 if on_cpu else len(logits)
+    chunk_size = CPU_CHUNK_SIZE if on_cpu else max(1, CHUNK_SIZE // max(1, images))
+    for first in range(0, len(rows), images):
+        own = slice(first, first + images)
+        for begin in range(0, rows.shape[1], chunk_size):
+            chunk = own, slice(begin, begin + chunk_size)
+            value, derivative = loss(rows[chunk].to(dtype), False)
+            if sums is not None:
+                sums[own] += value.sum(1)
+            if grad is not None:
+                torch.mul(derivative, weights[own, None], out=grad_rows[chunk])
