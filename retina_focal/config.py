@@ -186,6 +186,13 @@ def _default_node() -> CfgNode:
     # less memory, the same gradient. SOLVER.IMS_PER_BATCH stays the images of a step.
     node.ACCUMULATE_STEPS = 1
 
+    # How the package's trainer runs: checkpoints, averages, early stops, augmentations.
+    node.TRAIN = CfgNode()
+    # Which images and boxes are read, and the dataset that choices are made on.
+    node.DATA = CfgNode()
+    # How detections are made and measured, beyond MODEL.RETINANET.*_TEST.
+    node.TEST = CfgNode()
+
     # Octave anchors of OctaveAnchorGenerator (Sec. 4, "Anchors"): one base size a level, in pixels,
     # each repeated at 2^(i / SCALES_PER_OCTAVE) for i < SCALES_PER_OCTAVE.
     node.ANCHORS = CfgNode()

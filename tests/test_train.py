@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from test_processes import needs_cpu_processes
 
 from retina_focal.tools import cli, quick_start, train
 
@@ -22,10 +24,12 @@ SMALL = """
 SMALL = ["" if word == '""' else word for word in SMALL]
 
 
-def run_train(data: Path, output: Path, *arguments: str, opts: list[str] = ()) -> str:
-    """`train_net.py` in a process of its own; what it printed."""
+def start_train(
+    data: Path, output: Path, *arguments: str, opts: Sequence[str] = (), script: Path | None = None
+) -> subprocess.CompletedProcess:
+    """`train_net.py`, or another script, in a process of its own."""
     command = [
-        sys.executable, "-W", "ignore", str(ROOT / "train_net.py"),
+        sys.executable, "-W", "ignore", str(script or ROOT / "train_net.py"),
         "--config-file", "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
         "--dataset", "rectangles", str(data / "a.json"), str(data), *arguments,
         "DATASETS.TRAIN", "('rectangles',)", "DATASETS.TEST", "('rectangles',)",
@@ -36,7 +40,12 @@ def run_train(data: Path, output: Path, *arguments: str, opts: list[str] = ()) -
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def run_train(data: Path, output: Path, *arguments: str, **options: object) -> str:
+    """What a training that ends well prints."""
+    result = start_train(data, output, *arguments, **options)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout + result.stderr
 
@@ -94,7 +103,69 @@ def test_two_processes_without_a_gpu_train_and_evaluate(data, tmp_path):
     assert "bbox/AP" in metrics(tmp_path)
 
 
-def test_a_lazy_config_trains_and_evaluates(data, tmp_path):
+@needs_cpu_processes
+def test_a_users_script_registers_its_parts_in_every_process(data, tmp_path):
+    (tmp_path / "my_net.py").write_text(
+        """
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
+from retina_focal import FocalRetinaNet
+
+@META_ARCH_REGISTRY.register()
+class MyNet(FocalRetinaNet):
+    def forward(self, *args):
+        if self.training:
+            print(f"MyNet trains in process {comm.get_rank()}")
+        return super().forward(*args)
+"""
+    )
+    script = tmp_path / "my_train.py"
+    script.write_text(
+        """
+import my_net
+from retina_focal.tools.train import main
+
+if __name__ == "__main__":
+    main()
+"""
+    )
+    opts = ["MODEL.META_ARCHITECTURE", "MyNet"]
+    printed = run_train(data, tmp_path / "out", "--num-gpus", "2", opts=opts, script=script)
+    for rank in (0, 1):
+        assert printed.count(f"MyNet trains in process {rank}") == 2
+    assert torch.load(tmp_path / "out/model_final.pth")["iteration"] == 1
+
+
+@needs_cpu_processes
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_wrong_value_ends_every_process_in_words(processes, data, tmp_path):
+    opts = ["MODEL.RETINA_FOCAL.NORMALIZER", "sum"]
+    result = start_train(data, tmp_path, "--num-gpus", processes, opts=opts)
+    assert result.returncode == 1
+    assert "train_net.py: MODEL.RETINA_FOCAL.NORMALIZER is 'sum'; expected one of" in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_fault_of_ours_keeps_its_traceback(data, tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text(
+        """
+import retina_focal
+from retina_focal.tools.train import main
+
+def broken(model, num_classes):
+    raise KeyError("p3")
+
+retina_focal.FocalRetinaNet._check_num_classes = broken
+main()
+"""
+    )
+    result = start_train(data, tmp_path, script=script)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr and "KeyError: 'p3'" in result.stderr
+
+
+def test_a_lazy_config_trains_evaluates_and_resumes(data, tmp_path):
     path = tmp_path / "small.py"
     path.write_text(
         f"""
@@ -117,15 +188,18 @@ optimizer.lr = 1e-6  # a random network with frozen norms has gradients of its o
 model.num_classes = 2
 """
     )
-    results = train.run(
-        train.parse_args(
-            ["--config-file", str(path), "--dataset", "rectangles", str(data / "a.json"), str(data)]
-        )
-    )
+    common = ["--config-file", str(path)]
+    common += ["--dataset", "rectangles", str(data / "a.json"), str(data)]
+    results = train.run(train.parse_args(common))
     assert "bbox" in results
     assert (tmp_path / "output/model_final.pth").is_file()
     log = (tmp_path / "output/log.txt").read_text()
     assert "WARNING: first step: " in log and "frozen norms are without statistics" in log
+    assert "bbox" in train.run(train.parse_args([*common, "--eval-only", "--resume"]))
+    train.run(train.parse_args([*common, "--resume", "train.max_iter=3"]))
+    assert "Starting training from iteration 2" in (tmp_path / "output/log.txt").read_text()
+    with pytest.raises(SystemExit, match=r"NORMALIZER is 'sum'; expected one of"):
+        train.run(train.parse_args([*common, "model.criterion.normalizer=sum"]))
 
 
 @pytest.mark.parametrize(
@@ -179,6 +253,7 @@ def test_a_wrong_config_ends_the_tool_in_words_and_makes_no_folder(
     "arguments, message",
     [
         (["SOLVER.MAX_ITER", "2"], r"'SOLVER.MAX_ITER' changes nothing.*: train.max_iter=1000"),
+        (["train.max_iter=[1"], r"train.max_iter=\[1: "),
         (["model.num_classes.x=2"], "model.num_classes is not a config"),
         (["dataloader.train.dataset.names=nowhere"], "dataset 'nowhere' is not registered"),
         (

@@ -9,14 +9,21 @@ from functools import wraps
 from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig, OmegaConf
 
 from retina_focal.config import config_path, get_cfg, merge_file, merge_options
-from retina_focal.data.registration import use_datasets
+from retina_focal.data.registration import (
+    check_datasets,
+    check_num_classes,
+    register_coco_json,
+    use_datasets,
+)
 from retina_focal.errors import UserError
+from retina_focal.training.assembly import plain_values
 from retina_focal.training.processes import available_device
 
 
@@ -83,18 +90,52 @@ def load_cfg(
     return cfg
 
 
-def set_up(args: argparse.Namespace) -> CfgNode:
+def load_lazy_cfg(
+    config_file: str, opts: Sequence[str] = (), datasets: Sequence[Sequence[str]] = ()
+) -> DictConfig:
+    """The LazyConfig of a file and its KEY=VALUE overrides; see `load_cfg`."""
+    cfg = LazyConfig.load(config_path(config_file))
+    wrong = [option for option in opts if "=" not in option]
+    if wrong:
+        raise UserError(
+            f"'{wrong[0]}' changes nothing in a LazyConfig; expected KEY=VALUE, for example: "
+            "train.max_iter=1000"
+        )
+    try:
+        LazyConfig.apply_overrides(cfg, list(opts))
+    except Exception as error:  # what hydra and omegaconf raise has no other base in common
+        raise UserError(f"{' '.join(opts)}: {str(error).splitlines()[0]}") from error
+    for row in datasets:
+        register_coco_json(*row)
+    cfg.train.device = available_device(cfg.train.device)
+    return cfg
+
+
+def set_up(
+    args: argparse.Namespace, cfg: CfgNode | DictConfig | None = None
+) -> CfgNode | DictConfig:
     """The config of a training or evaluation, with its datasets and logging to its output folder.
 
     Args:
-        args: of `tools.train.parse_args`.
+        args: of `tools.train.parse_args`; with a config only `config_file` and `eval_only`.
+        cfg: default: that of `args`.
     Raises:
         UserError: the config or a dataset is wrong.
     """
-    cfg = load_cfg(args.config_file, args.opts, args.dataset)
-    use_datasets(cfg, (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST))
+    if cfg is None:
+        load = load_lazy_cfg if args.config_file.endswith(".py") else load_cfg
+        cfg = load(args.config_file, args.opts, args.dataset)
+    values = plain_values(cfg)
+    names = [*(() if args.eval_only else values.DATASETS.TRAIN), *values.DATASETS.TEST]
+    if isinstance(cfg, DictConfig):
+        check_datasets(names)
+        num_classes = OmegaConf.select(cfg, "model.num_classes")
+        if num_classes is not None:
+            check_num_classes(names, num_classes, setting="model.num_classes=")
+    else:
+        use_datasets(cfg, names)
     default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="retina_focal")
+    setup_logger(values.OUTPUT_DIR, comm.get_rank(), name="retina_focal")
     return cfg
 
 

@@ -10,7 +10,6 @@ from retina_focal.data.sample import PREPARE
 from retina_focal.evaluation.drawing import draw_detections
 from retina_focal.tools.common import command, set_up
 from retina_focal.training.assembly import fit
-from retina_focal.training.processes import keep_freed_memory
 from retina_focal.weights.lite0 import prepare_weights
 
 CONFIGS = {"trees": "quick_start/trees.yaml", "bccd": "quick_start/bccd.yaml"}
@@ -29,7 +28,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("name", choices=sorted(CONFIGS))
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     args = parser.parse_args(argv)
-    keep_freed_memory()
     PREPARE[args.name](Path("datasets", args.name))
     prepare_weights()
     path = config_path(CONFIGS[args.name])

@@ -4,16 +4,14 @@ import argparse
 import sys
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser, launch
 from torch.multiprocessing import ProcessExitedException
 
 from retina_focal.config import config_path
 from retina_focal.errors import UserError
 from retina_focal.tools.common import add_dataset_argument, command, set_up
-from retina_focal.training import lazy
-from retina_focal.training.assembly import Trainer, fit
-from retina_focal.training.processes import keep_freed_memory, share_cores
+from retina_focal.training.assembly import evaluate, fit
+from retina_focal.training.processes import share_cores
 
 EPILOG = """
 Examples:
@@ -73,14 +71,5 @@ def run(args: argparse.Namespace) -> dict:
     """What each process does; returns the evaluation's results on the main one."""
     if not torch.cuda.is_available():
         share_cores(args.num_gpus)
-    keep_freed_memory()
-    if args.config_file.endswith(".py"):
-        return lazy.run(args)
     cfg = set_up(args)
-    if not args.eval_only:
-        return fit(cfg, args.resume).results
-    model = Trainer.build_model(cfg)
-    DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
-        cfg.MODEL.WEIGHTS, resume=args.resume
-    )
-    return Trainer.test(cfg, model)
+    return evaluate(cfg, args.resume) if args.eval_only else fit(cfg, args.resume).results

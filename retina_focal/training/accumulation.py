@@ -4,15 +4,60 @@ The losses are divided by the positives of all images of a step. Those are known
 network runs, since labels need only boxes and image sizes.
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from retina_focal.config import retina_focal_node
+from retina_focal.errors import UserError
+from retina_focal.retinanet import FocalRetinaNet
+
+
+def training_steps(cfg: CfgNode, model: nn.Module) -> Callable[..., SimpleTrainer]:
+    """What makes the object that runs the steps, from model, data loader and optimizer.
+
+    Args:
+        cfg: of `assembly.plain_values`.
+        model: not distributed yet.
+    Raises:
+        UserError: micro-batches would not give what the whole batch gives.
+    """
+    amp, num_micro_batches = cfg.SOLVER.AMP.ENABLED, retina_focal_node(cfg).ACCUMULATE_STEPS
+    if num_micro_batches == 1:
+        return AMPTrainer if amp else SimpleTrainer
+    images, reason = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), None
+    if num_micro_batches < 1 or images % num_micro_batches:
+        reason = (
+            f"a process has {images} images a step ({cfg.SOLVER.IMS_PER_BATCH} for "
+            f"{comm.get_world_size()} processes); set it to a divisor of {images}"
+        )
+    elif not isinstance(model, FocalRetinaNet):
+        reason = (
+            f"{type(model).__name__} cannot count its positives beforehand; set it to 1, or "
+            "MODEL.META_ARCHITECTURE to FocalRetinaNet"
+        )
+    elif model.criterion.sampler is not None or model.criterion.alpha_from_data:
+        key = "ALPHA_FROM_DATA" if model.criterion.sampler is None else "OHEM.ENABLED"
+        reason = (
+            f"MODEL.RETINA_FOCAL.{key} weighs by numbers of the whole batch, which a micro-batch "
+            f"lacks; set it to 1, or {key} to False"
+        )
+    if reason:
+        raise UserError(
+            f"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS is {num_micro_batches}, but {reason} (in a "
+            "LazyConfig: train.retina_focal.accumulate_steps)"
+        )
+    steps = AccumulatingAMPTrainer if amp else AccumulatingTrainer
+    return partial(steps, num_micro_batches=num_micro_batches)
 
 
 class AccumulatingTrainer(SimpleTrainer):
@@ -78,14 +123,14 @@ def accumulate_gradients(
 
     Args:
         model: a `FocalRetinaNet` in training mode, distributed or not.
-        batched_inputs: of this process; `num_micro_batches` divides their number.
+        batched_inputs: of this process; the last micro-batch is smaller where they do not divide.
         backward: takes a micro-batch's sum of losses.
         autocast: makes the context of each forward pass; backward runs outside it.
     Returns:
         The losses of the batch, without gradients.
     """
     detector = model.module if isinstance(model, DistributedDataParallel) else model
-    size = len(batched_inputs) // num_micro_batches
+    size = math.ceil(len(batched_inputs) / num_micro_batches)
     micro_batches = [batched_inputs[i : i + size] for i in range(0, len(batched_inputs), size)]
     positives = [detector.count_positives(micro_batch) for micro_batch in micro_batches]
     normalizers = detector.criterion.normalizers(torch.cat(positives)).split(size)

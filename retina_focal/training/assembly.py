@@ -1,108 +1,227 @@
-"""The trainer: detectron2's, able to run several processes without a GPU."""
+"""What a training is made of, put together in one place: YAML, LazyConfig and ablation runs."""
 
 import logging
 import os
+import traceback
 import weakref
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode
-from detectron2.engine import (
-    AMPTrainer,
-    DefaultTrainer,
-    HookBase,
-    SimpleTrainer,
-    TrainerBase,
-)
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.config import CfgNode, instantiate
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from retina_focal.config import retina_focal_node
+from retina_focal.config import flatten, get_cfg, merge_options
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import build_evaluator
-from retina_focal.training.accumulation import AccumulatingAMPTrainer, AccumulatingTrainer
+from retina_focal.training.accumulation import training_steps
 from retina_focal.training.first_step import FirstStepCheck
-from retina_focal.training.processes import distribute
+from retina_focal.training.processes import distribute, keep_freed_memory
+from retina_focal.weights.load import Checkpointer
+
+# What a LazyConfig has of MODEL.RETINA_FOCAL, in lower case, in `train.retina_focal`; all else is
+# an argument of one of its parts.
+TRAINING_KEYS = ("ACCUMULATE_STEPS", "TRAIN", "DATA", "TEST")
+
+
+@contextmanager
+def faults_of_the_config() -> Iterator[None]:
+    """A name that no registry has, and an argument that no part takes, end as a UserError."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        # Raised where parts are looked up and called; what a part itself raises is no user's fault.
+        if frame.f_globals["__name__"].startswith(("fvcore.common.registry", "detectron2.config")):
+            raise UserError(f"{error.args[0]}; correct that name in the config") from error
+        raise
 
 
 class Trainer(DefaultTrainer):
-    """`DefaultTrainer` that evaluates by the dataset's type, with gloo processes on a CPU."""
+    """`DefaultTrainer` for both kinds of config, on GPUs or in gloo processes on a CPU.
 
-    def __init__(self, cfg: CfgNode):
+    The class methods `build_...` and `test` are DefaultTrainer's, to be overridden as ever; here
+    they take a LazyConfig too. `cfg` is the config as `plain_values` has it.
+    """
+
+    @faults_of_the_config()
+    def __init__(self, cfg: CfgNode | DictConfig):
         """
         Args:
-            cfg: a config that `register_datasets` has seen.
+            cfg: its datasets are registered (`register_datasets`).
         Raises:
-            UserError: SyncBN on a CPU with several processes, or micro-batches that do not fit.
+            UserError: what the config asks for can't be built.
         """
         # Not DefaultTrainer.__init__: it gives DDP a device number, which a CPU model refuses.
         TrainerBase.__init__(self)
         for name in ("detectron2", "retina_focal"):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
                 setup_logger(name=name)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        training_steps = _training_steps(cfg)
-        model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
-        self._trainer = training_steps(distribute(model), data_loader, optimizer)
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
-            self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
-        self.start_iter = 0
-        self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
+        keep_freed_memory()
+        self.cfg = self.auto_scale_workers(plain_values(cfg), comm.get_world_size())
+        self.parts = cfg if isinstance(cfg, DictConfig) else self.cfg
+        model = self.build_model(self.parts)
+        steps = training_steps(self.cfg, model)
+        optimizer = self.build_optimizer(self.parts, model)
+        data_loader = self.build_train_loader(self.parts)
+        model = distribute(model, **self.lazy_options.get("ddp", {}))
+        self._trainer = steps(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(self.parts, optimizer)
+        self.checkpointer = Checkpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter, self.max_iter = 0, self.cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
 
     @property
-    def results(self) -> dict:
-        """Of the last evaluation: {"bbox": {"AP": ..., "AP50": ...}}; empty before the first."""
-        return getattr(self, "_last_eval_results", {})
+    def lazy_options(self) -> Mapping:
+        """The `train` of a LazyConfig, for what a YAML has no name for; else empty."""
+        return self.parts.train if isinstance(self.parts, DictConfig) else {}
 
-    def build_hooks(self) -> list[HookBase]:
-        return [*super().build_hooks(), FirstStepCheck(self.cfg.DATASETS.TRAIN)]
+    def build_hooks(self) -> list[HookBase | None]:
+        """In the order in which they act; the last writes what the others measured."""
+        cfg, options, saver, writer = self.cfg, self.lazy_options, None, None
+        if comm.is_main_process():
+            keep = {"period": cfg.SOLVER.CHECKPOINT_PERIOD, **options.get("checkpointer", {})}
+            saver = hooks.PeriodicCheckpointer(self.checkpointer, **keep)
+            writer = hooks.PeriodicWriter(self.build_writers(), options.get("log_period", 20))
+        return [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            FirstStepCheck(cfg.DATASETS.TRAIN),
+            self._precise_bn(),
+            saver,  # before the evaluation: should that fail, the weights are kept
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
+            writer,
+        ]
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode | DictConfig) -> nn.Module:
+        if isinstance(cfg, DictConfig):
+            return instantiate(cfg.model).to(cfg.train.device)
+        return super().build_model(cfg)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode | DictConfig, model: nn.Module) -> Optimizer:
+        if isinstance(cfg, DictConfig):
+            cfg.optimizer.params.model = model  # where detectron2's optimizers look for it
+            return instantiate(cfg.optimizer)
+        return super().build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode | DictConfig) -> Iterable[list[dict]]:
+        if isinstance(cfg, DictConfig):
+            return instantiate(cfg.dataloader.train)
+        return super().build_train_loader(cfg)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode | DictConfig, optimizer: Optimizer) -> LRScheduler:
+        if isinstance(cfg, DictConfig):
+            return LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), cfg.train.max_iter)
+        return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """See `evaluation.evaluators.build_evaluator`; writes to ``OUTPUT_DIR/inference``."""
         return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
 
+    @classmethod
+    def test(cls, cfg: CfgNode | DictConfig, model: nn.Module, evaluators=None) -> dict:
+        """As DefaultTrainer's; nothing where a LazyConfig has no evaluator."""
+        if not isinstance(cfg, DictConfig):
+            return super().test(cfg, model, evaluators)
+        if "evaluator" not in cfg.dataloader:
+            return {}
+        loader = instantiate(cfg.dataloader.test)
+        evaluator = evaluators or instantiate(cfg.dataloader.evaluator)
+        results = inference_on_dataset(model, loader, evaluator) or {}
+        print_csv_format(results)
+        return results
 
-def _training_steps(cfg: CfgNode) -> Callable[..., SimpleTrainer]:
-    """What makes the object that runs the steps, from model, data loader and optimizer."""
-    num_micro_batches = retina_focal_node(cfg).ACCUMULATE_STEPS
-    if num_micro_batches == 1:
-        return AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-    images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-    if num_micro_batches < 1 or images % num_micro_batches:
-        raise UserError(
-            f"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS is {num_micro_batches}, but a process has "
-            f"{images} images a step (SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}, processes "
-            f"{comm.get_world_size()}); set ACCUMULATE_STEPS to a divisor of {images}"
-        )
-    if cfg.MODEL.META_ARCHITECTURE != "FocalRetinaNet":
-        raise UserError(
-            f"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS is {num_micro_batches}, but "
-            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} cannot count its positives "
-            "beforehand; set ACCUMULATE_STEPS 1 or META_ARCHITECTURE FocalRetinaNet"
-        )
-    ours = retina_focal_node(cfg)
-    if ours.OHEM.ENABLED or ours.ALPHA_FROM_DATA:
-        raise UserError(
-            f"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS is {num_micro_batches}, but OHEM.ENABLED "
-            f"({ours.OHEM.ENABLED}) and ALPHA_FROM_DATA ({ours.ALPHA_FROM_DATA}) weigh by numbers "
-            "of the whole batch, which a micro-batch lacks; set ACCUMULATE_STEPS 1 or both False"
-        )
-    steps = AccumulatingAMPTrainer if cfg.SOLVER.AMP.ENABLED else AccumulatingTrainer
-    return partial(steps, num_micro_batches=num_micro_batches)
+    @property
+    def results(self) -> dict:
+        """Of the last evaluation: {"bbox": {"AP": ..., "AP50": ...}}; empty before the first."""
+        return getattr(self, "_last_eval_results", {})
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Of a checkpoint of ours, or of detectron2's lazyconfig_train_net.py: one trainer less."""
+        super().load_state_dict({"_trainer": state_dict, **state_dict})
+
+    def _evaluate(self) -> dict:
+        self._last_eval_results = self.test(self.parts, self.model)
+        return self._last_eval_results
+
+    def _precise_bn(self) -> HookBase | None:
+        if not (self.cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model)):
+            return None
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0  # few images
+        loader, num_iter = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
+        return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
 
 
-def fit(cfg: CfgNode, resume: bool) -> Trainer:
-    """Train to ``SOLVER.MAX_ITER``; with `resume`, from the last checkpoint where there is one."""
+def fit(cfg: CfgNode | DictConfig, resume: bool) -> Trainer:
+    """Train to the last iteration; with `resume`, from the last checkpoint where there is one."""
     trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
+    trainer.resume_or_load(resume)
     trainer.train()
     return trainer
+
+
+@faults_of_the_config()
+def evaluate(cfg: CfgNode | DictConfig, resume: bool) -> dict:
+    """Results of the weights that the config names; with `resume`, of the last checkpoint."""
+    keep_freed_memory()
+    values = plain_values(cfg)
+    model = Trainer.build_model(cfg)
+    Checkpointer(model, values.OUTPUT_DIR).resume_or_load(values.MODEL.WEIGHTS, resume=resume)
+    return Trainer.test(cfg, model)
+
+
+def plain_values(cfg: CfgNode | DictConfig) -> CfgNode:
+    """A YAML config as it is; of a LazyConfig the values of its training, under a YAML's names.
+
+    Raises:
+        UserError: in a LazyConfig's `train.retina_focal` is what is none of the `TRAINING_KEYS`.
+    """
+    if not isinstance(cfg, DictConfig):
+        return cfg
+    train = OmegaConf.to_container(cfg.train, resolve=True)
+    defaults = get_cfg().MODEL.RETINA_FOCAL
+    ours = CfgNode({key: defaults[key] for key in TRAINING_KEYS})
+    found = flatten(train.get("retina_focal", {}))
+    try:
+        merge_options(ours, [x for key, value in found.items() for x in (key.upper(), value)])
+    except UserError as error:
+        raise UserError(f"train.retina_focal: {str(error).lower()}") from error
+    names = {}
+    for split in ("train", "test"):
+        found = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=())
+        names[split.upper()] = (found,) if isinstance(found, str) else tuple(found)
+    images = OmegaConf.select(cfg, "dataloader.train.total_batch_size", default=0)
+    return CfgNode(
+        {
+            "OUTPUT_DIR": train["output_dir"],
+            "MODEL": {"WEIGHTS": train["init_checkpoint"] or "", "RETINA_FOCAL": ours},
+            "DATASETS": names,
+            "SOLVER": {
+                "MAX_ITER": train["max_iter"],
+                "IMS_PER_BATCH": images,
+                "REFERENCE_WORLD_SIZE": 0,
+                "CHECKPOINT_PERIOD": train["checkpointer"]["period"],
+                "AMP": {"ENABLED": train["amp"]["enabled"]},
+            },
+            "TEST": {
+                "EVAL_PERIOD": train["eval_period"],
+                "EXPECTED_RESULTS": [],
+                "PRECISE_BN": {"ENABLED": False},
+            },
+        }
+    )

@@ -1,6 +1,5 @@
 """The one place that loads weights."""
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -12,27 +11,49 @@ from torch import nn
 
 from retina_focal.errors import UserError
 
+OTHER_FILE = "name another: MODEL.WEIGHTS FILE (in a LazyConfig: train.init_checkpoint=FILE)"
+
+
+class Checkpointer(DetectionCheckpointer):
+    """`DetectionCheckpointer` that says in words which file it can't read, and what to type.
+
+    A `.pth` of ours, a file of detectron2's zoo, or the URL of one.
+    """
+
+    def load(self, path: str, *args, **kwargs) -> dict:
+        """Of ``MODEL.WEIGHTS``, where "" loads nothing, or the last checkpoint.
+
+        Raises:
+            UserError: there is no such file, it can't be fetched, or it is not whole.
+        """
+        check_weights_file(path, self._remedy(path))
+        try:
+            return super().load(path, *args, **kwargs)
+        except OSError as error:
+            raise UserError(f"can't read '{path}' ({error}); {self._remedy(path)}") from error
+
+    def _load_file(self, filename: str) -> dict:
+        try:
+            return super()._load_file(filename)
+        except Exception as error:  # unpickling half a file may raise anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"'{filename}' is not a whole file of weights ({reason}); {self._remedy(filename)}"
+            ) from error
+
+    def _remedy(self, path: str) -> str:
+        if self.save_dir and self.has_checkpoint() and path == self.get_checkpoint_file():
+            return f"write the name of an earlier checkpoint into {self.save_dir}/last_checkpoint"
+        return OTHER_FILE
+
 
 def load_weights(model: nn.Module, path: str) -> None:
-    """Load a checkpoint into a model: a `.pth` of ours, a file of detectron2's zoo, or a URL.
-
-    Args:
-        path: as ``MODEL.WEIGHTS`` has it; "" loads nothing.
-    Raises:
-        UserError: there is no such file, or it holds no weights.
-    """
-    check_weights_file(path)
-    try:
-        DetectionCheckpointer(model).load(path)
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"'{path}' is not a whole file of weights ({str(error).splitlines()[0]}); "
-            "name another: MODEL.WEIGHTS output/model_final.pth"
-        ) from error
+    """Load the weights that ``MODEL.WEIGHTS`` names into a model; see `Checkpointer.load`."""
+    Checkpointer(model).load(path)
 
 
-def check_weights_file(path: str) -> None:
-    """Look for a file of weights before a model is built.
+def check_weights_file(path: str, remedy: str = OTHER_FILE) -> None:
+    """Look for a file of weights, which can be done before a model is built.
 
     Raises:
         UserError: it is not there.
@@ -43,7 +64,8 @@ def check_weights_file(path: str) -> None:
         near = sorted(p.name for p in folder.glob("*.p[tk][hl]")) if folder.is_dir() else []
         raise UserError(
             f"the weights '{file}' do not exist (relative paths start from {Path.cwd()}"
-            + (f"; beside it: {', '.join(near)})" if near else ")")
+            + (f"; beside it: {', '.join(near)}); " if near else "); ")
+            + remedy
         )
 
 

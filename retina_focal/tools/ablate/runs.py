@@ -16,14 +16,11 @@ from pathlib import Path
 import torch
 import yaml
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
-from detectron2.utils.logger import setup_logger
 
 from retina_focal.config import config_path, flatten, get_cfg, merge_options
-from retina_focal.data.registration import register_datasets
 from retina_focal.errors import UserError
 from retina_focal.files import whole_file
-from retina_focal.tools.common import load_cfg
+from retina_focal.tools.common import load_cfg, set_up
 from retina_focal.training.assembly import Trainer
 from retina_focal.training.processes import available_device
 
@@ -187,9 +184,7 @@ def _train(cfg: CfgNode) -> dict:
     """Outcome of a run: "ok", "nan" (the loss was not finite) or "no detections"; and its AP."""
     cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     cfg.freeze()
-    register_datasets(cfg)
-    default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
-    setup_logger(cfg.OUTPUT_DIR, name="retina_focal")
+    set_up(argparse.Namespace(config_file="", eval_only=False), cfg)
     start = time.perf_counter()
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=True)

@@ -1,30 +1,22 @@
-"""The trainer on several CPU processes, and what an interrupted run keeps."""
+"""Several processes on a CPU: gradients, buffers, cores and memory."""
 
-import json
 import logging
 import os
 import platform
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import PLUGIN, pictures, small_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
 from retina_focal import add_retina_focal_config
-from retina_focal.data.registration import register_coco_json
-from retina_focal.training.assembly import Trainer
 from retina_focal.training.processes import available_device, distribute, share_cores
 
 needs_cpu_processes = pytest.mark.skipif(
@@ -71,6 +63,11 @@ def in_one_of_two_processes(folder: str) -> None:
     for normalizer in ("global", "batch"):
         model = distribute(tiny_model(normalizer=normalizer))
         seen[normalizer] = step(model, batch_of_two()[rank : rank + 1])
+    # The moving average of this process's positives, after two steps.
+    model = distribute(tiny_model(normalizer="ema"))
+    for _ in range(2):
+        step(model, batch_of_two()[rank : rank + 1])
+    seen["moving average"] = float(model.module.criterion.loss_normalizer)
     try:
         distribute(nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4)))
     except ValueError as error:
@@ -145,6 +142,13 @@ def test_global_normalizer_gives_in_two_processes_what_one_gives(seen):
 
 
 @needs_cpu_processes
+def test_each_process_keeps_its_own_moving_average(seen):
+    # 100 -> 0.9 N + 0.1 max(P, 1), twice. Broadcasting the first process's buffers would undo it.
+    assert seen[1]["moving average"] == pytest.approx(0.81 * 100 + 0.19 * 1)
+    assert seen[0]["moving average"] > seen[1]["moving average"]
+
+
+@needs_cpu_processes
 def test_sync_bn_on_a_cpu_is_refused_naming_gn(seen):
     assert all("MODEL.RETINANET.NORM GN" in x["SyncBN"] for x in seen)
 
@@ -168,107 +172,3 @@ def test_a_missing_gpu_is_said_and_a_cpu_is_not(monkeypatch, caplog):
         assert not caplog.records
         assert available_device("cuda:1") == "cpu"
     assert "running on the CPU instead of 'cuda:1'" in caplog.text
-
-
-@pytest.fixture
-def one_picture(tmp_path):
-    """A dataset of one picture: every iteration sees the same."""
-    picture = np.full((64, 96, 3), 128, np.uint8)
-    picture[10:40, 20:60] = (0, 0, 255)
-    cv2.imwrite(str(tmp_path / "0.png"), picture)
-    box = {"category_id": 1, "bbox": [20, 10, 40, 30], "area": 1200, "iscrowd": 0}
-    content = {
-        "images": [{"id": 1, "file_name": "0.png", "height": 64, "width": 96}],
-        "annotations": [{"id": 1, "image_id": 1, **box}],
-        "categories": [{"id": 1, "name": "red"}],
-    }
-    (tmp_path / "one.json").write_text(json.dumps(content))
-    yield ["one_picture", str(tmp_path / "one.json"), str(tmp_path)]
-    if "one_picture" in DatasetCatalog:
-        DatasetCatalog.remove("one_picture")
-        MetadataCatalog.remove("one_picture")
-
-
-def one_picture_cfg(output: Path, max_iter: int, row: list[str]):
-    return tiny_cfg(
-        normalizer="ema",
-        **{
-            "MODEL.RETINANET.NUM_CLASSES": 1,
-            "DATASETS.TRAIN": ("one_picture",),
-            "DATASETS.TEST": (),
-            "DATASETS.COCO_JSON": [row],
-            "DATALOADER.NUM_WORKERS": 0,
-            "INPUT.MIN_SIZE_TRAIN": (64,),
-            "INPUT.RANDOM_FLIP": "none",
-            "SOLVER.IMS_PER_BATCH": 1,
-            "SOLVER.BASE_LR": 1e-3,
-            "SOLVER.STEPS": (3,),
-            "SOLVER.CHECKPOINT_PERIOD": 2,
-            "SOLVER.MAX_ITER": max_iter,
-            "OUTPUT_DIR": str(output),
-        },
-    )
-
-
-def train(output: Path, max_iter: int, row: list[str], resume: bool = False) -> dict:
-    """The last checkpoint."""
-    output.mkdir(exist_ok=True)
-    torch.manual_seed(0)
-    trainer = Trainer(one_picture_cfg(output, max_iter, row))
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return torch.load(output / "model_final.pth")
-
-
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(one_picture, tmp_path):
-    # With more pictures the order differs: detectron2's sampler starts anew.
-    register_coco_json(*one_picture)
-    whole = train(tmp_path / "whole", 4, one_picture)
-    # What a run leaves that stops before the third iteration; not a run of two iterations, since
-    # detectron2's learning rates depend on how many are planned.
-    (tmp_path / "parts").mkdir()
-    shutil.copy(tmp_path / "whole/model_0000001.pth", tmp_path / "parts")
-    (tmp_path / "parts/last_checkpoint").write_text("model_0000001.pth")
-    parts = train(tmp_path / "parts", 4, one_picture, resume=True)
-    assert whole["iteration"] == parts["iteration"] == 3
-    before = torch.load(tmp_path / "whole/model_0000001.pth")["model"]
-    assert not torch.equal(before["head.cls_score.weight"], whole["model"]["head.cls_score.weight"])
-    for name, tensor in whole["model"].items():
-        assert torch.equal(tensor, parts["model"][name]), name  # same arithmetic, same bits
-    one, other = (x["trainer"]["_trainer"]["optimizer"]["state"] for x in (whole, parts))
-    for key in one:
-        assert torch.equal(one[key]["momentum_buffer"], other[key]["momentum_buffer"])
-
-
-def test_a_run_killed_while_it_saves_goes_on_from_the_last_whole_checkpoint(one_picture, tmp_path):
-    output = tmp_path / "output"
-    config = tmp_path / "one.yaml"
-    config.write_text(one_picture_cfg(output, 100_000, one_picture).dump())
-    command = [sys.executable, "-W", "ignore", "-m", "retina_focal.tools.cli", "train"]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),  # the detectron2 that this process has
-    }
-    with (tmp_path / "printed").open("w") as printed:
-        process = subprocess.Popen(
-            [*command, "--config-file", str(config)],
-            env=environment,
-            stdout=printed,
-            stderr=printed,
-        )
-    deadline = time.monotonic() + 120
-    while len(list(output.glob("model_*.pth"))) < 3:
-        assert process.poll() is None and time.monotonic() < deadline, (
-            tmp_path / "printed"
-        ).read_text()[-2000:]
-        time.sleep(0.05)
-    process.kill()
-    assert process.wait(60) == -signal.SIGKILL
-    last = (output / "last_checkpoint").read_text()
-    iteration = torch.load(output / last)["iteration"]
-    assert last == f"model_{iteration:07d}.pth"
-
-    register_coco_json(*one_picture)
-    checkpoint = train(output, iteration + 2, one_picture, resume=True)
-    assert checkpoint["iteration"] == iteration + 1

@@ -1,0 +1,16 @@
+"""Every key has its default in one place, and no other key is taken."""
+
+import pytest
+
+from retina_focal.config import get_cfg, merge_file, merge_options
+from retina_focal.errors import UserError
+
+
+@pytest.mark.parametrize("node", ["TRAIN", "DATA", "TEST"])
+def test_an_unknown_key_of_a_node_is_refused(node, tmp_path):
+    with pytest.raises(UserError, match=f"no key 'MODEL.RETINA_FOCAL.{node}.NOPE'"):
+        merge_options(get_cfg(), [f"MODEL.RETINA_FOCAL.{node}.NOPE", "1"])
+    path = tmp_path / "config.yaml"
+    path.write_text(f"MODEL: {{RETINA_FOCAL: {{{node}: {{NOPE: 1}}}}}}")
+    with pytest.raises(UserError, match=rf"{node}\.NOPE"):
+        merge_file(get_cfg(), str(path))

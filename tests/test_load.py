@@ -1,0 +1,99 @@
+"""Weights are read as detectron2 reads them; what can't be read is named in words."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from retina_focal.errors import UserError
+from retina_focal.weights.load import Checkpointer
+
+WEIGHT = torch.arange(8.0).view(4, 2, 1, 1)
+
+
+def conv() -> nn.Module:
+    """Its parameter is called `stem.conv1.weight`."""
+    model = nn.Module()
+    model.stem = nn.Module()
+    model.stem.conv1 = nn.Conv2d(2, 4, 1, bias=False)
+    return model
+
+
+def loaded(path: str) -> torch.Tensor:
+    model = conv()
+    Checkpointer(model).load(path)
+    return model.stem.conv1.weight.detach()
+
+
+def test_files_of_detectron2_and_name_matching_load(tmp_path):
+    torch.save({"model": {"stem.conv1.weight": WEIGHT}}, tmp_path / "ours.pth")
+    torch.save({"conv1.weight": WEIGHT}, tmp_path / "plain.pth")
+    zoo = {"model": {"conv1.weight": WEIGHT.numpy()}, "__author__": "zoo"}
+    zoo["matching_heuristics"] = True
+    (tmp_path / "zoo.pkl").write_bytes(pickle.dumps(zoo))
+    caffe2 = {"conv1_w": WEIGHT.numpy(), "conv1_w_momentum": np.zeros(1)}
+    (tmp_path / "caffe2.pkl").write_bytes(pickle.dumps(caffe2))
+    for name in ("ours.pth", "plain.pth?matching_heuristics=True", "zoo.pkl", "caffe2.pkl"):
+        assert torch.equal(loaded(f"{tmp_path}/{name}"), WEIGHT), name
+    assert not torch.equal(loaded(f"{tmp_path}/plain.pth"), WEIGHT)
+
+
+def test_nothing_is_loaded_from_nothing():
+    assert Checkpointer(conv()).load("") == {}
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+@pytest.mark.parametrize("part", [0, 100, None])
+def test_a_file_that_is_not_whole_is_named(suffix, part, tmp_path):
+    path = tmp_path / f"model.{suffix}"
+    content = {"model": {"stem.conv1.weight": WEIGHT.numpy()}, "__author__": "zoo"}
+    torch.save(content, path) if suffix == "pth" else path.write_bytes(pickle.dumps(content))
+    path.write_bytes(b"<html>404</html>" if part is None else path.read_bytes()[:part])
+    with pytest.raises(UserError, match=f"model.{suffix}' is not a whole file .*WEIGHTS FILE"):
+        loaded(str(path))
+
+
+def test_a_missing_file_is_named_beside_those_there_are(tmp_path):
+    torch.save({}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"model\.pth' do not exist .*beside it: other\.pth.*FILE"):
+        loaded(f"{tmp_path}/model.pth?matching_heuristics=True")
+
+
+def test_a_url_that_cannot_be_fetched_is_named(monkeypatch):
+    def no_network(path, **options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(PathManager, "get_local_path", no_network)
+    for url in ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", "https://example.org/model.pth"):
+        with pytest.raises(UserError, match=f"can't read '{url}' .Name or service .*FILE"):
+            loaded(url)
+
+
+def test_a_url_is_fetched_and_read(monkeypatch, tmp_path):
+    torch.save({"model": {"stem.conv1.weight": WEIGHT}}, tmp_path / "model.pth")
+    fetched = []
+    real = PathManager.get_local_path
+
+    def fetch(path, **options):
+        if "://" not in path:
+            return real(path, **options)
+        fetched.append(path)
+        return str(tmp_path / "model.pth")
+
+    monkeypatch.setattr(PathManager, "get_local_path", fetch)
+    assert torch.equal(loaded("https://example.org/model.pth"), WEIGHT)
+    assert fetched == ["https://example.org/model.pth"]
+
+
+def test_a_fault_while_loading_keeps_its_type(monkeypatch, tmp_path):
+    torch.save({"model": {"stem.conv1.weight": WEIGHT}}, tmp_path / "model.pth")
+
+    def broken(*args, **options):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(nn.Module, "load_state_dict", broken)
+    with pytest.raises(RuntimeError, match="ours"):
+        loaded(str(tmp_path / "model.pth"))
