@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import table_rows
 from test_configs import ABLATIONS
 from test_train import ROOT, SMALL
 
@@ -211,12 +212,12 @@ def test_the_table_has_mean_least_and_most_beside_the_paper(base, tmp_path):
     settings = planned["table_1a_alpha_0.50"][0].settings
     run = {"settings": settings, "outcome": "ok", "AP50": 50.0, "AP75": 10.0, "seconds": 60}
     results = [{**run, "seed": 1, "AP": 20.0}, {**run, "seed": 2, "AP": 23.0}]
-    lines = ablation_report.markdown(rows, planned, results).splitlines()
-    assert lines[2] == (
-        "| table_1a_alpha_0.50 | 21.5 (20.0 to 23.0) | 50.0 (50.0 to 50.0) | "
-        "10.0 (10.0 to 10.0) | 2 | 1.0 | 30.2, 46.7, 32.8 |"
-    )
-    assert lines[3] == "| mine |  |  |  | 0 |  | - |"
+    found = ablation_report.by_row(planned, results)
+    heads, _, *lines = table_rows(ablation_report.markdown(rows, found))
+    assert heads == ["row", "AP", "AP50", "AP75", "seeds", "min per run", "paper: AP, AP50, AP75"]
+    measured = ["21.5 (20.0 to 23.0)", "50.0 (50.0 to 50.0)", "10.0 (10.0 to 10.0)"]
+    assert lines[0] == ["table_1a_alpha_0.50", *measured, "2", "1.0", "30.2, 46.7, 32.8"]
+    assert lines[1] == ["mine", "", "", "", "0", "", "-"]
 
 
 def test_the_grids_sentence_is_the_mean_range_along_each_key(base, tmp_path):
@@ -228,7 +229,7 @@ def test_the_grids_sentence_is_the_mean_range_along_each_key(base, tmp_path):
         for name, ap in aps.items()
     ]
     # gamma: (15 - 10 + 16 - 12) / 2; alpha: (12 - 10 + 16 - 15) / 2
-    sentence = ablation_report.grid_sentence(rows, planned, results)
+    sentence = ablation_report.grid_sentence(rows, ablation_report.by_row(planned, results))
     assert f"by 4.5 with {GAMMA}, by 1.5 with {ALPHA}." in sentence
 
 
