@@ -18,7 +18,6 @@ from detectron2.utils.logger import setup_logger
 from retina_focal.config import config_path, get_cfg, merge_file, merge_options
 from retina_focal.data.registration import use_datasets
 from retina_focal.errors import UserError
-from retina_focal.tools.reports import processor  # noqa: F401
 from retina_focal.training.processes import available_device
 
 Item = TypeVar("Item")
