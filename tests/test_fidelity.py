@@ -8,8 +8,9 @@ import pytest
 from detectron2.config import CfgNode
 
 from retina_focal import get_cfg
+from retina_focal.config import flatten
 from retina_focal.tools.fidelity import command as fidelity
-from retina_focal.tools.fidelity.settings import SETTINGS
+from retina_focal.tools.fidelity.settings import SETTINGS, frozen
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAPER = CONFIGS / "COCO-Detection" / "retinanet_R_50_FPN_paper_600.yaml"
@@ -94,11 +95,11 @@ def test_no_key_that_matters_can_change_unseen():
     cfg = load(ZOO_1X)
     assert not differences(cfg, "detectron2")
     unseen = set()
-    for key, value in fidelity._leaves(cfg).items():
+    for key, value in flatten(cfg).items():
         *parents, leaf = key.split(".")
         node = reduce(getattr, parents, cfg)
         before = node[leaf]
-        node[leaf] = SPECIAL.get(key, changed(value))
+        node[leaf] = SPECIAL.get(key, changed(frozen(value)))
         if not key.startswith(fidelity.PASSIVE) and not differences(cfg, "detectron2"):
             unseen.add(key)
         node[leaf] = before
@@ -111,7 +112,7 @@ def test_no_key_that_matters_can_change_unseen():
         ("MODEL: {RETINANET: {FOCAL_LOSS_GAMMA: 1.0}}", "gamma"),
         ("MODEL: {RETINA_FOCAL: {OHEM: {ENABLED: True}}}", "OHEM"),
         ("MODEL: {RETINA_FOCAL: {ALPHA_FROM_DATA: True}}", "alpha"),
-        ("SOLVER: {IMS_PER_BATCH: 8}", "images a step"),
+        ("SOLVER: {IMS_PER_BATCH: 8}", "images per step"),
         ("INPUT: {MIN_SIZE_TEST: 640}", "test scale"),
     ],
 )
