@@ -277,6 +277,16 @@ def test_it_ends_with_the_image_that_brings_both_numbers_up(cfg, model):
     assert anatomy.dissect(cfg, model, [0.0], 1e9, 1).num_images == 4
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_missing_image_ends_it_in_one_line(cfg, model, tmp_path, num_workers):
+    torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
+    (tmp_path / "3.png").unlink()
+    opts = ["MODEL.WEIGHTS", str(tmp_path / "w.pth"), "DATALOADER.NUM_WORKERS", str(num_workers)]
+    with pytest.raises(SystemExit) as stop:
+        anatomy.main(command(cfg, tmp_path, *opts))
+    assert "3.png' can't be used" in stop.value.code and "\n" not in stop.value.code
+
+
 def test_interrupted_it_keeps_the_images_seen(cfg, model):
     calls = []
 
