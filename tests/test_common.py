@@ -8,7 +8,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from retina_focal.errors import UserError
-from retina_focal.tools.common import command, ignore_deprecations, listed, load_cfg, number
+from retina_focal.tools.common import (
+    command,
+    ignore_deprecations,
+    listed,
+    load_cfg,
+    number,
+    tool_parser,
+)
 
 CONFIG = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 
@@ -77,9 +84,27 @@ def test_what_is_no_such_number_is_refused_in_words(read, text, message):
         read(text)
 
 
+def test_a_file_in_place_of_the_output_folder_is_refused_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    parser = tool_parser("speed", "Speed.", has_folder=True)
+    for path in (tmp_path / "file", tmp_path / "file" / "new"):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(["--output", str(path)])
+        assert stop.value.code == 2
+        assert (
+            f"'{tmp_path / 'file'}' is no folder that you may write to" in capsys.readouterr().err
+        )
+    for path in (tmp_path, tmp_path / "new" / "folder"):
+        assert parser.parse_args(["--output", str(path)]).output == path
+    assert not (tmp_path / "new").exists()
+    assert str(parser.parse_args([]).output) == "output/speed"
+
+
 @pytest.mark.parametrize(
     "opts, message",
     [
+        (["MODEL.META_ARCHITECTURE", "Focal"], "expected one of FocalRetinaNet, GeneralizedRCNN"),
+        (["MODEL.BACKBONE.NAME", "resnet"], r"MODEL\.BACKBONE\.NAME is 'resnet'"),
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu'.* expected cpu or cuda"),
         (["MODEL.DEVICE", "cpu", "--output", "x"], "--output comes after the options MODEL.DEVICE"),
     ],

@@ -60,8 +60,8 @@ def register_coco_json(name: str, json_file: str, image_root: str) -> None:
         json_file: annotations in COCO format.
         image_root: folder that the json's file names start from.
     Raises:
-        UserError: the json or the folder is missing.
-        UserError: the json has no categories, or the name is taken by another dataset.
+        UserError: the json or the folder is missing, the json has no categories, or the name is
+            taken by another dataset.
     """
     metadata = MetadataCatalog.get(name)
     if name in DatasetCatalog:
@@ -88,8 +88,7 @@ def check_datasets(names: Sequence[str]) -> None:
     """Look for the datasets before anything is built.
 
     Raises:
-        UserError: a name is not registered.
-        UserError: its annotation file is missing.
+        UserError: a name is not registered, or its annotation file is missing.
     """
     for name in names:
         if name not in DatasetCatalog:

@@ -234,7 +234,8 @@ def _is_complete(output: Path, info: dict) -> bool:
     except (OSError, ValueError):
         return False
     return all(
-        coco.get("info") == info
+        isinstance(coco, dict)
+        and coco.get("info") == info
         and all((output / "images" / image["file_name"]).is_file() for image in coco["images"])
         for coco in splits
     )

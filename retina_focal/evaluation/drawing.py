@@ -114,13 +114,11 @@ def legend(
     entries: Sequence[tuple[str, tuple[int, int, int]]],
     end: int,
 ) -> None:
-    """Write texts beside each other, as many as fit.
+    """Write texts, each with its RGB, into an (H, W, 3) RGB image, as many as fit in a row.
 
     Args:
-        image: (H, W, 3) RGB, written to.
         corner: (x, y) of the first text's lower left, pixels.
-        entries: texts and their RGB.
-        end: x that no text crosses.
+        end: x that no text crosses, pixels.
     """
     x, y = corner
     for text, color in entries:

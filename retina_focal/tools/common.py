@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,15 +13,28 @@ from typing import TypeVar
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
+from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY, BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from retina_focal.config import config_path, get_cfg, merge_file, merge_options
+from retina_focal.config import (
+    check_choice,
+    config_path,
+    flatten,
+    get_cfg,
+    merge_file,
+    merge_options,
+)
 from retina_focal.data.registration import use_datasets
 from retina_focal.errors import UserError
 from retina_focal.training.processes import available_device
 
 Item = TypeVar("Item")
+REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
+}
 
 
 def command(main: Callable[..., object]) -> Callable[..., object]:
@@ -47,14 +61,35 @@ def ignore_deprecations() -> None:
             warnings.filterwarnings("ignore", message, category, rf"{module}\b")
 
 
-def tool_parser(name: str, doc: str, epilog: str = "") -> argparse.ArgumentParser:
-    """The parser of `retina-focal <name>`; the first line of `doc` describes it."""
-    return argparse.ArgumentParser(
+def tool_parser(
+    name: str, doc: str, epilog: str = "", has_folder: bool = False
+) -> argparse.ArgumentParser:
+    """The parser of `retina-focal <name>`.
+
+    Args:
+        doc: its first line describes the command.
+        epilog: printed as it is, behind the options.
+        has_folder: the command writes a folder; adds `--output DIR`, default ``output/<name>``.
+    """
+    parser = argparse.ArgumentParser(
         prog=f"retina-focal {name}",
         description=doc.splitlines()[0],
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if has_folder:
+        folder = {"type": _folder, "default": Path("output", name), "metavar": "DIR"}
+        parser.add_argument("--output", **folder, help="folder; default: %(default)s")
+    return parser
+
+
+def _folder(text: str) -> Path:
+    """The type of an argument that is a folder to write to, looked at before minutes of work."""
+    path = Path(text)
+    nearest = next(x for x in (path, *path.absolute().parents) if x.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise argparse.ArgumentTypeError(f"'{nearest}' is no folder that you may write to")
+    return path
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -73,14 +108,6 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar=("NAME", "JSON", "IMAGES"),
         help="register a dataset in COCO format; may be repeated",
-    )
-
-
-def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
-    """`--output DIR`, a folder."""
-    default = Path("output", name)
-    parser.add_argument(
-        "--output", type=Path, default=default, metavar="DIR", help="default: %(default)s"
     )
 
 
@@ -115,8 +142,8 @@ def load_cfg(
         opts: KEY VALUE pairs.
         datasets: rows of [name, annotation json, image folder].
     Raises:
-        UserError: no such file, an unknown key or device, a value of another type, or a dataset
-            that the config does not use.
+        UserError: no such file, an unknown key, device or registered name, a value of another
+            type, or a dataset that the config does not use.
     """
     flags = [x for x in opts if str(x).startswith("--")]
     if flags:
@@ -131,6 +158,8 @@ def load_cfg(
             f"DATASETS.TEST {cfg.DATASETS.TEST}; add: DATASETS.TRAIN \"('{unnamed[0]}',)\""
         )
     cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *map(list, datasets)]
+    for key, registry in REGISTRIES.items():
+        check_choice(key, flatten(cfg)[key], sorted(name for name, _ in registry))
     try:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:

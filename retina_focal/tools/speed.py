@@ -21,7 +21,6 @@ from retina_focal.errors import UserError
 from retina_focal.files import write_whole
 from retina_focal.tools.common import (
     add_dataset_argument,
-    add_output_argument,
     command,
     listed,
     load_cfg,
@@ -121,7 +120,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = tool_parser("speed", __doc__, EPILOG)
+    parser = tool_parser("speed", __doc__, EPILOG, has_folder=True)
     parser.add_argument(
         "--checkpoint",
         nargs=2,
@@ -137,7 +136,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="shorter sides; default: each config's",
     )
     add_dataset_argument(parser)
-    add_output_argument(parser, "speed")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for every config")
     return parser.parse_args(argv)
 

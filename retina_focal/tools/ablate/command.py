@@ -28,14 +28,7 @@ from retina_focal.tools.ablate.runs import (
     read_row,
     row_names,
 )
-from retina_focal.tools.common import (
-    add_dataset_argument,
-    add_output_argument,
-    command,
-    listed,
-    number,
-    tool_parser,
-)
+from retina_focal.tools.common import add_dataset_argument, command, listed, number, tool_parser
 
 POLL_SECONDS = 1.0
 EPILOG = """
@@ -90,7 +83,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = tool_parser("ablate", __doc__, EPILOG)
+    parser = tool_parser("ablate", __doc__, EPILOG, has_folder=True)
     parser.add_argument("rows", nargs="*", metavar="ROW", help="name, pattern or YAML file")
     parser.add_argument("--base", metavar="CFG", help="config that the rows' keys are merged onto")
     parser.add_argument(
@@ -121,7 +114,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="parameter of submitit's executor; may be repeated",
     )
-    add_output_argument(parser, "ablate")
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="default: results.json in the output folder"
     )

@@ -18,6 +18,7 @@ from detectron2.data import (
 )
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.evaluation import inference_context
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +31,6 @@ from retina_focal.tools.anatomy import report as anatomy_report
 from retina_focal.tools.anatomy.windows import Anatomy
 from retina_focal.tools.common import (
     add_config_arguments,
-    add_output_argument,
     command,
     expect_focal_retinanet,
     listed,
@@ -87,14 +87,13 @@ def main(argv: list[str]) -> None:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = tool_parser("anatomy", __doc__, EPILOG)
+    parser = tool_parser("anatomy", __doc__, EPILOG, has_folder=True)
     add_config_arguments(parser, required=False)
     add = partial(parser.add_argument, metavar="X")
     count = number(float, 0)
     add("--gammas", type=listed(number(float, 0)), help="default: 0,0.5,1,2; for --curves also 5")
     add("--num-negatives", type=count, default=1e7, help="at least; default: 1e7, the paper's")
     add("--num-positives", type=count, default=1e5, help="at least; default: 1e5, the paper's")
-    add_output_argument(parser, "anatomy")
     parser.add_argument(
         "--curves",
         action="store_true",
@@ -201,13 +200,8 @@ def _look(
     model([record])
     anchors = outputs["anchor_generator"]
     labels, _ = model.label_anchors(anchors, [record["instances"]])
-    logits = [_per_anchor(x, model.num_classes) for x in outputs["head"][0]]
+    logits = [permute_to_N_HWA_K(x, model.num_classes)[0] for x in outputs["head"][0]]
     return [x.tensor for x in anchors], logits, labels[0].split([len(x) for x in anchors])
-
-
-def _per_anchor(logits: Tensor, num_classes: int) -> Tensor:
-    """(1, A x K, Hi, Wi) to (Hi x Wi x A, K), the order of the anchors."""
-    return logits[0].unflatten(0, (-1, num_classes)).permute(2, 3, 0, 1).reshape(-1, num_classes)
 
 
 def _check(anatomy: Anatomy) -> None:

@@ -14,16 +14,10 @@ from retina_focal.config import retina_focal_node
 from retina_focal.files import write_whole
 from retina_focal.precision import PRECISIONS
 from retina_focal.tools.benchmark.cases import INDEPENDENT_OF, MEMORY, TIMED
-from retina_focal.tools.benchmark.instruments import (
-    Probe,
-    check_fp32,
-    memory_probes,
-    timing_probes,
-)
+from retina_focal.tools.benchmark.instruments import Probe, check_fp32, memory_probes, timing_probes
 from retina_focal.tools.benchmark.models import MODELS, Setting, torchvision_has
 from retina_focal.tools.benchmark.report import markdown, plot, rows_of
 from retina_focal.tools.common import (
-    add_output_argument,
     command,
     expect_focal_retinanet,
     listed,
@@ -75,7 +69,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = tool_parser("benchmark", __doc__, EPILOG)
+    parser = tool_parser("benchmark", __doc__, EPILOG, has_folder=True)
     add = partial(parser.add_argument, metavar="X")
     add(
         "--what",
@@ -101,7 +95,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--rounds", type=number(), default=5, help="times each model is run; default: %(default)s")
     add("--threads", type=number(), default=torch.get_num_threads(), help="default: %(default)s")
     add("--device", help="cpu or cuda; default: the config's")
-    add_output_argument(parser, "benchmark")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     return parser.parse_args(argv)
 
@@ -128,7 +121,7 @@ def benchmark(
     what: Sequence[str],
     rounds: int,
     rows: list[dict],
-    after_round: Callable[[], None] = lambda: None,
+    after_round: Callable[[], None],
 ) -> None:
     """Measure; in each round every model runs once, in turn.
 

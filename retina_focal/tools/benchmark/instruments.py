@@ -144,7 +144,7 @@ def memory_probes(case: Callable, setting: Setting, names: Sequence[str]) -> dic
             try:
                 return {"memory": growth.result()}
             except (BrokenExecutor, torch.OutOfMemoryError):
-                tqdm.write(f"{name} ended for want of memory, it seems; left out")
+                tqdm.write(f"{name} was killed or found no memory; left out")
                 return {}
 
     return {name: partial(probe, name) for name in names}
@@ -202,11 +202,9 @@ def check_fp32(device: str) -> None:
     else:
         found["ONEDNN_DEFAULT_FPMATH_MODE"] = os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE")
         for name in ("", "mkldnn.", "mkldnn.conv.", "mkldnn.matmul."):
-            backend = torch.backends
-            for part in name.split(".")[:-1]:
-                backend = getattr(backend, part, None)
-            name = f"torch.backends.{name}fp32_precision"
-            found[name] = getattr(backend, "fp32_precision", "none")  # older torch has no such
+            with suppress(AttributeError):  # older torch has no such
+                value = attrgetter(f"{name}fp32_precision")(torch.backends)
+                found[f"torch.backends.{name}fp32_precision"] = value
         ieee = (None, "", "none", "ieee", "STRICT")
         found = {name: value for name, value in found.items() if value not in ieee}
         remedy = "unset the variable, or set torch's to 'ieee'"

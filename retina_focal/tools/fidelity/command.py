@@ -101,18 +101,14 @@ def report(
     name: str,
     cfg: CfgNode,
     declared: Declaration,
-    reference: str | None = None,
-    everything: bool = False,
-    markdown: bool = False,
+    reference: str | None,
+    everything: bool,
+    markdown: bool,
 ) -> None:
-    """Print the tables of one config.
+    """Print the tables of one config, with what its header declared; see the command's options.
 
     Args:
-        name: of the config, for the title.
-        declared: what its header says.
         reference: one of REFERENCES, or "all"; None: the one that the config follows, or all.
-        everything: list the settings that agree too.
-        markdown: tables for a Markdown file.
     """
     reference = reference or declared.reference or "all"
     print(f"# {name}: follows {declared.reference or 'no reference that its header names'}")

@@ -4,7 +4,7 @@ The values of the paper and of Detectron stand in ``settings.yaml`` with their s
 are read from its own configs. A setting on which a reference is silent has no value for it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -232,25 +232,14 @@ def _choice(
     return Choice(frozen(values), f"{reference} {source}", text)
 
 
-def _setting(
-    name: str,
-    keys: Sequence[str] = (),
-    paper: dict | None = None,
-    detectron: dict | None = None,
-    **others: str,
-) -> Setting:
-    return Setting(
-        name,
-        keys=tuple(keys),
-        paper=paper and _choice("paper", **paper),
-        detectron=detectron and _choice("Detectron", **detectron),
-        **others,
-    )
+def _read_settings() -> Iterator[Setting]:
+    text = Path(__file__).with_name("settings.yaml").read_text(encoding="utf-8")
+    for name, fields in yaml.safe_load(text).items():
+        fields["keys"] = tuple(fields.get("keys", ()))
+        for key, reference in (("paper", "paper"), ("detectron", "Detectron")):
+            if key in fields:
+                fields[key] = _choice(reference, **fields[key])
+        yield Setting(name, **fields)
 
 
-SETTINGS = tuple(
-    _setting(name, **fields)
-    for name, fields in yaml.safe_load(
-        Path(__file__).with_name("settings.yaml").read_text(encoding="utf-8")
-    ).items()
-)
+SETTINGS = tuple(_read_settings())
