@@ -9,7 +9,10 @@ setup(
     # The configs stand beside the code in a clone and inside it in a wheel; see config_path().
     packages=[*find_packages(include=["retina_focal*"]), "retina_focal.configs"],
     package_dir={"retina_focal.configs": "configs"},
-    package_data={"retina_focal.configs": ["**/*.yaml", "**/*.py", "**/*.md", "**/*.json"]},
+    package_data={
+        "retina_focal.configs": ["**/*.yaml", "**/*.py", "**/*.md", "**/*.json"],
+        "retina_focal.tools.fidelity": ["settings.yaml"],
+    },
     # Not detectron2: pip can't build it unaided, and would replace a user's own build.
     install_requires=["torch", "torchvision", "fvcore", "pycocotools", "opencv-python"],
     extras_require={

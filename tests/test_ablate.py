@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import table_rows
 from test_configs import ABLATIONS
 from test_train import ROOT, SMALL
 
@@ -72,6 +73,54 @@ def test_without_a_base_a_row_is_its_whole_file(tmp_path, base):
     (run,) = plan([read_row(str(path))], None, [], [], [1], tmp_path)["mine"]
     assert run.cfg.SOLVER.MAX_ITER == 7
     assert run.cfg.MODEL.FPN.OUT_CHANNELS == 16
+
+
+def test_without_a_base_options_count_more_than_the_file(tmp_path, base):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"_BASE_: {base}\nSOLVER:\n  MAX_ITER: 7\n")
+    row = read_row(str(path))
+    (run,) = plan([row], None, ["SOLVER.MAX_ITER", "3"], [], [1], tmp_path)["mine"]
+    assert run.cfg.SOLVER.MAX_ITER == 3
+    # Onto a base, a row stays what it is.
+    (run,) = plan([row], str(base), ["SOLVER.MAX_ITER", "3"], [], [1], tmp_path)["mine"]
+    assert run.cfg.SOLVER.MAX_ITER == 7
+
+
+@pytest.mark.parametrize("content", ["A: [1", "", "- 1", "A: !!python/object/apply:eval ['1']"])
+def test_a_row_that_is_no_config_is_refused_by_name(tmp_path, base, content):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=r"mine\.yaml is no YAML file of KEY: VALUE"):
+        ablate.main([str(path), "--base", str(base)])
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--grid", "A"], "'A' is not NAME=VALUE"),
+        (["--grid", "A="], "'A=' is not NAME=VALUE"),
+        (["--grid", "A=]"], "']' is not YAML"),
+        (["hinge", "--cluster", "local", "--cluster-option", "name=[1"], "'[1' is not YAML"),
+        (["hinge", "--jobs", "-1"], "'-1' is not a whole number of at least 1"),
+        (["hinge", "--seeds", "1,x"], "'x' is not a whole number of at least 0"),
+    ],
+)
+def test_a_wrong_argument_is_refused_in_words(argv, message, base, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ablate.main([*argv, "--base", str(base)])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [("memory=1", "Parameter 'memory'"), ("timeout_min=long", 'Parameter "timeout_min"')],
+)
+def test_what_submitit_refuses_is_said_in_one_line(option, message, base, tmp_path):
+    pytest.importorskip("submitit")
+    argv = ["hinge", "--base", str(base), "--output", str(tmp_path), "--cluster", "local"]
+    with pytest.raises(SystemExit) as stop:
+        ablate.main([*argv, "--cluster-option", option])
+    assert message in stop.value.code and "\n" not in stop.value.code
 
 
 def test_every_row_of_a_table_is_meant_by_its_pattern():
@@ -205,18 +254,31 @@ def test_a_failed_run_is_said_and_does_not_stop_the_others(base, tmp_path, monke
     assert "hinge, seed 1 failed: MemoryError" in capsys.readouterr().out
 
 
+def test_a_failed_run_keeps_its_traceback_in_its_folder(base, tmp_path, monkeypatch):
+    (run,) = plan([read_row("hinge")], str(base), [], [], [1], tmp_path)["hinge"]
+
+    def fail(cfg):
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr(ablation_runs, "_train", fail)
+    with pytest.raises(ZeroDivisionError):
+        ablation_runs.execute(run.cfg.dump())
+    output = (run.folder / "output.txt").read_text()
+    assert "Traceback" in output and "ZeroDivisionError: a fault" in output
+
+
 def test_the_table_has_mean_least_and_most_beside_the_paper(base, tmp_path):
     rows = [read_row("table_1a_alpha_0.50"), Row("mine", {ALPHA: 0.3})]
     planned = plan(rows, str(base), [], [], [1], tmp_path)
     settings = planned["table_1a_alpha_0.50"][0].settings
     run = {"settings": settings, "outcome": "ok", "AP50": 50.0, "AP75": 10.0, "seconds": 60}
     results = [{**run, "seed": 1, "AP": 20.0}, {**run, "seed": 2, "AP": 23.0}]
-    lines = ablation_report.markdown(rows, planned, results).splitlines()
-    assert lines[2] == (
-        "| table_1a_alpha_0.50 | 21.5 (20.0 to 23.0) | 50.0 (50.0 to 50.0) | "
-        "10.0 (10.0 to 10.0) | 2 | 1.0 | 30.2, 46.7, 32.8 |"
-    )
-    assert lines[3] == "| mine |  |  |  | 0 |  | - |"
+    found = ablation_report.by_row(planned, results)
+    heads, _, *lines = table_rows(ablation_report.markdown(rows, found))
+    assert heads == ["row", "AP", "AP50", "AP75", "seeds", "min per run", "paper: AP, AP50, AP75"]
+    measured = ["21.5 (20.0 to 23.0)", "50.0 (50.0 to 50.0)", "10.0 (10.0 to 10.0)"]
+    assert lines[0] == ["table_1a_alpha_0.50", *measured, "2", "1.0", "30.2, 46.7, 32.8"]
+    assert lines[1] == ["mine", "", "", "", "0", "", "-"]
 
 
 def test_the_grids_sentence_is_the_mean_range_along_each_key(base, tmp_path):
@@ -228,7 +290,7 @@ def test_the_grids_sentence_is_the_mean_range_along_each_key(base, tmp_path):
         for name, ap in aps.items()
     ]
     # gamma: (15 - 10 + 16 - 12) / 2; alpha: (12 - 10 + 16 - 15) / 2
-    sentence = ablation_report.grid_sentence(rows, planned, results)
+    sentence = ablation_report.grid_sentence(rows, ablation_report.by_row(planned, results))
     assert f"by 4.5 with {GAMMA}, by 1.5 with {ALPHA}." in sentence
 
 
@@ -279,8 +341,9 @@ def test_the_slurm_job_that_submitit_writes_runs_the_row(base, tmp_path):
 def test_a_results_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("[1]")
-    with pytest.raises(ValueError, match="is not a results file"):
-        ablate_command.load_results(path)
+    for wrong in (path, tmp_path):
+        with pytest.raises(ValueError, match="is not a results file"):
+            ablate_command.load_results(wrong)
 
 
 def test_the_results_on_bccd_are_those_of_the_shipped_configs(tmp_path, monkeypatch):

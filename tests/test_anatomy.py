@@ -19,6 +19,7 @@ from torchvision.ops import box_iou
 
 from retina_focal import add_retina_focal_config
 from retina_focal.data.registration import register_coco_json
+from retina_focal.evaluation.drawing import class_color
 from retina_focal.tools.anatomy import command as anatomy
 from retina_focal.tools.anatomy import report as anatomy_report
 from retina_focal.tools.anatomy import windows as anatomy_windows
@@ -276,6 +277,16 @@ def test_it_ends_with_the_image_that_brings_both_numbers_up(cfg, model):
     assert anatomy.dissect(cfg, model, [0.0], 1e9, 1).num_images == 4
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_missing_image_ends_it_in_one_line(cfg, model, tmp_path, num_workers):
+    torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
+    (tmp_path / "3.png").unlink()
+    opts = ["MODEL.WEIGHTS", str(tmp_path / "w.pth"), "DATALOADER.NUM_WORKERS", str(num_workers)]
+    with pytest.raises(SystemExit) as stop:
+        anatomy.main(command(cfg, tmp_path, *opts))
+    assert "3.png' can't be used" in stop.value.code and "\n" not in stop.value.code
+
+
 def test_interrupted_it_keeps_the_images_seen(cfg, model):
     calls = []
 
@@ -325,7 +336,7 @@ def test_a_crop_shows_the_anchor_in_its_middle_and_the_ground_truth_where_it_is(
     tile = tile[: anatomy_report.TILE, : anatomy_report.TILE]
     scale = anatomy_report.TILE / (anatomy_report.CONTEXT * 40)
     origin = np.array([170, 50]) - anatomy_report.TILE / 2 / scale
-    for corners, color in ((anchor, (255, 255, 255)), (box[0], anatomy_report.COLORS[1])):
+    for corners, color in ((anchor, (255, 255, 255)), (box[0], class_color(1))):
         ys, xs = np.nonzero((tile == color).all(2))
         found = np.array([xs.min(), ys.min(), xs.max(), ys.max()])
         # A line is two pixels wide, with dark edges; each box hides a bit of the other.
@@ -365,4 +376,4 @@ def test_what_cannot_be_dissected_is_refused_in_words(
 def test_gammas_that_are_none_are_refused(text, capsys):
     with pytest.raises(SystemExit):
         anatomy.main(["--curves", "--gammas", text])
-    assert "are not numbers of at least 0" in capsys.readouterr().err
+    assert "is not a number of at least 0" in capsys.readouterr().err

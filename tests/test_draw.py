@@ -88,6 +88,33 @@ def test_a_name_that_no_picture_can_have_is_refused_before_any_detection(cfg, tm
         draw.draw_detections(cfg, None, str(tmp_path / name))
 
 
+def test_a_missing_image_is_named(cfg, tmp_path):
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(UserError, match=r"image '.*2\.png' can't be used"):
+        draw.draw_detections(cfg, Detector(), str(tmp_path / "p.png"))
+
+
+def test_more_rows_than_a_format_holds_are_refused_with_what_to_type(tmp_path):
+    image = np.zeros((65501, 2, 3), np.uint8)  # one row more than JPEG has
+    with pytest.raises(UserError, match=r"2 x 65501 pixels as '.*p\.jpg'; .*ends in \.png"):
+        draw.write_picture(tmp_path / "p.jpg", image)
+    draw.write_picture(tmp_path / "p.png", image)
+
+
+def test_a_test_set_whose_classes_have_no_names_is_drawn(cfg, tmp_path):
+    DatasetCatalog.register("nameless", lambda: DatasetCatalog.get("to_draw"))
+    cfg.DATASETS.TEST = ("nameless",)
+    draw.draw_detections(cfg, Detector(), str(tmp_path / "p.png"))
+    DatasetCatalog.remove("nameless")
+
+
+@pytest.mark.parametrize("argument", [["--num-images", "0"], ["--score-thresh", "high"]])
+def test_numbers_that_cannot_be_are_refused(argument, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--config-file", "c.yaml", *argument])
+    assert stop.value.code == 2 and "is not a" in capsys.readouterr().err
+
+
 def test_a_record_without_annotations_has_no_ground_truth():
     boxes, classes = draw._ground_truth({"file_name": "test-dev.jpg"})
     assert len(boxes) == len(classes) == 0

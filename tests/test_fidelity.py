@@ -8,8 +8,10 @@ import pytest
 from detectron2.config import CfgNode
 
 from retina_focal import get_cfg
+from retina_focal.config import flatten
 from retina_focal.tools.fidelity import command as fidelity
-from retina_focal.tools.fidelity.settings import SETTINGS
+from retina_focal.tools.fidelity import settings
+from retina_focal.tools.fidelity.settings import READERS, SETTINGS, frozen
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAPER = CONFIGS / "COCO-Detection" / "retinanet_R_50_FPN_paper_600.yaml"
@@ -94,11 +96,11 @@ def test_no_key_that_matters_can_change_unseen():
     cfg = load(ZOO_1X)
     assert not differences(cfg, "detectron2")
     unseen = set()
-    for key, value in fidelity._leaves(cfg).items():
+    for key, value in flatten(cfg).items():
         *parents, leaf = key.split(".")
         node = reduce(getattr, parents, cfg)
         before = node[leaf]
-        node[leaf] = SPECIAL.get(key, changed(value))
+        node[leaf] = SPECIAL.get(key, changed(frozen(value)))
         if not key.startswith(fidelity.PASSIVE) and not differences(cfg, "detectron2"):
             unseen.add(key)
         node[leaf] = before
@@ -111,7 +113,7 @@ def test_no_key_that_matters_can_change_unseen():
         ("MODEL: {RETINANET: {FOCAL_LOSS_GAMMA: 1.0}}", "gamma"),
         ("MODEL: {RETINA_FOCAL: {OHEM: {ENABLED: True}}}", "OHEM"),
         ("MODEL: {RETINA_FOCAL: {ALPHA_FROM_DATA: True}}", "alpha"),
-        ("SOLVER: {IMS_PER_BATCH: 8}", "images a step"),
+        ("SOLVER: {IMS_PER_BATCH: 8}", "images per step"),
         ("INPUT: {MIN_SIZE_TEST: 640}", "test scale"),
     ],
 )
@@ -132,6 +134,38 @@ def test_overrides_are_compared_and_are_in_no_header(capsys):
     printed = capsys.readouterr().out
     assert "not declared in the header: gamma, learning rate\n" in printed
     assert "0.5" in printed and "Table 1b" in printed
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--config-file", str(PAPER), "SOLVER.BASE_LR", "0.02"],
+        [str(PAPER), "--reference", "paper", "SOLVER.BASE_LR", "0.02"],
+        ["--reference", "paper", str(PAPER), "SOLVER.BASE_LR", "0.02"],
+    ],
+)
+def test_a_config_is_taken_with_and_without_the_option(argv, capsys):
+    fidelity.main(argv)
+    printed = capsys.readouterr().out
+    assert printed.count("## ") == 1 and f"# {PAPER}: follows paper" in printed
+    assert "not declared in the header: learning rate\n" in printed
+
+
+def test_several_configs_are_taken_in_the_order_of_the_command_line(capsys):
+    fidelity.main(["--config-file", str(ZOO_1X), "--config-file", str(PAPER)])
+    titles = re.findall(r"^# (.*):", capsys.readouterr().out, re.MULTILINE)
+    assert titles == [str(ZOO_1X), str(PAPER)]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [([], "no config is given"), (["SOLVER.BASE_LR", "1"], "'SOLVER.BASE_LR' is no YAML config")],
+)
+def test_without_a_config_it_says_what_to_type(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        fidelity.main(argv)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and message in printed and "quick_start/bccd.yaml" in printed
 
 
 def test_a_key_without_a_setting_is_compared_with_detectron2_under_its_own_name(capsys):
@@ -205,11 +239,23 @@ def quoted_ap(path: Path) -> str:
 
 
 def test_settings_have_names_of_their_own_that_a_header_can_list():
-    names = [setting.name for setting in SETTINGS]
-    assert len(set(names)) == len(names)
+    text = Path(settings.__file__).with_name("settings.yaml").read_text()
+    # As they stand in the file: YAML takes the last of two with one name.
+    names = re.findall(r"^([^#\s].*):$", text, re.MULTILINE)
+    assert names == [setting.name for setting in SETTINGS] and len(set(names)) == len(names)
     assert not any("," in name or ":" in name for name in names)
+    assert set(READERS) < set(names)
     for setting in SETTINGS:
         assert setting.consequence and len(setting.keys) == len(set(setting.keys))
+        assert setting.keys or setting.always
+
+
+def test_words_of_the_settings_are_text():
+    """YAML takes off and on for truth values."""
+    for setting in SETTINGS:
+        for choice in filter(None, (setting.paper, setting.detectron)):
+            assert isinstance(choice.text, str) and isinstance(choice.source, str)
+            assert not any(isinstance(value, bool) for value in choice.values), setting.name
 
 
 def test_differences_from_another_reference_are_not_inherited(tmp_path):

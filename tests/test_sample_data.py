@@ -1,12 +1,10 @@
 """sample-data: tiles, COCO files, the cached wheels, the weights."""
 
-import hashlib
 import io
 import os
 import zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +29,6 @@ from retina_focal.data.sample import (
     to_coco,
 )
 from retina_focal.errors import UserError
-from retina_focal.files import Wheel, cached_wheel, whole_file
 from retina_focal.tools.sample_data import main
 from retina_focal.weights.lite0 import WEIGHTS_FILE, WEIGHTS_WHEEL, to_timm
 
@@ -84,65 +81,10 @@ def test_coco_ids_count_from_one_and_boxes_are_xywh():
     assert (annotation["bbox"], annotation["area"]) == ([1, 2, 3, 6], 18)
 
 
-def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text("whole")
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as temporary:
-        temporary.write_text("ha")
-        raise KeyboardInterrupt
-    assert path.read_text() == "whole"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-# --- the cached wheel
-
-
-@pytest.fixture
-def index(tmp_path, monkeypatch) -> SimpleNamespace:
-    """A folder of one wheel as pip's only source, and an empty cache."""
-    folder = tmp_path / "index"
-    folder.mkdir()
-    path = folder / "retina_focal_sample-1.0-py3-none-any.whl"
-    info = "retina_focal_sample-1.0.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
-        # No Python has this version: the contents are data, so that must not matter.
-        archive.writestr(
-            f"{info}/METADATA",
-            "Metadata-Version: 2.1\nName: retina-focal-sample\nVersion: 1.0\n"
-            "Requires-Python: >=9\nRequires-Dist: retina-focal-absent\n",
-        )
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
+def test_offline_is_one_sentence_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return SimpleNamespace(
-        wheel=Wheel("retina-focal-sample==1.0", sha256),
-        path=path,
-        cache=tmp_path / "cache" / "retina_focal",
-    )
-
-
-def test_a_wheel_is_fetched_once_and_again_when_its_copy_is_damaged(index, monkeypatch):
-    cached = cached_wheel(index.wheel)
-    content = index.path.read_bytes()
-    assert cached.read_bytes() == content
-    cached.write_bytes(content[:-9])
-    assert cached_wheel(index.wheel).read_bytes() == content
-    monkeypatch.delenv("PIP_FIND_LINKS")  # from here on pip finds nothing
-    assert cached_wheel(index.wheel).read_bytes() == content
-    assert list(index.cache.iterdir()) == [cached]
-
-
-def test_a_wheel_with_another_hash_is_refused_and_not_kept(index):
-    with pytest.raises(UserError, match=r"isn't 000000.* refused it.*type"):
-        cached_wheel(Wheel(index.wheel.requirement, "0" * 64))
-    assert list(index.cache.iterdir()) == []
-
-
-def test_offline_is_one_sentence_and_leaves_nothing_behind(index, tmp_path, capsys):
     output, weights = tmp_path / "trees", tmp_path / "weights.pth"
     with pytest.raises(SystemExit) as stop:
         main(["trees", "--output", str(output), "--weights", str(weights)])

@@ -92,9 +92,7 @@ def test_published_figures_never_share_an_axis_with_measured_ones(tmp_path, monk
     from matplotlib.figure import Figure
 
     figures = []
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, path, **_: (figures.append(self), path.touch())
-    )
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: figures.append(self))
     row = {"checkpoint": "mine", "size": 64, "AP": 1.0, "AP50": 2.0, "ms": [1, 2, 3]}
     report = {"processor": "a processor", "dataset": "some set", "rows": [row]}
     speed.plot(report, tmp_path / "speed.png")
@@ -118,7 +116,7 @@ def test_checkpoints_of_different_test_sets_are_not_compared(checkpoint, tmp_pat
 
 def test_a_config_without_a_test_set_is_refused_in_words(checkpoint):
     config, weights = checkpoint
-    with pytest.raises(SystemExit, match=r"DATASETS\.TEST is empty"):
+    with pytest.raises(SystemExit, match=r"names no dataset; add: DATASETS\.TEST"):
         speed.main(["--checkpoint", config, weights, "DATASETS.TEST", "()"])
 
 

@@ -20,7 +20,7 @@ def use_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
         cfg: its ``DATASETS.COCO_JSON`` may define them.
         names: of datasets.
     Raises:
-        UserError: there is none; a name is not registered, its files are missing, or the model has
+        UserError: there is no name, or one is not registered; files are missing; the model has
             another number of classes.
     """
     if not names:
@@ -60,8 +60,8 @@ def register_coco_json(name: str, json_file: str, image_root: str) -> None:
         json_file: annotations in COCO format.
         image_root: folder that the json's file names start from.
     Raises:
-        UserError: the json or the folder is missing.
-        UserError: the json has no categories, or the name is taken by another dataset.
+        UserError: the json or the folder is missing, the json has no categories, or the name is
+            taken by another dataset.
     """
     metadata = MetadataCatalog.get(name)
     if name in DatasetCatalog:
@@ -81,15 +81,14 @@ def register_coco_json(name: str, json_file: str, image_root: str) -> None:
     metadata.set(
         json_file=json_file, image_root=image_root, evaluator_type="coco", thing_classes=classes
     )
-    DatasetCatalog.register(name, lambda: load_coco_json(json_file, image_root, name))
+    DatasetCatalog.register(name, lambda: _load(name, json_file, image_root))
 
 
 def check_datasets(names: Sequence[str]) -> None:
     """Look for the datasets before anything is built.
 
     Raises:
-        UserError: a name is not registered.
-        UserError: its annotation file is missing.
+        UserError: a name is not registered, or its annotation file is missing.
     """
     for name in names:
         if name not in DatasetCatalog:
@@ -127,18 +126,30 @@ def check_num_classes(
             )
 
 
+def _load(name: str, json_file: str, image_root: str) -> list[dict]:
+    """The records of a dataset."""
+    try:
+        return load_coco_json(json_file, image_root, name)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"dataset '{name}': {json_file} is not in COCO format ({error!r}); expected images "
+            "with id, file_name, height and width, and annotations with id, image_id, category_id "
+            "and bbox"
+        ) from error
+
+
 def _read_classes(name: str, json_file: str) -> list[str]:
     """Category names by rising id, detectron2's order of contiguous classes."""
-    if not os.path.isfile(json_file):
+    try:
+        with open(json_file, encoding="utf-8") as file:
+            content = json.load(file)
+    except FileNotFoundError as error:
         raise UserError(
             f"dataset '{name}': the annotation file '{json_file}' does not exist "
             f"(relative paths start from {os.getcwd()})"
-        )
-    with open(json_file, encoding="utf-8") as file:
-        try:
-            content = json.load(file)
-        except ValueError as error:  # no JSON, or no text at all
-            raise UserError(f"dataset '{name}': {json_file} is not JSON: {error}") from error
+        ) from error
+    except (OSError, ValueError) as error:  # no JSON, or no text at all
+        raise UserError(f"dataset '{name}': {json_file} is not JSON: {error}") from error
     categories = content.get("categories") if isinstance(content, dict) else None
     if not categories:
         raise UserError(

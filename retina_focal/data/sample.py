@@ -16,10 +16,9 @@ import cv2
 import numpy as np
 
 from retina_focal.errors import UserError
-from retina_focal.files import Wheel, cached_wheel, whole_file
+from retina_focal.files import Wheel, cached_wheel, write_whole
 
 SPLITS = ("train", "val", "test")
-
 
 TREES_WHEEL = Wheel(
     "deepforest==2.1.0", "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54"
@@ -32,10 +31,10 @@ TREES_PHOTOGRAPHS = (
     "OSBS_029",
     "SOAP_061",
 )
-TILE = 400  # px a side, and the stride
+TILE = 400  # px of a side, and the stride
 MIN_TILE = 200  # px that a last row or column has at least
 TEST_FROM = 0.65  # of the held-out photograph's height; the row of tiles above is val
-MIN_SIDE, MIN_AREA = 2.0, 0.3  # a clipped box is larger: px a side, part of its own area
+MIN_SIDE, MIN_AREA = 2.0, 0.3  # a clipped box is larger: px of a side, part of its own area
 
 BCCD_CLASSES = ("RBC", "WBC", "Platelets")
 BCCD_INFO = {
@@ -75,8 +74,8 @@ def prepare_trees(output: Path) -> None:
             for x0, y0 in tile_corners(width, height):
                 tile = photograph[y0 : y0 + TILE, x0 : x0 + TILE]
                 file_name = f"{name}_{y0:04d}_{x0:04d}.png"
-                with whole_file(output / "images" / file_name) as temporary:
-                    temporary.write_bytes(cv2.imencode(".png", tile)[1].tobytes())
+                png = cv2.imencode(".png", tile)[1].tobytes()
+                write_whole(output / "images" / file_name, png)
                 size = (tile.shape[1], tile.shape[0])
                 clipped = clip_boxes([box for _, box in boxes], x0, y0, *size)
                 split = _split(y0, height) if name == TREES_HELD_OUT else "train"
@@ -165,7 +164,8 @@ def clip_boxes(
         boxes: M boxes, XYXY in pixels of the photograph.
         x0, y0, width, height: of the tile in the photograph.
     Returns:
-        The boxes of which over `MIN_SIDE` px a side and over `MIN_AREA` of the area are inside.
+        The boxes of which more than `MIN_SIDE` px of each side and more than `MIN_AREA` of the
+        area are inside.
     """
     xyxy = np.asarray(boxes, float).reshape(-1, 4)
     origin = np.array([x0, y0, x0, y0], float)
@@ -191,11 +191,10 @@ def _record(file_name: str, size: tuple[int, int], boxes: list[tuple[int, list[f
 def _write_splits(
     output: Path, records: dict[str, list[dict]], classes: Sequence[str], info: dict
 ) -> None:
-    """One COCO file a split; written after the images, so that a JSON means its images exist."""
+    """One COCO file per split; written after the images, so that a JSON means its images exist."""
     for split, images in records.items():
         coco = to_coco(images, classes, info)
-        with whole_file(output / f"{split}.json") as temporary:
-            temporary.write_text(json.dumps(coco))
+        write_whole(output / f"{split}.json", json.dumps(coco))
         print(f"{output / split}.json: {len(images)} images, {len(coco['annotations'])} boxes")
 
 
@@ -235,7 +234,8 @@ def _is_complete(output: Path, info: dict) -> bool:
     except (OSError, ValueError):
         return False
     return all(
-        coco.get("info") == info
+        isinstance(coco, dict)
+        and coco.get("info") == info
         and all((output / "images" / image["file_name"]).is_file() for image in coco["images"])
         for coco in splits
     )
@@ -244,9 +244,7 @@ def _is_complete(output: Path, info: dict) -> bool:
 def _copy(source: Path, target: Path) -> None:
     if target.is_file() and source.is_file() and target.stat().st_size == source.stat().st_size:
         return
-    content = _read(source)
-    with whole_file(target) as temporary:
-        temporary.write_bytes(content)
+    write_whole(target, _read(source))
 
 
 def _read(path: Path) -> bytes:

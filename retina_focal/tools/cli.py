@@ -1,4 +1,4 @@
-"""`retina-focal <tool> ...`: one module of this package a tool."""
+"""`retina-focal <tool> ...`: each tool is a module of this package."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ TOOLS = {
     "draw": "detections beside ground truth, as one picture",
     "ablate": "tables of the paper, or any grid of keys, on your own data",
     "anatomy": "where a model's class loss comes from, and its hardest windows",
-    "speed": "AP against time an image, of checkpoints and scales",
+    "speed": "AP against time per image, of checkpoints and scales",
     "fidelity": "how a config differs from the paper, Detectron and detectron2",
     "benchmark": "time and memory beside detectron2's and torchvision's RetinaNet",
 }

@@ -1,21 +1,31 @@
-"""What the commands share: how they end, read a config and name the machine."""
+"""What the commands share: how they end, their arguments, and how they read a config."""
 
 import argparse
-import platform
+import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.engine import default_setup
+from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY, BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
-from retina_focal.config import config_path, get_cfg, merge_file, merge_options
+from retina_focal.config import (
+    check_choice,
+    config_path,
+    flatten,
+    get_cfg,
+    merge_file,
+    merge_options,
+)
 from retina_focal.data.registration import (
     check_datasets,
     check_num_classes,
@@ -26,28 +36,74 @@ from retina_focal.errors import UserError
 from retina_focal.training.assembly import plain_values
 from retina_focal.training.processes import available_device
 
+Item = TypeVar("Item")
+REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
+}
+
 
 def command(main: Callable[..., object]) -> Callable[..., object]:
     """A command's entry: what a user can put right ends it in words and with exit status 1."""
 
     @wraps(main)
     def run(*args, **kwargs) -> object:
-        # Of the libraries below, not of what the user's own file calls.
-        for module in ("torch", "detectron2", "fvcore", "pkg_resources"):
-            for category in (DeprecationWarning, FutureWarning, UserWarning):
-                warnings.filterwarnings("ignore", ".*deprecated", category, rf"{module}\b")
+        ignore_deprecations()
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+            # From a data loader's worker it comes behind that one's traceback.
+            message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2].strip()
+            sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
     return run
 
 
+def ignore_deprecations() -> None:
+    """In the libraries below, which no user of this package can mend; in this process alone."""
+    for module in ("torch", "detectron2", "fvcore", "pkg_resources"):
+        for category in (DeprecationWarning, FutureWarning, UserWarning):
+            message = ".*(deprecated|in an upcoming release)"
+            warnings.filterwarnings("ignore", message, category, rf"{module}\b")
+
+
+def tool_parser(
+    name: str, doc: str, epilog: str = "", has_folder: bool = False
+) -> argparse.ArgumentParser:
+    """The parser of `retina-focal <name>`.
+
+    Args:
+        doc: its first line describes the command.
+        epilog: printed as it is, behind the options.
+        has_folder: the command writes a folder; adds `--output DIR`, default ``output/<name>``.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"retina-focal {name}",
+        description=doc.splitlines()[0],
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if has_folder:
+        folder = {"type": _folder, "default": Path("output", name), "metavar": "DIR"}
+        parser.add_argument("--output", **folder, help="folder; default: %(default)s")
+    return parser
+
+
+def _folder(text: str) -> Path:
+    """The type of an argument that is a folder to write to, looked at before minutes of work."""
+    path = Path(text)
+    nearest = next(x for x in (path, *path.absolute().parents) if x.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise argparse.ArgumentTypeError(f"'{nearest}' is no folder that you may write to")
+    return path
+
+
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """`--config-file FILE` and `--dataset NAME JSON IMAGES`, the latter a list of rows."""
+    """`--config-file FILE`, `--dataset NAME JSON IMAGES` and the KEY VALUE pairs at the end."""
     parser.add_argument("--config-file", required=required, metavar="FILE", help="as of train")
     add_dataset_argument(parser)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +118,27 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def number(kind: type = int, least: float = 1) -> Callable[[str], float]:
+    """The type of an argument that is a finite number of at least `least`."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            noun = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} of at least {least}")
+        return value
+
+    return read
+
+
+def listed(item: Callable[[str], Item]) -> Callable[[str], list[Item]]:
+    """The type of an argument that is one or several items, with commas between them."""
+    return lambda text: [item(part) for part in text.split(",")]
+
+
 def load_cfg(
     config_file: str, opts: Sequence[str] = (), datasets: Sequence[Sequence[str]] = ()
 ) -> CfgNode:
@@ -72,9 +149,12 @@ def load_cfg(
         opts: KEY VALUE pairs.
         datasets: rows of [name, annotation json, image folder].
     Raises:
-        UserError: no such file, an unknown key, a value of another type, or a dataset
-            that the config does not use.
+        UserError: no such file, an unknown key, device or registered name, a value of another
+            type, or a dataset that the config does not use.
     """
+    flags = [x for x in opts if str(x).startswith("--")]
+    if flags:
+        raise UserError(f"{flags[0]} comes after the options {opts[0]} ...; put it before them")
     cfg = get_cfg()
     merge_file(cfg, config_path(config_file))
     merge_options(cfg, opts)
@@ -85,9 +165,27 @@ def load_cfg(
             f"DATASETS.TEST {cfg.DATASETS.TEST}; add: DATASETS.TRAIN \"('{unnamed[0]}',)\""
         )
     cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *map(list, datasets)]
+    for key, registry in REGISTRIES.items():
+        check_choice(key, flatten(cfg)[key], sorted(name for name, _ in registry))
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise UserError(
+            f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}', which torch does not know; expected cpu or "
+            "cuda: add MODEL.DEVICE cpu"
+        ) from error
     cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     cfg.freeze()
     return cfg
+
+
+def expect_focal_retinanet(cfg: CfgNode, reason: str) -> None:
+    """Refuse a config of another model (UserError); `reason` follows the model's name."""
+    if cfg.MODEL.META_ARCHITECTURE != "FocalRetinaNet":
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; expected FocalRetinaNet, "
+            f"{reason}; add: MODEL.META_ARCHITECTURE FocalRetinaNet"
+        )
 
 
 def load_lazy_cfg(
@@ -137,15 +235,3 @@ def set_up(
     default_setup(cfg, args)
     setup_logger(values.OUTPUT_DIR, comm.get_rank(), name="retina_focal")
     return cfg
-
-
-def processor(device: str) -> str:
-    """Name of what computes."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -1,10 +1,10 @@
-"""AP against time an image (Fig. 2), of one's own checkpoints: `retina-focal speed`."""
+"""AP against time per image (Fig. 2), of one's own checkpoints: `retina-focal speed`."""
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,14 +15,23 @@ from detectron2.evaluation import COCOEvaluator, inference_context
 from torch import nn
 from tqdm import tqdm
 
+from retina_focal.data.images import map_record
 from retina_focal.data.registration import use_datasets
 from retina_focal.errors import UserError
-from retina_focal.files import whole_file
-from retina_focal.tools.common import add_dataset_argument, command, load_cfg, processor
+from retina_focal.files import write_whole
+from retina_focal.tools.common import (
+    add_dataset_argument,
+    command,
+    listed,
+    load_cfg,
+    number,
+    tool_parser,
+)
+from retina_focal.tools.reports import figure, origin, table
 from retina_focal.weights.load import load_model
 
 WARM_UP = 3  # images that are not timed
-# (ms an image, AP) on one Nvidia M40, COCO test-dev; paper, table 1e and Fig. 2.
+# (ms per image, AP) on one Nvidia M40, COCO test-dev; paper, table 1e and Fig. 2.
 PUBLISHED = {
     "RetinaNet-50, 400 to 800 px": [(64, 30.5), (72, 32.5), (98, 34.3), (121, 35.1), (153, 35.7)],
     "RetinaNet-101, 400 to 800 px": [(81, 31.9), (90, 34.4), (122, 36.0), (154, 37.1), (198, 37.8)],
@@ -34,8 +43,8 @@ PUBLISHED = {
     "FPN Faster R-CNN": [(172, 36.2)],
 }
 EPILOG = """
-Time is that of the model's call with one image: normalisation, network, decoding and NMS, not
-reading or resizing the file. Each image is seen by every checkpoint at every scale before the next.
+What is timed is the model's call with one image: normalisation, network, decoding and NMS, not
+reading or resizing the file. Every checkpoint sees an image at every scale before the next image.
 
 Example:
   %(prog)s --checkpoint output/bccd/config.yaml output/bccd/model_final.pth \\
@@ -55,7 +64,7 @@ class Point:
     seconds: list[float] = field(default_factory=list)
 
     def see(self, record: dict) -> None:
-        inputs = [self.mapper(record)]
+        inputs = [map_record(self.mapper, record)]
         _synchronize()
         start = time.perf_counter()
         outputs = self.model(inputs)
@@ -84,7 +93,7 @@ def main(argv: list[str]) -> None:
         label: load_cfg(config, [*args.opts, "MODEL.WEIGHTS", weights], args.dataset)
         for label, (config, weights) in zip(_labels(args.checkpoint), args.checkpoint, strict=True)
     }
-    name = _common_test_set(list(cfgs.values()))
+    name = _common_test_set(cfgs.values())
     records = DatasetCatalog.get(name)
     if len(records) < 2 * WARM_UP:
         raise UserError(
@@ -97,30 +106,21 @@ def main(argv: list[str]) -> None:
         for size in args.sizes or [cfg.INPUT.MIN_SIZE_TEST]
     ]
     rows = measure(points, records)
-    device = next(iter(models.values())).device
     report = {
-        "processor": processor(str(device)),
-        "threads": torch.get_num_threads(),
+        **origin("speed", argv, str(next(iter(models.values())).device)),
         "dataset": name,
         "images": len(records),
         "rows": rows,
     }
-    with whole_file(args.output / "speed.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1))
-    with whole_file(args.output / "speed.md") as temporary:
-        temporary.write_text(markdown(report))
+    text = markdown(report)
+    write_whole(args.output / "speed.json", json.dumps(report, indent=1))
+    write_whole(args.output / "speed.md", text)
     plot(report, args.output / "speed.png")
-    print(markdown(report))
-    print(f"plot: {args.output / 'speed.png'}")
+    print(f"{text}\nwritten to {args.output}")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="retina-focal speed",
-        description=__doc__.splitlines()[0],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser("speed", __doc__, EPILOG, has_folder=True)
     parser.add_argument(
         "--checkpoint",
         nargs=2,
@@ -130,16 +130,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="may be repeated",
     )
     parser.add_argument(
-        "--sizes", type=_sizes, metavar="PX,PX", help="shorter sides; default: each config's"
+        "--sizes",
+        type=listed(number()),
+        metavar="PX,PX",
+        help="shorter sides; default: each config's",
     )
     add_dataset_argument(parser)
-    parser.add_argument("--output", type=Path, default=Path("output/speed"), metavar="DIR")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for every config")
     return parser.parse_args(argv)
 
 
 def measure(points: Sequence[Point], records: Sequence[dict]) -> list[dict]:
-    """A row a point; the points take turns image by image, so that a slow minute meets all."""
+    """One row per point; they take turns image by image, so that a slow minute meets all."""
     for point in points:
         point.evaluator.reset()
     progress = tqdm(records, unit="image")
@@ -151,64 +153,56 @@ def measure(points: Sequence[Point], records: Sequence[dict]) -> list[dict]:
 
 
 def markdown(report: dict) -> str:
-    """What it ran on, and a line a point."""
-    lines = [
-        f"{report['processor']}, {report['threads']} threads; {report['images']} images of "
-        f"{report['dataset']}, one at a time; ms an image: median (quartiles)",
-        "",
-        "| checkpoint | shorter side, px | AP | AP50 | ms an image |",
-        "| --- | --- | --- | --- | --- |",
+    """What it ran on, and a line for each point."""
+    heads = ["checkpoint", "shorter side, px", "AP", "AP50", "ms per image"]
+    rows = [
+        [
+            row["checkpoint"],
+            row["size"],
+            f"{row['AP']:.1f}",
+            f"{row['AP50']:.1f}",
+            "{1:.0f} ({0:.0f} to {2:.0f})".format(*row["ms"]),
+        ]
+        for row in report["rows"]
     ]
-    for row in report["rows"]:
-        low, median, high = row["ms"]
-        lines.append(
-            f"| {row['checkpoint']} | {row['size']} | {row['AP']:.1f} | {row['AP50']:.1f} | "
-            f"{median:.0f} ({low:.0f} to {high:.0f}) |"
-        )
-    return "\n".join(lines) + "\n"
+    return (
+        f"`{report['command']}`\n\n{report['processor']}, {report['threads']} threads, "
+        f"{report['date']}; {report['images']} images of {report['dataset']}, one at a time; "
+        f"ms per image: median (quartiles)\n\n{table(heads, rows)}\n"
+    )
 
 
 def plot(report: dict, path: Path) -> None:
-    """What was measured here left; what the paper published, on its GPU and data, right."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    here, published = figure.subplots(1, 2)
-    for label in dict.fromkeys(row["checkpoint"] for row in report["rows"]):
-        rows = [row for row in report["rows"] if row["checkpoint"] == label]
-        here.plot([r["ms"][1] for r in rows], [r["AP"] for r in rows], "o-", label=label)
-        for row in rows:
-            here.annotate(
-                f"{row['size']} px", (row["ms"][1], row["AP"]), (5, -11), textcoords="offset points"
-            )
-    here.set_title(f"measured: {report['dataset']}, {report['processor']}", fontsize=10)
-    for label, points in PUBLISHED.items():
-        published.plot(*zip(*points, strict=True), "o-", label=label)
-    published.set_title("published: COCO test-dev, Nvidia M40 (arXiv:1708.02002)", fontsize=10)
-    for axes in (here, published):
-        axes.set_xlabel("ms an image")
-        axes.set_ylabel("AP")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)  # where it covers least
-        axes.margins(x=0.15)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    """Left what was measured here; right what the paper published, on its GPU and data."""
+    with figure(path, 11, 4.5) as drawn:
+        here, published = drawn.subplots(1, 2)
+        for label in dict.fromkeys(row["checkpoint"] for row in report["rows"]):
+            rows = [row for row in report["rows"] if row["checkpoint"] == label]
+            here.plot([r["ms"][1] for r in rows], [r["AP"] for r in rows], "o-", label=label)
+            for row in rows:
+                point = (row["ms"][1], row["AP"])
+                here.annotate(f"{row['size']} px", point, (5, -11), textcoords="offset points")
+        here.set_title(f"measured: {report['dataset']}, {report['processor']}", fontsize=10)
+        for label, points in PUBLISHED.items():
+            published.plot(*zip(*points, strict=True), "o-", label=label)
+        published.set_title("published: COCO test-dev, Nvidia M40 (arXiv:1708.02002)", fontsize=10)
+        for axes in (here, published):
+            axes.set_xlabel("ms per image")
+            axes.set_ylabel("AP")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)  # where it covers least
+            axes.margins(x=0.15)
 
 
-def _common_test_set(cfgs: Sequence[CfgNode]) -> str:
-    if not all(cfg.DATASETS.TEST for cfg in cfgs):
-        raise UserError(
-            "a config has no test set, DATASETS.TEST is empty; give one for all at the end: "
-            "DATASETS.TEST \"('name',)\""
-        )
+def _common_test_set(cfgs: Iterable[CfgNode]) -> str:
+    for cfg in cfgs:
+        use_datasets(cfg, cfg.DATASETS.TEST[:1])
     names = {cfg.DATASETS.TEST[0] for cfg in cfgs}
     if len(names) > 1:
         raise UserError(
             f"the configs have the test sets {sorted(names)}, whose AP can't be compared; give one "
             "for all at the end: DATASETS.TEST \"('name',)\""
         )
-    for cfg in cfgs:
-        use_datasets(cfg, cfg.DATASETS.TEST[:1])
     return names.pop()
 
 
@@ -238,10 +232,3 @@ def _labels(checkpoints: Sequence[Sequence[str]]) -> list[str]:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _sizes(text: str) -> list[int]:
-    try:
-        return [int(size) for size in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 160,320") from error

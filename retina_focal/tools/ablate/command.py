@@ -6,19 +6,18 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
-from typing import Protocol
 
 import yaml
 from tqdm import tqdm
 
 from retina_focal.data.registration import use_datasets
 from retina_focal.errors import UserError
-from retina_focal.files import whole_file
+from retina_focal.files import write_whole
 from retina_focal.tools.ablate import report
 from retina_focal.tools.ablate.runs import (
     Run,
@@ -29,7 +28,7 @@ from retina_focal.tools.ablate.runs import (
     read_row,
     row_names,
 )
-from retina_focal.tools.common import add_dataset_argument, command
+from retina_focal.tools.common import add_dataset_argument, command, listed, number, tool_parser
 
 POLL_SECONDS = 1.0
 EPILOG = """
@@ -47,15 +46,7 @@ Examples:
 """
 
 
-class Job(Protocol):
-    """A future of the standard library, or a job of submitit."""
-
-    def done(self) -> bool: ...
-
-    def result(self) -> dict: ...
-
-
-Submit = Callable[[Run], Job]
+Submit = Callable[[Run], Future]  # or a job of submitit, which has `done` and `result` too
 
 
 @command
@@ -70,7 +61,9 @@ def main(argv: list[str]) -> None:
     if args.iterations:
         opts += ["SOLVER.MAX_ITER", str(args.iterations)]
     planned = plan(rows, args.base, opts, args.dataset, args.seeds, args.output)
-    check_runs(planned)
+    for cfg in (runs[0].cfg for runs in planned.values()):
+        # Before hours of training rather than between them.
+        use_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     results = load_results(args.results)
     submit = launcher(args)
     runs = {(run.settings, run.seed): run for runs in planned.values() for run in runs}
@@ -80,9 +73,8 @@ def main(argv: list[str]) -> None:
         run_all(waiting, submit, args.jobs or len(waiting), partial(record, args.results), failures)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on")
-    results = load_results(args.results)
-    report.write(rows, planned, list(results.values()), args.output)
-    print(report.markdown(rows, planned, list(results.values())))
+    found = report.by_row(planned, load_results(args.results).values())
+    print(report.write(rows, found, args.output))
     print(f"results: {args.results}; table and plot: {args.output}")
     for run, error in failures.items():
         print(f"{run.name}, seed {run.seed} failed: {error}; see {run.folder / 'output.txt'}")
@@ -91,41 +83,37 @@ def main(argv: list[str]) -> None:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="retina-focal ablate",
-        description=__doc__.splitlines()[0],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser("ablate", __doc__, EPILOG, has_folder=True)
     parser.add_argument("rows", nargs="*", metavar="ROW", help="name, pattern or YAML file")
     parser.add_argument("--base", metavar="CFG", help="config that the rows' keys are merged onto")
     parser.add_argument(
         "--grid",
-        type=_axis,
+        type=partial(_assignment, is_list=True),
         action="append",
         default=[],
         metavar="KEY=V,V",
         help="values of a key; may be repeated: all combinations",
     )
     add_dataset_argument(parser)
-    parser.add_argument("--iterations", type=int, metavar="N", help="default: the config's")
-    parser.add_argument("--seeds", type=_seeds, default=[1], metavar="1,2,3", help="default: 1")
+    parser.add_argument("--iterations", type=number(), metavar="N", help="default: the config's")
+    parser.add_argument(
+        "--seeds", type=listed(number(least=0)), default=[1], metavar="1,2,3", help="default: 1"
+    )
     parser.add_argument(
         "--jobs",
-        type=int,
+        type=number(),
         metavar="N",
         help="runs side by side, each with its part of the cores; default: 1, on slurm all",
     )
     parser.add_argument("--cluster", choices=["local", "slurm"], help="run through submitit")
     parser.add_argument(
         "--cluster-option",
-        type=_option,
+        type=_assignment,
         action="append",
         default=[],
         metavar="NAME=VALUE",
         help="parameter of submitit's executor; may be repeated",
     )
-    parser.add_argument("--output", type=Path, default=Path("output/ablate"), metavar="DIR")
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="default: results.json in the output folder"
     )
@@ -145,13 +133,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.results = args.results or args.output / "results.json"
     args.jobs = args.jobs or (None if args.cluster == "slurm" else 1)
     return args
-
-
-def check_runs(planned: dict[str, list[Run]]) -> None:
-    """Refuse datasets before hours of training rather than between them."""
-    for runs in planned.values():
-        cfg = runs[0].cfg
-        use_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
 
 
 def run_all(
@@ -194,17 +175,23 @@ def launcher(args: argparse.Namespace) -> Submit:
         return partial(_start_process, threads=threads)
     try:
         import submitit
+
+        executor = submitit.AutoExecutor(folder=args.output / "jobs", cluster=args.cluster)
+        executor.update_parameters(name="ablate", **dict(args.cluster_option))
     except ImportError as error:
         raise UserError(
             "--cluster needs submitit, which is not installed; type: pip install submitit"
         ) from error
-    executor = submitit.AutoExecutor(folder=args.output / "jobs", cluster=args.cluster)
-    executor.update_parameters(name="ablate", **dict(args.cluster_option))
+    except (AssertionError, NameError, RuntimeError) as error:  # what it refuses options with
+        raise UserError(
+            f"submitit refuses --cluster {args.cluster} with the options "
+            f"{dict(args.cluster_option)}: {str(error).splitlines()[0]}"
+        ) from error
     return lambda run: executor.submit(execute, run.cfg.dump())
 
 
-def _start_process(run: Run, threads: int) -> Job:
-    # A process a run: what it leaves in memory, or its crash, is its own.
+def _start_process(run: Run, threads: int) -> Future:
+    # A process per run: what it leaves in memory, or its crash, is its own.
     pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_end_with_parent)
     job = pool.submit(execute, run.cfg.dump(), threads)
     pool.shutdown(wait=False)
@@ -223,12 +210,10 @@ def load_results(path: Path) -> dict[tuple[str, int], dict]:
     Raises:
         UserError: the file is not what this tool writes.
     """
-    if not path.exists():
-        return {}
     try:
-        results = json.loads(path.read_text())["runs"]
+        results = json.loads(path.read_text())["runs"] if path.exists() else []
         return {(result["settings"], result["seed"]): result for result in results}
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a results file of this tool ({error!r}); choose another by --results"
         ) from error
@@ -238,26 +223,15 @@ def record(path: Path, run: Run, result: dict) -> None:
     """Add a finished run to the results file."""
     results = load_results(path)
     results[run.settings, run.seed] = {"row": run.name, "settings": run.settings, **result}
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps({"runs": list(results.values())}, indent=1) + "\n")
+    write_whole(path, json.dumps({"runs": list(results.values())}, indent=1) + "\n")
 
 
-def _axis(text: str) -> tuple[str, list[object]]:
-    key, equals, values = text.partition("=")
-    if not equals or not values:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE,VALUE")
-    return key, yaml.safe_load(f"[{values}]")
-
-
-def _option(text: str) -> tuple[str, object]:
-    name, equals, value = text.partition("=")
-    if not equals:
+def _assignment(text: str, is_list: bool = False) -> tuple[str, object]:
+    """The type of an argument NAME=VALUE, or NAME=VALUE,VALUE; values are YAML."""
+    name, _, value = text.partition("=")
+    if not name or not value:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, yaml.safe_load(value)
-
-
-def _seeds(text: str) -> list[int]:
     try:
-        return [int(seed) for seed in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1,2,3") from error
+        return name, yaml.safe_load(f"[{value}]" if is_list else value)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{value!r} is not YAML") from error

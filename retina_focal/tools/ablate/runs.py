@@ -8,6 +8,7 @@ import json
 import math
 import re
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -19,8 +20,8 @@ from detectron2.config import CfgNode
 
 from retina_focal.config import config_path, flatten, get_cfg, merge_options
 from retina_focal.errors import UserError
-from retina_focal.files import whole_file
-from retina_focal.tools.common import load_cfg, set_up
+from retina_focal.files import write_whole
+from retina_focal.tools.common import ignore_deprecations, load_cfg, set_up
 from retina_focal.training.assembly import Trainer
 from retina_focal.training.processes import available_device
 
@@ -58,16 +59,17 @@ def read_row(name: str) -> Row:
     """The row of a file, or of ``configs/ablations/<name>.yaml``: its keys without ``_BASE_``.
 
     Raises:
-        UserError: neither exists.
+        UserError: neither exists, or the file is no YAML.
     """
     path = Path(name if Path(name).is_file() else config_path(f"ablations/{name}.yaml"))
-    text = path.read_text()
-    keys = yaml.safe_load(text)
+    try:
+        text = path.read_text()
+        keys = flatten(yaml.safe_load(text))
+    except (AttributeError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is no YAML file of KEY: VALUE ({error})") from error
     keys.pop("_BASE_", None)
     paper = PAPER_AP.search(text)
-    return Row(
-        path.stem, flatten(keys), tuple(map(float, paper.groups())) if paper else (), str(path)
-    )
+    return Row(path.stem, keys, tuple(map(float, paper.groups())) if paper else (), str(path))
 
 
 def row_names(pattern: str) -> list[str]:
@@ -104,7 +106,7 @@ def plan(
     Args:
         rows: unique in name.
         base: config that a row's own keys are merged onto; None: each row's whole file.
-        opts: KEY VALUE pairs for every run, merged before a row's own keys.
+        opts: KEY VALUE pairs for every run; onto a `base`, a row's own keys are merged after them.
         datasets: rows of [name, annotation json, image folder].
         seeds: of each row.
         output: folder of the runs' folders.
@@ -115,15 +117,11 @@ def plan(
     known: dict[tuple[str, int], Run] = {}
     shared = load_cfg(base, opts, datasets) if base else None
     for row in rows:
+        cfg = _merged(shared, row.keys) if shared else load_cfg(row.file, opts, datasets)
         runs = []
         for seed in seeds:
-            cfg = (shared or load_cfg(row.file, opts, datasets)).clone()
+            cfg = cfg.clone()
             cfg.defrost()
-            known_values = flatten(cfg)
-            for key, value in row.keys.items():
-                # yacs wants 2.0 where a person writes 2.
-                is_float = isinstance(known_values.get(key), float) and isinstance(value, int)
-                merge_options(cfg, [key, float(value) if is_float else value])
             cfg.SEED = seed
             settings = fingerprint(cfg)
             # Readable, and one folder for the same settings whoever asks for them.
@@ -132,6 +130,18 @@ def plan(
             runs.append(known.setdefault((settings, seed), Run(settings, seed, row.name, cfg)))
         planned[row.name] = runs
     return planned
+
+
+def _merged(cfg: CfgNode, keys: dict[str, object]) -> CfgNode:
+    """A copy of a config with other values of some keys."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    before = flatten(cfg)
+    for key, value in keys.items():
+        # yacs wants 2.0 where a person writes 2.
+        is_float = isinstance(before.get(key), float) and isinstance(value, int)
+        merge_options(cfg, [key, float(value) if is_float else value])
+    return cfg
 
 
 def fingerprint(cfg: CfgNode) -> str:
@@ -158,6 +168,7 @@ def execute(config: str, threads: int = 0) -> dict:
     cfg = get_cfg()
     cfg.merge_from_other_cfg(CfgNode.load_cfg(config))
     folder = Path(cfg.OUTPUT_DIR)
+    ignore_deprecations()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock, open(folder / "output.txt", "a") as output:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -165,9 +176,12 @@ def execute(config: str, threads: int = 0) -> dict:
             if threads:
                 torch.set_num_threads(threads)
             with redirect_stdout(output), redirect_stderr(output):
-                result = _train(cfg)
-            with whole_file(folder / "result.json") as temporary:
-                temporary.write_text(json.dumps(result))
+                try:
+                    result = _train(cfg)
+                except Exception:
+                    traceback.print_exc()  # whoever started the run shows its message alone
+                    raise
+            write_whole(folder / "result.json", json.dumps(result))
         return json.loads((folder / "result.json").read_text())
 
 
@@ -176,7 +190,7 @@ def iterations_done(run: Run) -> int:
     try:
         last = (run.folder / "metrics.json").read_text().splitlines()[-1]
         return json.loads(last)["iteration"] + 1
-    except (OSError, IndexError, ValueError, KeyError):
+    except (FileNotFoundError, IndexError, ValueError):  # before the first line, or half of one
         return 0
 
 

@@ -3,10 +3,8 @@
 import argparse
 import json
 import random
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -20,16 +18,27 @@ from detectron2.data import (
 )
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.evaluation import inference_context
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch import Tensor
 from tqdm import tqdm
 
+from retina_focal.data.images import map_record
 from retina_focal.data.registration import use_datasets
 from retina_focal.errors import UserError
-from retina_focal.files import whole_file
+from retina_focal.files import write_whole
 from retina_focal.retinanet import FocalRetinaNet
 from retina_focal.tools.anatomy import report as anatomy_report
 from retina_focal.tools.anatomy.windows import Anatomy
-from retina_focal.tools.common import add_config_arguments, command, load_cfg
+from retina_focal.tools.common import (
+    add_config_arguments,
+    command,
+    expect_focal_retinanet,
+    listed,
+    load_cfg,
+    number,
+    tool_parser,
+)
+from retina_focal.tools.reports import origin
 from retina_focal.weights.load import load_model
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0)  # Fig. 4
@@ -37,13 +46,14 @@ CURVE_GAMMAS = (*GAMMAS, 5.0)  # Fig. 1
 SEED = 0  # of the order of the images
 
 EPILOG = """
-A window is a class of an anchor that is not ignored. Images of the config's first test set come in
-a random order, fixed by a seed, at the size of the evaluation, and all windows of an image count;
-it ends with the image that brings both numbers of windows up to what was asked for, or with the
-dataset. Memory does not grow with the windows. Ctrl-C ends with the images seen so far.
+A window is one class of one anchor; anchors that are ignored have none. The images are those of
+the config's first test set, in a random order fixed by a seed, at the size of the evaluation. It
+ends with the image after which both numbers of windows are reached, or with the dataset. Memory
+does not grow with the windows. Ctrl-C ends with the images seen so far.
 
-Written: anatomy.png (cumulative distribution of the loss, a line a gamma), anatomy.md and .json
-(the numbers), hardest_negatives.png and hardest_positives.png (often missing and wrong labels).
+Written: anatomy.png (cumulative distribution of the loss, a line for each gamma), anatomy.md and
+.json (the numbers), hardest_negatives.png and hardest_positives.png (often missing and wrong
+labels).
 
 Examples:
   %(prog)s --config-file quick_start/bccd.yaml MODEL.WEIGHTS output/bccd/model_final.pth
@@ -62,19 +72,13 @@ def main(argv: list[str]) -> None:
     if not args.config_file:
         return
     cfg = load_cfg(args.config_file, args.opts, args.dataset)
-    if cfg.MODEL.META_ARCHITECTURE != "FocalRetinaNet":
-        raise UserError(
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}; expected FocalRetinaNet, "
-            "which loads the weights of detectron2's RetinaNet too; add: "
-            "MODEL.META_ARCHITECTURE FocalRetinaNet"
-        )
+    expect_focal_retinanet(cfg, "which loads the weights of detectron2's RetinaNet too")
     use_datasets(cfg, cfg.DATASETS.TEST[:1])
     model = load_model(cfg)
     anatomy = dissect(cfg, model, args.gammas or GAMMAS, args.num_negatives, args.num_positives)
     _check(anatomy)
     report = {
-        "command": shlex.join(["retina-focal", "anatomy", *argv]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **origin("anatomy", argv, cfg.MODEL.DEVICE),
         "weights": cfg.MODEL.WEIGHTS,
         "dataset": cfg.DATASETS.TEST[0],
         **anatomy_report.numbers(anatomy),
@@ -83,27 +87,22 @@ def main(argv: list[str]) -> None:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="retina-focal anatomy",
-        description=__doc__.splitlines()[0],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = partial(parser.add_argument, metavar="X")
+    parser = tool_parser("anatomy", __doc__, EPILOG, has_folder=True)
     add_config_arguments(parser, required=False)
-    add("--gammas", type=_gammas, help="default: 0,0.5,1,2; for --curves also 5")
-    add("--num-negatives", type=float, default=1e7, help="at least; default: 1e7, the paper's")
-    add("--num-positives", type=float, default=1e5, help="at least; default: 1e5, the paper's")
-    add("--output", type=Path, default=Path("output/anatomy"), help="folder; default: %(default)s")
+    add = partial(parser.add_argument, metavar="X")
+    count = number(float, 0)
+    add("--gammas", type=listed(number(float, 0)), help="default: 0,0.5,1,2; for --curves also 5")
+    add("--num-negatives", type=count, default=1e7, help="at least; default: 1e7, the paper's")
+    add("--num-positives", type=count, default=1e5, help="at least; default: 1e5, the paper's")
     parser.add_argument(
         "--curves",
         action="store_true",
         help="draw the losses themselves (Fig. 1 and appendix A); alone it needs no config",
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     args = parser.parse_args(argv)
     if not args.config_file and not args.curves:
         parser.error("--config-file is missing; for example: --config-file quick_start/bccd.yaml")
+    args.gammas = args.gammas and sorted(set(args.gammas))
     return args
 
 
@@ -123,7 +122,8 @@ def dissect(
     Returns:
         The anatomy of the images that were seen; Ctrl-C makes them fewer.
     Raises:
-        UserError: the dataset has no images or no ground truth, or logits are not finite.
+        UserError: the dataset has no images or no ground truth, an image can't be read, or logits
+            are not finite.
     """
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     if not records:
@@ -136,7 +136,7 @@ def dissect(
     )
     loader = build_detection_test_loader(
         random.Random(SEED).sample(records, len(records)),
-        mapper=mapper,
+        mapper=partial(map_record, mapper),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     anatomy = Anatomy(
@@ -191,7 +191,7 @@ def _outputs(model: FocalRetinaNet, *parts: str) -> Iterator[dict]:
 def _look(
     model: FocalRetinaNet, record: dict, outputs: dict
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Anchors (Ri, 4), logits (Ri, K) and labels (Ri,) of one image, a list of levels each."""
+    """Anchors (Ri, 4), logits (Ri, K) and labels (Ri,) of one image, a tensor per level."""
     if "instances" not in record:
         raise UserError(
             f"image '{record['file_name']}' has no 'annotations'; expected a dataset with ground "
@@ -200,13 +200,8 @@ def _look(
     model([record])
     anchors = outputs["anchor_generator"]
     labels, _ = model.label_anchors(anchors, [record["instances"]])
-    logits = [_per_anchor(x, model.num_classes) for x in outputs["head"][0]]
+    logits = [permute_to_N_HWA_K(x, model.num_classes)[0] for x in outputs["head"][0]]
     return [x.tensor for x in anchors], logits, labels[0].split([len(x) for x in anchors])
-
-
-def _per_anchor(logits: Tensor, num_classes: int) -> Tensor:
-    """(1, A x K, Hi, Wi) to (Hi x Wi x A, K), the order of the anchors."""
-    return logits[0].unflatten(0, (-1, num_classes)).permute(2, 3, 0, 1).reshape(-1, num_classes)
 
 
 def _check(anatomy: Anatomy) -> None:
@@ -228,17 +223,6 @@ def write(report: dict, anatomy: Anatomy, output: Path) -> None:
         anatomy_report.contact_sheet(hardest, anatomy.class_names, bool(is_positive), path)
     anatomy_report.plot(anatomy.tally, report["sentence"], output / "anatomy.png")
     text = anatomy_report.markdown(report)
-    for name, content in (("anatomy.json", json.dumps(report)), ("anatomy.md", text)):
-        with whole_file(output / name) as temporary:
-            temporary.write_text(content)
+    write_whole(output / "anatomy.json", json.dumps(report))
+    write_whole(output / "anatomy.md", text)
     print(f"{text}\nwritten to {output}")
-
-
-def _gammas(text: str) -> list[float]:
-    try:
-        gammas = sorted({float(x) for x in text.split(",")})
-    except ValueError:
-        gammas = [-1.0]
-    if not all(0 <= gamma < float("inf") for gamma in gammas):
-        raise argparse.ArgumentTypeError(f"{text!r} are not numbers of at least 0, as 0,0.5,2 are")
-    return gammas

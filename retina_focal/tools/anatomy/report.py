@@ -9,11 +9,12 @@ import cv2
 import numpy as np
 import torch
 from detectron2.data.detection_utils import read_image
+from torchvision.ops import box_iou
 
-from retina_focal.evaluation.drawing import COLORS, WHITE
-from retina_focal.files import whole_file
+from retina_focal.evaluation.drawing import WHITE, class_color, legend, write_picture
 from retina_focal.losses import FocalStarLoss, SigmoidFocalLoss
 from retina_focal.tools.anatomy.windows import HALF, Anatomy, HardWindow, LossTally
+from retina_focal.tools.reports import figure, table
 
 SIDES = ("negatives", "positives")
 # Of the paper's two readings of its figure: a fifth of the positives, most of the negatives' loss.
@@ -39,7 +40,7 @@ def numbers(anatomy: Anatomy) -> dict:
         "alpha": tally.alpha,
         "gammas": list(tally.gammas),
         "images": images,
-        "an_image": {
+        "per_image": {
             "candidate anchors": anatomy.num_anchors / images,
             "ignored anchors": anatomy.num_ignored / images,
             **{side: tally.num_windows(i == 1) / images for i, side in enumerate(SIDES)},
@@ -73,7 +74,7 @@ def sentence(tally: LossTally) -> str:
 
 
 def _rows(names: Sequence[str], sums: np.ndarray, gammas: Sequence[float]) -> list[dict]:
-    """One a name and gamma, from (2, names, 1 + G, 2) counts and loss sums."""
+    """One per name and gamma, from (2, names, 1 + G, 2) counts and loss sums."""
     rows = []
     for i, name in enumerate(names):
         for j, gamma in enumerate(gammas, start=1):
@@ -100,7 +101,7 @@ def _cumulative(tally: LossTally, is_positive: bool) -> dict:
 
 def markdown(report: dict) -> str:
     """The tables."""
-    per_image = ", ".join(f"{value:,.1f} {name}" for name, value in report["an_image"].items())
+    per_image = ", ".join(f"{value:,.1f} {name}" for name, value in report["per_image"].items())
     errors = [e for side in SIDES for e in report["cumulative"][side]["error"].values()]
     lines = [
         f"`{report['command']}`",
@@ -119,19 +120,16 @@ def markdown(report: dict) -> str:
         heads = [title, "gamma"]
         for side in reversed(SIDES):
             heads += [side, f"loss of {side}", "p_t > 0.5"]
-        lines += ["", _line(heads), _line(["---"] + ["---:"] * (len(heads) - 1))]
+        rows = []
         for row in report[key]:
             cells = [row["name"], f"{row['gamma']:g}"]
             for side in reversed(SIDES):
                 share = row[side]["well_classified"]
                 cells += [f"{row[side]['windows']:,}", f"{row[side]['loss']:,.4g}"]
                 cells.append("-" if share is None else _percent(share))
-            lines.append(_line(cells))
+            rows.append(cells)
+        lines += ["", table(heads, rows)]
     return "\n".join(lines) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _percent(share: float) -> str:
@@ -143,25 +141,19 @@ def _percent(share: float) -> str:
 
 def plot(tally: LossTally, text: str, path: Path) -> None:
     """Fig. 4 of the paper, with a sentence below."""
-    from matplotlib.figure import Figure  # its savefig draws by Agg, whatever the backend is
-
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
     names = ("negatives (background)", "positives (foreground)")
-    for side, axes in zip((1, 0), figure.subplots(1, 2), strict=True):
-        for gamma in tally.gammas:
-            curve = tally.cumulative(side == 1, gamma)
-            # Ascending: the easiest windows come first.
-            axes.plot(1 - curve.windows, 1 - curve.loss, label=rf"$\gamma$ = {gamma:g}")
-        axes.set_xlabel(f"fraction of {names[side]}, by rising loss")
-        axes.set_ylabel("cumulative normalised loss")
-        axes.set_title(f"{tally.num_windows(side == 1):,} {SIDES[side]}")
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1)
-        axes.grid(alpha=0.3)
-        axes.legend(loc="upper left")
-    figure.supxlabel(fill(text, 110), fontsize=10)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    with figure(path, 9, 4.6) as drawn:
+        for side, axes in zip((1, 0), drawn.subplots(1, 2), strict=True):
+            for gamma in tally.gammas:
+                curve = tally.cumulative(side == 1, gamma)
+                # Ascending: the easiest windows come first.
+                axes.plot(1 - curve.windows, 1 - curve.loss, label=rf"$\gamma$ = {gamma:g}")
+            axes.set(xlabel=f"fraction of {names[side]}, by rising loss", xlim=(0, 1))
+            axes.set(ylabel="cumulative normalised loss", ylim=(0, 1))
+            axes.set_title(f"{tally.num_windows(side == 1):,} {SIDES[side]}")
+            axes.grid(alpha=0.3)
+            axes.legend(loc="upper left")
+        drawn.supxlabel(fill(text, 110), fontsize=10)
 
 
 def plot_curves(gammas: Sequence[float], path: Path) -> None:
@@ -170,18 +162,7 @@ def plot_curves(gammas: Sequence[float], path: Path) -> None:
     No alpha. The appendix has cross entropy, FL with gamma 2, and FL* with (gamma, beta) (2, 1)
     and (4, 0).
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13.5, 4.4), layout="constrained")
-    by_p, by_x, derivatives = figure.subplots(1, 3)
     p_t = torch.linspace(1e-3, 1 - 1e-6, 1000, dtype=torch.float64)
-    for gamma in gammas:
-        name = rf"FL, $\gamma$ = {gamma:g}" if gamma else r"CE ($\gamma$ = 0)"
-        by_p.plot(p_t, SigmoidFocalLoss(-1, gamma)(p_t.logit(), foreground=True)[0], label=name)
-    by_p.axvspan(0.5, 1, color="0.93", zorder=0)
-    by_p.text(0.75, 2.2, "well-classified\nexamples", ha="center")
-    by_p.set(xlabel=r"$p_t$, probability of the true class", ylabel="loss")
-    by_p.set(xlim=(0, 1), ylim=(0, 5))
     x_t = torch.linspace(-5, 5, 1000, dtype=torch.float64)
     losses = {
         "CE": SigmoidFocalLoss(-1, 0),
@@ -189,17 +170,26 @@ def plot_curves(gammas: Sequence[float], path: Path) -> None:
         r"FL*, $\gamma$ = 2, $\beta$ = 1": FocalStarLoss(2, 1),
         r"FL*, $\gamma$ = 4, $\beta$ = 0": FocalStarLoss(4, 0),
     }
-    for name, loss in losses.items():
-        value, derivative = loss(x_t, foreground=True)
-        by_x.plot(x_t, value, label=name)
-        derivatives.plot(x_t, derivative, label=name)
-    by_x.set(xlabel=r"$x_t$, signed logit", ylabel="loss", xlim=(-5, 5), ylim=(0, 5))
-    derivatives.set(xlabel=r"$x_t$, signed logit", ylabel=r"derivative by $x_t$", xlim=(-5, 5))
-    for axes in (by_p, by_x, derivatives):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=9)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    with figure(path, 13.5, 4.4) as drawn:
+        by_p, by_x, derivatives = drawn.subplots(1, 3)
+        for gamma in gammas:
+            name = rf"FL, $\gamma$ = {gamma:g}" if gamma else r"CE ($\gamma$ = 0)"
+            loss, _ = SigmoidFocalLoss(-1, gamma)(p_t.logit(), foreground=True)
+            by_p.plot(p_t, loss, label=name)
+        by_p.axvspan(0.5, 1, color="0.93", zorder=0)
+        by_p.text(0.75, 2.2, "well-classified\nexamples", ha="center")
+        by_p.set(xlabel=r"$p_t$, probability of the true class", ylabel="loss")
+        by_p.set(xlim=(0, 1), ylim=(0, 5))
+        for name, loss in losses.items():
+            value, derivative = loss(x_t, foreground=True)
+            by_x.plot(x_t, value, label=name)
+            derivatives.plot(x_t, derivative, label=name)
+        by_x.set(xlabel=r"$x_t$, signed logit", ylabel="loss", xlim=(-5, 5), ylim=(0, 5))
+        derivatives.set(xlabel=r"$x_t$, signed logit", xlim=(-5, 5))
+        derivatives.set(ylabel=r"derivative by $x_t$")
+        for axes in (by_p, by_x, derivatives):
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=9)
 
 
 def contact_sheet(
@@ -213,15 +203,13 @@ def contact_sheet(
         is_positive: whether they are positives.
         path: of the picture.
     Raises:
-        OSError: a picture can't be read or the sheet can't be written.
+        UserError: the sheet can't be written.
     """
     tiles = [_tile(window, class_names, is_positive) for window in hardest]
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % COLUMNS)
     rows = [cv2.hconcat(tiles[i : i + COLUMNS]) for i in range(0, len(tiles), COLUMNS)]
-    sheet = cv2.vconcat([_header(class_names, is_positive, rows[0].shape[1]), *rows])
-    with whole_file(path) as temporary:
-        if not cv2.imwrite(str(temporary), sheet[:, :, ::-1]):  # RGB to BGR
-            raise OSError("OpenCV could not write it")
+    header = _header(class_names, is_positive, rows[0].shape[1])
+    write_picture(path, cv2.vconcat([header, *rows]))
 
 
 def _tile(window: HardWindow, class_names: Sequence[str], is_positive: bool) -> np.ndarray:
@@ -239,7 +227,7 @@ def _tile(window: HardWindow, class_names: Sequence[str], is_positive: bool) -> 
     )
     crop = cv2.warpAffine(image, affine, (TILE, TILE), borderValue=(GREY,) * 3)
     for box, label in zip(window.gt_boxes, window.gt_classes, strict=True):
-        _rectangle(crop, box, affine, _color(label))
+        _rectangle(crop, box, affine, class_color(label))
     _rectangle(crop, window.anchor, affine, WHITE)
     tile = np.full((TILE + CAPTION + GAP, TILE + GAP, 3), 255, np.uint8)
     tile[:TILE, :TILE] = crop
@@ -265,12 +253,8 @@ def _truth(window: HardWindow, class_names: Sequence[str]) -> str:
     """The ground truth that the anchor overlaps most."""
     if len(window.gt_boxes) == 0:
         return "no box in the image"
-    x0, y0, x1, y1 = np.concatenate([window.gt_boxes, window.anchor[None]]).T
-    width = np.minimum(x1, x1[-1]) - np.maximum(x0, x0[-1])
-    height = np.minimum(y1, y1[-1]) - np.maximum(y0, y0[-1])
-    overlap = width.clip(0) * height.clip(0)
-    area = (x1 - x0) * (y1 - y0)
-    ious = (overlap / (area + area[-1] - overlap))[:-1]
+    anchor = torch.as_tensor(window.anchor[None])
+    ious = box_iou(torch.as_tensor(window.gt_boxes), anchor)[:, 0]
     best = int(ious.argmax())
     if ious[best] == 0:
         return "overlaps no box"
@@ -281,19 +265,7 @@ def _header(class_names: Sequence[str], is_positive: bool, width: int) -> np.nda
     """What the sheet shows, and the colours of the first classes."""
     header = np.zeros((CAPTION, width, 3), np.uint8)
     kind = "positives of the lowest score" if is_positive else "negatives of the highest score"
-    x = 8
     entries = [(f"{kind} (white: anchor); boxes:", WHITE)]
-    entries += [(name, _color(i)) for i, name in enumerate(class_names)]
-    for text, color in entries:
-        draw = (cv2.FONT_HERSHEY_SIMPLEX, 0.55)
-        x_end = x + cv2.getTextSize(text, *draw, 1)[0][0] + 16
-        if x_end > width:
-            break
-        cv2.putText(header, text, (x, 26), *draw, color, 1, cv2.LINE_AA)
-        x = x_end
+    entries += [(name, class_color(i)) for i, name in enumerate(class_names)]
+    legend(header, (8, 26), entries, width)
     return header
-
-
-def _color(label: int) -> tuple[int, int, int]:
-    """RGB of a class."""
-    return COLORS[label % len(COLORS)]

@@ -23,7 +23,7 @@ MAX_LOGIT = 32  # windows beyond +-32 share the two outermost bins
 HALF = BINS_PER_UNIT * MAX_LOGIT  # bins on each side of x_t = 0
 # Windows that are looked at together: bounds the temporaries, for any number of classes.
 CHUNK_SIZE = 1 << 20
-# Of each chunk and image, how many of the hardest are thinned to one a place.
+# Of each chunk and image, how many of the hardest are thinned to one per place.
 NUM_CANDIDATES = 1000
 # Windows that are kept for a contact sheet.
 SHEET_SIZE = 20
@@ -98,7 +98,7 @@ class LossTally:
         self.by_class = np.zeros((2, num_classes, 1 + len(self.gammas), 2))
 
     def add(self, level: int, found: Windows) -> None:
-        """Count these windows of a level, P3's number being 0."""
+        """Count these windows of level number `level`; P3 is 0."""
         # ceil, so that x_t = 0 is no well-classified window: p_t > 0.5 is a union of bins.
         bins = (found.x_t * BINS_PER_UNIT).ceil().clamp(1 - HALF, HALF).long() + (HALF - 1)
         class_bins = 2 * found.classes + (found.x_t > 0)
@@ -150,7 +150,7 @@ class HardWindow(NamedTuple):
 
 
 class HardestWindows:
-    """The windows of the highest loss, at most one a place of an image.
+    """The windows of the highest loss, at most one per place of an image.
 
     An image's candidates are the `NUM_CANDIDATES` hardest of it, which NMS thins.
     """
@@ -227,9 +227,9 @@ class Anatomy:
 
         Args:
             record: of `DatasetMapper`, with `file_name`, `height`, `width` and `instances`.
-            anchors: (Ri, 4) a level, XYXY in pixels of the resized image.
-            logits: (Ri, K) a level.
-            labels: (Ri,) a level, in {-1, 0, ..., K}.
+            anchors: (Ri, 4) per level, XYXY in pixels of the resized image.
+            logits: (Ri, K) per level.
+            labels: (Ri,) per level, in {-1, 0, ..., K}.
         Raises:
             UserError: logits that are not finite.
         """

@@ -1,6 +1,5 @@
 """Where a config differs from the paper, Detectron and the zoo: `retina-focal fidelity`."""
 
-import argparse
 import logging
 import math
 import re
@@ -9,13 +8,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from retina_focal.config import config_path, get_cfg, merge_file, merge_options
+from retina_focal.config import config_path, flatten, get_cfg, merge_file, merge_options
 from retina_focal.errors import UserError
-from retina_focal.tools.common import command
+from retina_focal.tools.common import command, tool_parser
 from retina_focal.tools.fidelity.settings import SETTINGS, Choice, Setting, frozen
 
 REFERENCES = {
@@ -68,28 +66,33 @@ class Declaration(NamedTuple):
 @command
 def main(argv: list[str]) -> None:
     """``retina-focal fidelity``: a table for each config and reference."""
-    parser = argparse.ArgumentParser(
-        prog="retina-focal fidelity",
-        usage="%(prog)s [options] CONFIG.yaml ... [KEY VALUE ...]",
-        description=__doc__.splitlines()[0],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = tool_parser("fidelity", __doc__, EPILOG)
+    parser.usage = "%(prog)s [options] CONFIG.yaml ... [KEY VALUE ...]"
+    parser.add_argument(
+        "configs", nargs="*", metavar="CONFIG.yaml", help="configs, then KEY VALUE pairs"
     )
     parser.add_argument(
-        "configs", nargs="+", metavar="CONFIG.yaml", help="configs, then KEY VALUE pairs"
+        "--config-file",
+        action="append",
+        default=[],
+        metavar="CONFIG.yaml",
+        help="the same as without the option; may be repeated",
     )
     parser.add_argument("--reference", choices=[*REFERENCES, "all"], help="what to compare with")
     parser.add_argument("--all", action="store_true", help="list the settings that agree too")
     parser.add_argument("--markdown", action="store_true", help="tables for a Markdown file")
-    args = parser.parse_args(argv)
-    names = list(takewhile(lambda x: x.endswith((".yaml", ".yml")), args.configs))
+    args = parser.parse_intermixed_args(argv)
+    configs = list(takewhile(lambda x: x.endswith((".yaml", ".yml")), args.configs))
+    opts = args.configs[len(configs) :]
+    names = [*args.config_file, *configs]
     if not names:
-        parser.error(f"'{args.configs[0]}' is no YAML config; for example: quick_start/bccd.yaml")
+        found = f"'{opts[0]}' is no YAML config" if opts else "no config is given"
+        parser.error(f"{found}; for example: quick_start/bccd.yaml")
     for name in names:
         path = config_path(name)
         cfg = get_cfg()
         merge_file(cfg, path)
-        merge_options(cfg, args.configs[len(names) :])
+        merge_options(cfg, opts)
         declared = declaration(path)
         report(name, cfg, declared, args.reference, args.all, args.markdown)
 
@@ -98,18 +101,14 @@ def report(
     name: str,
     cfg: CfgNode,
     declared: Declaration,
-    reference: str | None = None,
-    everything: bool = False,
-    markdown: bool = False,
+    reference: str | None,
+    everything: bool,
+    markdown: bool,
 ) -> None:
-    """Print the tables of one config.
+    """Print the tables of one config, with what its header declared; see the command's options.
 
     Args:
-        name: of the config, for the title.
-        declared: what its header says.
         reference: one of REFERENCES, or "all"; None: the one that the config follows, or all.
-        everything: list the settings that agree too.
-        markdown: tables for a Markdown file.
     """
     reference = reference or declared.reference or "all"
     print(f"# {name}: follows {declared.reference or 'no reference that its header names'}")
@@ -173,6 +172,9 @@ def choice_of(setting: Setting, reference: str) -> Choice | None:
 @cache
 def zoo() -> tuple[CfgNode, ...]:
     """detectron2's own RetinaNet configs, with the package's keys at their stock values."""
+    # Not at the top: it warns of deprecations, which `command` has silenced by now.
+    from detectron2 import model_zoo
+
     # They compute the anchor sizes in YAML, of which each load would warn.
     logger = logging.getLogger("fvcore.common.config")
     level = logger.level
@@ -189,22 +191,14 @@ def zoo() -> tuple[CfgNode, ...]:
 def _other_keys(cfg: CfgNode) -> list[Row]:
     """Keys that no setting reads and that differ from the first config of the zoo."""
     covered = {key for setting in SETTINGS for key in setting.keys}
-    here, there = _leaves(cfg), _leaves(zoo()[0])
+    here, there = (
+        {key: frozen(value) for key, value in flatten(x).items()} for x in (cfg, zoo()[0])
+    )
     return [
         Row(key, _show(value), _show(there.get(key)), "not known", "detectron2 defaults.py", True)
         for key, value in here.items()
         if key not in covered and not key.startswith(PASSIVE) and value != there.get(key)
     ]
-
-
-def _leaves(node: CfgNode, prefix: str = "") -> dict[str, object]:
-    leaves = {}
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            leaves |= _leaves(value, f"{prefix}{key}.")
-        else:
-            leaves[prefix + key] = frozen(value)
-    return leaves
 
 
 def same(one: object, other: object) -> bool:
@@ -262,13 +256,7 @@ def _show(value: object) -> str:
 
 
 def _table(rows: list[Row], markdown: bool) -> str:
-    cells = [row[:-1] for row in rows]
+    style = {"tablefmt": "grid", "maxcolwidths": list(COLUMNS.values())}
     if markdown:
-        return tabulate(cells, list(COLUMNS), tablefmt="github", disable_numparse=True)
-    return tabulate(
-        cells,
-        list(COLUMNS),
-        tablefmt="grid",
-        maxcolwidths=list(COLUMNS.values()),
-        disable_numparse=True,
-    )
+        style = {"tablefmt": "github"}
+    return tabulate([row[:-1] for row in rows], list(COLUMNS), disable_numparse=True, **style)

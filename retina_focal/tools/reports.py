@@ -1,0 +1,61 @@
+"""What the reports of the commands share: where numbers come from, tables and figures."""
+
+import platform
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import detectron2
+import torch
+import torchvision
+from tabulate import tabulate
+
+from retina_focal.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def origin(tool: str, argv: Sequence[str], device: str) -> dict[str, object]:
+    """By what command, when and on what something is measured."""
+    return {
+        "command": shlex.join(["retina-focal", tool, *argv]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "processor": processor(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "detectron2": detectron2.__version__,
+    }
+
+
+def processor(device: str) -> str:
+    """Name of what computes."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table that reads in a terminal too: the first column left, the others right."""
+    align = ("left", *["right"] * (len(heads) - 1))
+    return tabulate(rows, heads, tablefmt="pipe", colalign=align, disable_numparse=True)
+
+
+@contextmanager
+def figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
+    """A figure to draw on, in inches; saved to `path` at the end."""
+    from matplotlib.figure import Figure  # its savefig draws by Agg, whatever the backend is
+
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    yield drawn
+    picture = BytesIO()
+    drawn.savefig(picture, dpi=120)
+    write_whole(path, picture.getvalue())
