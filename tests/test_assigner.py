@@ -357,3 +357,14 @@ def test_other_anchors_of_the_same_sizes_are_not_taken_for_the_last_ones():
     for anchors in (coarse, fine, fine, [*fine, *coarse], fine):
         expected = Assigner(num_classes=2)(anchors, [instances])
         assert all(map(torch.equal, assigner(anchors, [instances]), expected))
+
+
+def test_a_block_of_boxes_keeps_the_low_quality_matches_of_the_blocks_before(monkeypatch):
+    """Anchors off any grid, so that `match_dense` sees all boxes, a box at a time."""
+    anchors = [Boxes(torch.tensor([[0.0, 0, 8, 8], [31, 2, 47, 19], [70, 70, 80, 95]]))]
+    boxes = [[0.0, 0, 3, 3], [40, 10, 60, 30], [78, 80, 99, 99]]  # each overlaps one, a little
+    target = instances(boxes)
+    monkeypatch.setattr(matching, "MAX_PAIRS", 1)
+    labels, matched_idxs = Assigner(num_classes=NUM_CLASSES)(anchors, [target])
+    assert labels[0].tolist() == target.gt_classes.tolist()
+    assert matched_idxs[0].tolist() == [0, 1, 2]

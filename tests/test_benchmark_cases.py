@@ -9,6 +9,7 @@ from conftest import small_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
+from test_head import outputs_of
 
 from retina_focal.tools.benchmark import cases, inputs, models
 from retina_focal.tools.benchmark.instruments import Stopwatch
@@ -57,7 +58,7 @@ def test_shapes_equal_those_of_the_network():
     model = models.build("ours", setting).eval()
     images = model.preprocess_image(inputs.pictures(setting)).tensor
     features = [model.backbone(images)[name] for name in model.head_in_features]
-    logits, deltas = model.head(features)
+    logits, deltas = outputs_of(model.head, features)
     expected = model.anchor_generator(features)
     anchors, sizes = inputs.anchors_per_level(setting)
     assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(anchors, expected, strict=True))

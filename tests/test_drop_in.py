@@ -16,8 +16,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultPredictor
 from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.analysis import FlopCountAnalysis, parameter_count
 from detectron2.utils.events import EventStorage
+
+from retina_focal import box_tower, retinanet
 
 SUBSETS = [
     names for count in range(1, 4) for names in itertools.combinations(sorted(PLUGIN), count)
@@ -158,6 +161,38 @@ def test_vis_period_puts_ground_truth_beside_predictions():
         model(pictures([(64, 96)], num_boxes=[3]))
     ((_, image, _),) = storage._vis_data
     assert image.shape[0] == 3 and image.shape[1] > image.shape[2] * 64 // 96
+    assert (image[:, : image.shape[1] // 2] != image[:, image.shape[1] // 2 :]).any()
+
+
+def test_the_training_picture_shows_ground_truth_above_predictions():
+    """Each on a grey ground at a place of its own."""
+    record = {"image": torch.full((3, 60, 100), 128, dtype=torch.uint8)}
+    truth, prediction = [[10.0, 10, 30, 50]], [[60.0, 10, 90, 50]]
+    record["instances"] = Instances((60, 100), gt_boxes=Boxes(torch.tensor(truth)))
+    scores = torch.tensor([0.9])
+    result = Instances((60, 100), pred_boxes=Boxes(torch.tensor(prediction)), scores=scores)
+    _, picture = retinanet._draw_training(record, result, "BGR")
+    height, width = picture.shape[1] // 2, picture.shape[2]
+    drawn = (picture != 128).any(0)
+    top, bottom = drawn[:height], drawn[height:]
+    left = slice(0, width // 2), slice(width // 2, width)
+    assert top[:, left[0]].any() and not top[:, left[1]].any()
+    assert bottom[:, left[1]].any() and not bottom[:, left[0]].any()
+
+
+def test_the_training_picture_runs_the_box_tower_on_one_image(monkeypatch):
+    model = plugin_model(**{"VIS_PERIOD": 1}).train()
+    seen = []
+    at = box_tower.PendingDeltas.at
+
+    def note(self, places):
+        seen.append(len(self.inputs[0]))
+        return at(self, places)
+
+    monkeypatch.setattr(box_tower.PendingDeltas, "at", note)
+    with EventStorage():
+        model(pictures([(64, 96)] * 3, num_boxes=[3, 1, 2]))
+    assert seen == [3, 1]  # the loss of three images, the picture of one
 
 
 def test_training_needs_no_event_storage():

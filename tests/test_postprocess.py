@@ -8,7 +8,7 @@ import torchvision
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes
 
-from retina_focal import Postprocessor, get_cfg
+from retina_focal import Postprocessor, get_cfg, postprocess
 from retina_focal.postprocess import logit
 
 TRANSFORM = Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0))
@@ -71,7 +71,11 @@ def by_loops(anchors, logits, deltas, i, thresh, topk, nms_thresh, max_detection
         (0.999, 1000, 0.5, 100),
     ],
 )
-def test_detections_equal_those_of_loops(thresh, topk, nms_thresh, max_detections):
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["CPU", "as on a device"])
+def test_detections_equal_those_of_loops(
+    monkeypatch, on_cpu, thresh, topk, nms_thresh, max_detections
+):
+    monkeypatch.setattr(postprocess, "_is_on_cpu", lambda x: on_cpu)
     arguments = case()
     results = postprocessor(
         score_thresh=thresh,
@@ -139,3 +143,20 @@ def test_config_names_the_four_numbers():
     p = Postprocessor(cfg)
     found = (p.score_thresh, p.topk_candidates, p.nms_thresh, p.max_detections_per_image)
     assert found == (0.1, 7, 0.6, 9) and p.num_classes == 80
+
+
+def test_a_score_equal_to_the_threshold_does_not_pass():
+    anchors = [Boxes(torch.tensor([[0.0, 0.0, 10.0, 10.0]]))]
+    logits = torch.tensor([0.0, 0.5, -1.0]).view(1, 3, 1, 1)  # sigmoid(0) is 0.5 exactly
+    (result,) = postprocessor(score_thresh=0.5)(
+        anchors, [logits], [torch.zeros(1, 4, 1, 1)], [(20, 20)]
+    )
+    assert result.pred_classes.tolist() == [1]
+
+
+def test_half_precision_loses_no_score_above_the_threshold():
+    """bf16 rounds the threshold's logit, -2.944, to -2.9375, whose score is 0.0503."""
+    anchors = [Boxes(torch.tensor([[0.0, 0.0, 10.0, 10.0]]))]
+    logits = torch.tensor([-2.9375, -2.953125, -9.0]).bfloat16().view(1, 3, 1, 1)
+    (result,) = postprocessor()(anchors, [logits], [torch.zeros(1, 4, 1, 1)], [(20, 20)])
+    assert result.pred_classes.tolist() == [0]
