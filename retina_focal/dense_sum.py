@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retina_focal import kernels
 from retina_focal.errors import UserError
 from retina_focal.losses import DenseLoss
 from retina_focal.places import Places
@@ -149,6 +150,15 @@ def _add_background(
     shape, strides = (len(logits), logits[0].numel()), (logits[0].numel(), 1)
     rows = logits.as_strided(shape, strides)
     grad_rows = rows if grad is None else grad.as_strided(shape, strides)
+    if hasattr(loss, "background_term") and kernels.available(logits.device):
+        from retina_focal.kernels import focal_loss
+
+        if sums is not None:
+            sums += focal_loss.background_sums(loss.background_term(), rows)
+        if grad is not None:
+            one = weights.new_ones(())
+            focal_loss.background_gradient(loss.background_term(), rows, weights, one, grad_rows)
+        return
     on_cpu, dtype = logits.device.type == "cpu", torch.promote_types(logits.dtype, torch.float32)
     images = 1 if on_cpu else len(logits)
     chunk_size = CPU_CHUNK_SIZE if on_cpu else max(1, CHUNK_SIZE // max(1, images))

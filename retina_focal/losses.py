@@ -1,7 +1,7 @@
 """Classification losses: their definitions per element, and the same with derivatives."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from retina_focal.config import registered, retina_focal_node
 from retina_focal.errors import UserError
+
+if TYPE_CHECKING:
+    from retina_focal.kernels.focal_loss import BackgroundTerm
 
 # exp(80) and its reciprocal are normal fp32 numbers.
 MAX_EXPONENT = 80.0
@@ -95,6 +98,8 @@ class DenseLoss(Protocol):
             (P,) fp32 targets q in [0, 1], the IoU of each decoded box with its ground truth; no
             gradient flows through them.
         with_alpha: method that returns the same loss with another alpha, for ALPHA_FROM_DATA.
+        background_term: method that returns the `kernels.focal_loss.BackgroundTerm` that computes
+            its background on a GPU; without one it is computed in PyTorch on every device.
     """
 
     def __call__(self, logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
@@ -128,6 +133,12 @@ class SigmoidFocalLoss:
                 f"MODEL.RETINANET.FOCAL_LOSS_GAMMA is {self.gamma}; expected at least 0 "
                 "(0 is cross entropy, the paper's value is 2)"
             )
+
+    def background_term(self) -> "BackgroundTerm":
+        """What the fused kernels compute; imports Triton."""
+        from retina_focal.kernels import focal_loss
+
+        return focal_loss.focal(self.alpha, self.gamma)
 
     def with_alpha(self, alpha: float) -> "SigmoidFocalLoss":
         """The same with another alpha.
@@ -180,6 +191,12 @@ class FocalStarLoss:
                 "'focal_star' divides by it and expects it above 0 (the paper's values are 2, with "
                 "FOCAL_STAR.BETA 1, and 4, with BETA 0); for gamma 0 use 'focal'"
             )
+
+    def background_term(self) -> "BackgroundTerm":
+        """What the fused kernels compute; imports Triton."""
+        from retina_focal.kernels import focal_loss
+
+        return focal_loss.focal_star(self.gamma, self.beta)
 
     def __call__(self, logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:
         wrong = logits * (-self.gamma if foreground else self.gamma) - self.beta

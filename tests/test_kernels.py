@@ -18,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retina_focal import kernels
+from retina_focal import FocalStarLoss, SigmoidFocalLoss, kernels
+from retina_focal.dense_sum import LevelTargets, dense_loss_sum
+from retina_focal.places import Places
 
 triton = pytest.importorskip("triton", reason="Triton is not installed, as outside Linux")
 import triton.language as tl  # noqa: E402
@@ -93,7 +95,7 @@ def interpreted() -> Iterator[Callable]:
         started = pool.submit(both_passes, "focal", (0.25, 2), *case(1, 1))
     with pool:
         started.result()
-        yield lambda *arguments: pool.submit(both_passes, *arguments).result()
+        yield lambda *arguments, run=both_passes: pool.submit(run, *arguments).result()
 
 
 def case(num_images: int, length: int, mean: float = -4.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -362,3 +364,33 @@ def test_the_kernels_need_triton_and_a_gpu_that_it_supports(monkeypatch):
         assert available(device) == is_supported
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     assert not available(device)
+
+
+def dense_sums(loss, memory_format) -> list[tuple[Tensor, Tensor]]:
+    """Loss and gradient of fp16 logits through the kernels, and through PyTorch."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (2 * torch.randn(2, 6, 5, 7, generator=generator) - 3).half()
+    place = Places(*(torch.tensor(x) for x in ([0, 1], [1, 0], [2, 4], [3, 6])))
+    ignored = Places(*(torch.tensor([x]) for x in (1, 1, 0, 0)))
+    targets = [LevelTargets(place, torch.tensor([2, 0]), ignored)]
+    found = []
+    for is_available in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "available", lambda device, answer=is_available: answer)
+            x = logits.to(memory_format=memory_format).requires_grad_()
+            total = dense_loss_sum(loss, [x], targets, 3, torch.tensor([0.5, 2.0]))
+            (1024 * total).backward()
+            found.append((total.detach(), x.grad))
+    return found
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "loss", [SigmoidFocalLoss(), SigmoidFocalLoss(-1, 0), FocalStarLoss()], ids=str
+)
+def test_the_dense_sum_is_the_same_through_the_kernels(interpreted, loss, memory_format):
+    (total, grad), (expected, expected_grad) = interpreted(loss, memory_format, run=dense_sums)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
+    # One rounding of fp16.
+    torch.testing.assert_close(grad, expected_grad, rtol=2**-10, atol=1e-6)
+    assert grad.is_contiguous(memory_format=memory_format)
