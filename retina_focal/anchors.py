@@ -13,7 +13,7 @@ from retina_focal.errors import UserError
 
 @ANCHOR_GENERATOR_REGISTRY.register()
 class OctaveAnchorGenerator(DefaultAnchorGenerator):
-    """A anchors a cell: every aspect ratio at sizes base * 2^(i / S), i < S, one base size a level.
+    """A anchors per cell: each aspect ratio at base * 2^(i / S), i < S, with one base per level.
 
     The grid and the arithmetic are detectron2's, so that its checkpoints and its code that looks
     for a `DefaultAnchorGenerator` go on working; only the sizes are computed here. With one
@@ -64,7 +64,7 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
 def octave_sizes(
     base_sizes: Sequence[float], scales_per_octave: int, num_levels: int
 ) -> list[list[float]]:
-    """Anchor sizes in pixels, a list a level; all of them on the level where there is only one."""
+    """Anchor sizes in pixels, a list per level; where there is one level, it has them all."""
     if scales_per_octave < 1:
         raise UserError(
             f"MODEL.RETINA_FOCAL.ANCHORS.SCALES_PER_OCTAVE is {scales_per_octave}; "
@@ -79,7 +79,7 @@ def octave_sizes(
     if len(octaves) != num_levels:
         raise UserError(
             f"MODEL.RETINA_FOCAL.ANCHORS.BASE_SIZES has {len(octaves)} sizes {list(base_sizes)} "
-            f"for {num_levels} feature levels; give one size a level, highest resolution first"
+            f"for {num_levels} feature levels; give one size per level, highest resolution first"
         )
     return octaves
 

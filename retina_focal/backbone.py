@@ -12,7 +12,7 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from retina_focal.config import retina_focal_node
+from retina_focal.config import check_choice, retina_focal_node
 from retina_focal.errors import UserError
 from retina_focal.folding import fold_timm_norms, is_depthwise
 
@@ -111,19 +111,20 @@ class TimmBackbone(Backbone):
                 16 or 32.
         """
         super().__init__()
-        if norm not in TIMM_NORMS:
-            raise UserError(
-                f"MODEL.RETINA_FOCAL.TIMM.NORM is '{norm}'; expected one of {', '.join(TIMM_NORMS)}"
-            )
+        check_choice("MODEL.RETINA_FOCAL.TIMM.NORM", norm, TIMM_NORMS)
         self.body = _create_timm_model(name, in_channels)
         info = self.body.feature_info
         strides = info.reduction()
-        _check_timm_strides(name, strides)
+        missing = [stride for stride in PYRAMID_INPUTS.values() if stride not in strides]
+        if missing:
+            raise UserError(
+                f"timm's {name} has features of stride {strides}, none of stride {missing}; P3, P4 "
+                f"and P5 need strides {list(PYRAMID_INPUTS.values())}: choose a convolutional model"
+            )
         self._outputs = {f: strides.index(stride) for f, stride in PYRAMID_INPUTS.items()}
         self._out_features = list(PYRAMID_INPUTS)
         self._out_feature_strides = dict(PYRAMID_INPUTS)
-        channels = info.channels()
-        self._out_feature_channels = {f: channels[i] for f, i in self._outputs.items()}
+        self._out_feature_channels = {f: info.channels()[i] for f, i in self._outputs.items()}
         convolutions = [m for m in self.body.modules() if isinstance(m, nn.Conv2d)]
         self._has_depthwise = any(map(is_depthwise, convolutions))
         self._freeze(info.module_name(), strides, freeze_at)
@@ -150,11 +151,9 @@ class TimmBackbone(Backbone):
         if freeze_at == 0 or not frozen:
             return
         # Modules, not parameters: the last may be an activation, which has none.
-        layers = list(self.body.model.named_modules())
-        inside = [
-            i for i, (name, _) in enumerate(layers) if f"{name}.".startswith(f"{frozen[-1]}.")
-        ]
-        for _, layer in layers[: inside[-1] + 1]:
+        names, layers = zip(*self.body.model.named_modules(), strict=True)
+        inside = [i for i, name in enumerate(names) if f"{name}.".startswith(f"{frozen[-1]}.")]
+        for layer in layers[: inside[-1] + 1]:
             for parameter in layer.parameters(recurse=False):
                 parameter.requires_grad = False
 
@@ -207,23 +206,10 @@ def _run_frozen_stages_image_by_image(module: nn.Module) -> None:
             _run_frozen_stages_image_by_image(child)
 
 
-def _check_timm_strides(name: str, strides: list[int]) -> None:
-    missing = [stride for stride in PYRAMID_INPUTS.values() if stride not in strides]
-    if missing:
-        raise UserError(
-            f"timm's {name} has features of stride {strides}, none of stride {missing}; P3, P4 and "
-            f"P5 need strides {list(PYRAMID_INPUTS.values())}: choose a convolutional model"
-        )
-
-
 def _pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     """P3 to P7 on the features res3, res4, res5 of `bottom_up`."""
     in_feature = retina_focal_node(cfg).TOP_BLOCK_IN_FEATURE
-    if in_feature not in TOP_BLOCK_IN_FEATURES:
-        raise UserError(
-            f"MODEL.RETINA_FOCAL.TOP_BLOCK_IN_FEATURE is '{in_feature}'; "
-            f"expected one of {', '.join(TOP_BLOCK_IN_FEATURES)}"
-        )
+    check_choice("MODEL.RETINA_FOCAL.TOP_BLOCK_IN_FEATURE", in_feature, TOP_BLOCK_IN_FEATURES)
     _check_features(bottom_up, cfg.MODEL.FPN.IN_FEATURES, "MODEL.FPN.IN_FEATURES")
     if list(cfg.MODEL.FPN.IN_FEATURES) != list(PYRAMID_INPUTS):
         raise UserError(

@@ -70,7 +70,8 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
             ) from error
         except ValueError as error:
             wanted = flatten(cfg)[key]
-            example = f"{int(value)}.0" if _is_int(value) and isinstance(wanted, float) else wanted
+            is_int = str(value).lstrip("+-").isdecimal()
+            example = f"{int(value)}.0" if is_int and isinstance(wanted, float) else wanted
             raise UserError(
                 f"{key} is a {type(wanted).__name__}, which {value} is not; type {key} {example}"
             ) from error
@@ -85,10 +86,6 @@ def flatten(node: dict, prefix: str = "") -> dict[str, object]:
         else:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-def _is_int(text: object) -> bool:
-    return str(text).lstrip("+-").isdecimal()
 
 
 def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
@@ -125,11 +122,8 @@ def config_path(name: str) -> str:
     folder = next((folder for folder in folders if folder.is_dir()), folders[0])
     if (folder / name).is_file():
         return str(folder / name)
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix in (".yaml", ".py")
-    )
+    paths = (path for path in folder.rglob("*") if path.suffix in (".yaml", ".py"))
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
     raise UserError(
         f"config '{name}' is neither a file nor a config of the package; near it: {', '.join(near)}"
@@ -193,8 +187,8 @@ def _default_node() -> CfgNode:
     # How detections are made and measured, beyond MODEL.RETINANET.*_TEST.
     node.TEST = CfgNode()
 
-    # Octave anchors of OctaveAnchorGenerator (Sec. 4, "Anchors"): one base size a level, in pixels,
-    # each repeated at 2^(i / SCALES_PER_OCTAVE) for i < SCALES_PER_OCTAVE.
+    # Octave anchors of OctaveAnchorGenerator (Sec. 4, "Anchors"): one base size per level, in
+    # pixels, each repeated at 2^(i / SCALES_PER_OCTAVE) for i < SCALES_PER_OCTAVE.
     node.ANCHORS = CfgNode()
     node.ANCHORS.BASE_SIZES = [32, 64, 128, 256, 512]
     node.ANCHORS.SCALES_PER_OCTAVE = 3

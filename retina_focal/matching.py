@@ -41,7 +41,7 @@ class AnchorGrid(NamedTuple):
     columns[:, c, x] by rows[:, c, y].
     """
 
-    levels: list[Tensor]  # (Hi x Wi x A, 4) anchors a level
+    levels: list[Tensor]  # (Hi x Wi x A, 4) anchors per level
     columns: Tensor  # (2, C, W) x0 and x1, as the anchors have them; short grids end in zeros
     rows: Tensor  # (2, C, H) y0 and y1
     size: Tensor  # (C, 2) int64 columns, rows
@@ -168,9 +168,9 @@ def find_grid(levels: list[Tensor]) -> AnchorGrid | None:
     """The grid that anchors stand on, read off their coordinates; None where they stand on none.
 
     Args:
-        levels: (Hi x Wi x A, 4) a level, rows of cells, a cell's anchors next to each other.
+        levels: (Hi x Wi x A, 4) per level, rows of cells, a cell's anchors next to each other.
     """
-    columns, rows, sizes, strides, first = [], [], [], [], []  # an element a shape
+    columns, rows, sizes, strides, first = [], [], [], [], []  # an element per shape
     num_anchors = 0
     for anchors in levels:
         if len(anchors) == 0:

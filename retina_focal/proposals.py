@@ -33,10 +33,8 @@ class FocalRPNHead(StandardRPNHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
-        return {
-            **super().from_config(cfg, input_shape),
-            "prior_prob": cfg.MODEL.RETINANET.PRIOR_PROB,
-        }
+        arguments = super().from_config(cfg, input_shape)
+        return {**arguments, "prior_prob": cfg.MODEL.RETINANET.PRIOR_PROB}
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -89,10 +87,10 @@ class FocalRPN(RPN):
     ) -> dict[str, Tensor]:
         """
         Args:
-            anchors: (Hi x Wi x A) boxes a level; R over all levels.
-            pred_objectness_logits: (N, Hi x Wi x A) a level.
+            anchors: (Hi x Wi x A) boxes per level; R over all levels.
+            pred_objectness_logits: (N, Hi x Wi x A) per level.
             gt_labels: N of (R,) in {-1, 0, 1}: ignored, background, object.
-            pred_anchor_deltas: (N, Hi x Wi x A, 4) a level.
+            pred_anchor_deltas: (N, Hi x Wi x A, 4) per level.
             gt_boxes: N of (R, 4) matched boxes.
         Returns:
             Scalars `loss_rpn_cls` and `loss_rpn_loc`.

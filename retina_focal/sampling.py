@@ -47,11 +47,7 @@ class HardExampleSampler:
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         node = retina_focal_node(cfg).OHEM
-        return {
-            "batch_size": node.BATCH_SIZE,
-            "nms_thresh": node.NMS_THRESH,
-            "neg_per_pos": node.NEG_PER_POS,
-        }
+        return {key: node[key.upper()] for key in ("batch_size", "nms_thresh", "neg_per_pos")}
 
     @torch.no_grad()
     def __call__(
@@ -59,8 +55,8 @@ class HardExampleSampler:
     ) -> Tensor:
         """
         Args:
-            anchors: (Hi x Wi x A) boxes a level.
-            logits: (N, A x K, Hi, Wi) a level.
+            anchors: (Hi x Wi x A) boxes per level.
+            logits: (N, A x K, Hi, Wi) per level.
             labels: (N, R) in {-1, 0, ..., K}; K is background, -1 is ignored.
             num_classes: K.
         Returns:
@@ -102,7 +98,7 @@ def cross_entropy_per_anchor(logits: list[Tensor], labels: Tensor, num_classes: 
     """-log p_t summed over the classes of each anchor; without meaning where it is ignored.
 
     Args:
-        logits: (N, A x K, Hi, Wi) a level; the arithmetic is fp32.
+        logits: (N, A x K, Hi, Wi) per level; the arithmetic is fp32.
         labels: (N, R) in {-1, 0, ..., K}.
     Returns:
         (N, R) fp32.

@@ -57,11 +57,8 @@ class FirstStepCheck(HookBase):
     def before_train(self) -> None:
         model = self.trainer.model
         model = model.module if isinstance(model, DistributedDataParallel) else model
-        if (
-            self.trainer.start_iter == 0
-            and comm.is_main_process()
-            and isinstance(model, FocalRetinaNet)
-        ):
+        is_start = self.trainer.start_iter == 0 and comm.is_main_process()
+        if is_start and isinstance(model, FocalRetinaNet):
             self._model = model
             self._handles = [
                 model.backbone.register_forward_pre_hook(self._keep_images),
@@ -80,9 +77,8 @@ class FirstStepCheck(HookBase):
             inputs = inspect.signature(criterion.forward).bind(*args, **kwargs).arguments
             self._report(criterion, inputs["logits"], inputs["labels"])
         else:
-            logger.info(
-                "first step: not checked, as the criterion is a %s", type(criterion).__name__
-            )
+            name = type(criterion).__name__
+            logger.info("first step: not checked, as the criterion is a %s", name)
         self._detach()
 
     def _detach(self) -> None:
@@ -101,6 +97,7 @@ class FirstStepCheck(HookBase):
         ]
         loss, score = loss_per_positive(criterion, logits, labels), mean_score(logits)
         numbers = {"per_positive": loss, "mean_score": score}
+        line = f"first step: loss_cls per positive anchor {loss:.4g}"
         if is_new(head):
             prior = head.prior_prob
             expected = closed_form(criterion, labels, prior, num_classes)
@@ -108,15 +105,9 @@ class FirstStepCheck(HookBase):
             causes.append(_wrong_prior(head))
             if not any(causes) and (_is_off(loss, expected) or _is_off(score, prior)):
                 causes.append(_unknown(logits))
-            line = (
-                f"first step: loss_cls per positive anchor {loss:.4g}, closed form {expected:.4g}; "
-                f"mean score {score:.4g}, prior {prior:.4g}"
-            )
+            line += f", closed form {expected:.4g}; mean score {score:.4g}, prior {prior:.4g}"
         else:
-            line = (
-                f"first step: loss_cls per positive anchor {loss:.4g}; mean score {score:.4g}; no "
-                "closed form, as the head is not a new one"
-            )
+            line += f"; mean score {score:.4g}; no closed form, as the head is not a new one"
         for name, value in numbers.items():
             get_event_storage().put_scalar(f"retina_focal/first_step/{name}", value)
         causes = [cause for cause in causes if cause]
@@ -213,11 +204,8 @@ def _wrong_num_classes(of_model: int, of_data: int) -> str | None:
 def _frozen_norms(modules: Sequence[nn.Module]) -> list[nn.Module]:
     """Batch norms, detectron2's and timm's, whose statistics and affine parameters stay."""
     # The scale of a norm that is trained is a parameter, not a buffer.
-    return [
-        module
-        for module in modules
-        if {"weight", "running_mean"} <= dict(module.named_buffers(recurse=False)).keys()
-    ]
+    needed = {"weight", "running_mean"}
+    return [x for x in modules if needed <= dict(x.named_buffers(recurse=False)).keys()]
 
 
 def _random_frozen_norms(modules: Sequence[nn.Module]) -> str | None:
@@ -256,9 +244,8 @@ def _foreign_pixels(
     ratio = (responses[0].flatten(1).float().var(1) / variance).nanmedian().sqrt().item()
     if RESPONSES[0] < ratio < RESPONSES[1]:
         return None
-    mean, std = (
-        [round(x, 3) for x in y.flatten().tolist()] for y in (model.pixel_mean, model.pixel_std)
-    )
+    pixels = (model.pixel_mean, model.pixel_std)
+    mean, std = ([round(x, 3) for x in y.flatten().tolist()] for y in pixels)
     return (
         f"The first convolution's outputs vary {ratio:.2g} times as much as on the images that the "
         f"backbone was trained on. MODEL.PIXEL_MEAN is {mean} and MODEL.PIXEL_STD {std}, for "
