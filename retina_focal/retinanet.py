@@ -65,7 +65,7 @@ class FocalRetinaNet(nn.Module):
             backbone: images to named feature maps; its frozen norms are folded, in place.
             head: (N, C, Hi, Wi) features to raw logits and deltas, see `FocalRetinaNetHead`.
             head_in_features: names of the backbone's outputs that the head sees, P3 first.
-            anchor_generator: features to one Boxes a level.
+            anchor_generator: features to one Boxes per level.
             assigner: anchors and ground truth to labels.
             criterion: predictions and labels to losses.
             postprocessor: predictions to detections.
