@@ -139,10 +139,11 @@ def _default_node() -> CfgNode:
     # Where P6 comes from: "res5" (the paper, Sec. 4 footnote 2) or "p5" (torchvision v1, FCOS).
     node.TOP_BLOCK_IN_FEATURE = "res5"
 
-    # A name in ASSIGNER_REGISTRY. Three label by thresholds of the IoU and differ in the "low-quality
-    # matches", anchors below the upper threshold that are positive: "detectron2" every best anchor
-    # of a box; "detectron" only where its IoU reaches the lower threshold (the authors' code);
-    # "paper" none (Sec. 4, "Anchors"). "atss" labels by statistics of the IoUs (arXiv:1912.02424).
+    # A name in ASSIGNER_REGISTRY. Three label by thresholds of the IoU and differ in the anchors
+    # below the upper threshold that are positive ("low-quality matches"): "detectron2" every best
+    # anchor of a box; "detectron" only where its IoU reaches the lower threshold (the authors'
+    # code); "paper" none (Sec. 4, "Anchors"). "atss" labels by statistics of the IoUs
+    # (arXiv:1912.02424).
     node.ASSIGNMENT = "detectron2"
 
     # What the losses are divided by: "ema" moving average of the positives of this process;
