@@ -74,15 +74,11 @@ class Point:
 
     def row(self) -> dict:
         """AP of the images seen, and quartiles of the time in ms."""
-        ap = self.evaluator.evaluate()["bbox"]
+        results = self.evaluator.evaluate()["bbox"]
+        ap = {metric: results[metric] for metric in ("AP", "AP50")}
         quartiles = statistics.quantiles(self.seconds[WARM_UP:], n=4)
-        return {
-            "checkpoint": self.label,
-            "size": self.size,
-            "AP": ap["AP"],
-            "AP50": ap["AP50"],
-            "ms": [1000 * x for x in quartiles],
-        }
+        ms = [1000 * x for x in quartiles]
+        return {"checkpoint": self.label, "size": self.size, **ap, "ms": ms}
 
 
 @command
@@ -121,20 +117,10 @@ def main(argv: list[str]) -> None:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = tool_parser("speed", __doc__, EPILOG, has_folder=True)
-    parser.add_argument(
-        "--checkpoint",
-        nargs=2,
-        action="append",
-        required=True,
-        metavar=("CONFIG", "WEIGHTS"),
-        help="may be repeated",
-    )
-    parser.add_argument(
-        "--sizes",
-        type=listed(number()),
-        metavar="PX,PX",
-        help="shorter sides; default: each config's",
-    )
+    pair = {"nargs": 2, "action": "append", "metavar": ("CONFIG", "WEIGHTS")}
+    parser.add_argument("--checkpoint", **pair, required=True, help="may be repeated")
+    sizes = {"type": listed(number()), "metavar": "PX,PX"}
+    parser.add_argument("--sizes", **sizes, help="shorter sides; default: each config's")
     add_dataset_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for every config")
     return parser.parse_args(argv)
@@ -144,8 +130,7 @@ def measure(points: Sequence[Point], records: Sequence[dict]) -> list[dict]:
     """One row per point; they take turns image by image, so that a slow minute meets all."""
     for point in points:
         point.evaluator.reset()
-    progress = tqdm(records, unit="image")
-    for record in progress:
+    for record in tqdm(records, unit="image"):
         for point in points:
             with inference_context(point.model), torch.no_grad():
                 point.see(record)
@@ -155,16 +140,11 @@ def measure(points: Sequence[Point], records: Sequence[dict]) -> list[dict]:
 def markdown(report: dict) -> str:
     """What it ran on, and a line for each point."""
     heads = ["checkpoint", "shorter side, px", "AP", "AP50", "ms per image"]
-    rows = [
-        [
-            row["checkpoint"],
-            row["size"],
-            f"{row['AP']:.1f}",
-            f"{row['AP50']:.1f}",
-            "{1:.0f} ({0:.0f} to {2:.0f})".format(*row["ms"]),
-        ]
-        for row in report["rows"]
-    ]
+    rows = []
+    for row in report["rows"]:
+        ms = "{1:.0f} ({0:.0f} to {2:.0f})".format(*row["ms"])
+        aps = (f"{row[metric]:.1f}" for metric in ("AP", "AP50"))
+        rows.append([row["checkpoint"], row["size"], *aps, ms])
     return (
         f"`{report['command']}`\n\n{report['processor']}, {report['threads']} threads, "
         f"{report['date']}; {report['images']} images of {report['dataset']}, one at a time; "
@@ -187,8 +167,7 @@ def plot(report: dict, path: Path) -> None:
             published.plot(*zip(*points, strict=True), "o-", label=label)
         published.set_title("published: COCO test-dev, Nvidia M40 (arXiv:1708.02002)", fontsize=10)
         for axes in (here, published):
-            axes.set_xlabel("ms per image")
-            axes.set_ylabel("AP")
+            axes.set(xlabel="ms per image", ylabel="AP")
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)  # where it covers least
             axes.margins(x=0.15)
@@ -221,9 +200,8 @@ def _labels(checkpoints: Sequence[Sequence[str]]) -> list[str]:
         UserError: one is given twice.
     """
     folders = [Path(weights).parent.name for _, weights in checkpoints]
-    files = [weights for _, weights in checkpoints]
     both = [f"{config}, {weights}" for config, weights in checkpoints]
-    for labels in (folders, files, both):
+    for labels in (folders, [weights for _, weights in checkpoints], both):
         if len(set(labels)) == len(labels) and all(labels):
             return labels
     raise UserError("a --checkpoint is given twice; give each config with its weights once")

@@ -94,11 +94,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--gammas", type=listed(number(float, 0)), help="default: 0,0.5,1,2; for --curves also 5")
     add("--num-negatives", type=count, default=1e7, help="at least; default: 1e7, the paper's")
     add("--num-positives", type=count, default=1e5, help="at least; default: 1e5, the paper's")
-    parser.add_argument(
-        "--curves",
-        action="store_true",
-        help="draw the losses themselves (Fig. 1 and appendix A); alone it needs no config",
-    )
+    curves = "draw the losses themselves (Fig. 1 and appendix A); alone it needs no config"
+    parser.add_argument("--curves", action="store_true", help=curves)
     args = parser.parse_args(argv)
     if not args.config_file and not args.curves:
         parser.error("--config-file is missing; for example: --config-file quick_start/bccd.yaml")
@@ -129,22 +126,17 @@ def dissect(
     if not records:
         raise UserError(f"dataset '{cfg.DATASETS.TEST[0]}' has no images; expected at least one")
     # The evaluation's size but with ground truth, which DatasetMapper drops unless "training".
-    mapper = DatasetMapper(
-        is_train=True,
-        augmentations=build_augmentation(cfg, is_train=False),
-        image_format=cfg.INPUT.FORMAT,
-    )
+    resizing = build_augmentation(cfg, is_train=False)
+    mapper = DatasetMapper(True, augmentations=resizing, image_format=cfg.INPUT.FORMAT)
     loader = build_detection_test_loader(
         random.Random(SEED).sample(records, len(records)),
         mapper=partial(map_record, mapper),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
-    anatomy = Anatomy(
-        cfg.MODEL.RETINANET.IN_FEATURES,
-        _class_names(cfg),
-        gammas,
-        cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA,
-    )
+    node = cfg.MODEL.RETINANET
+    names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes")
+    names = names or [str(label) for label in range(node.NUM_CLASSES)]
+    anatomy = Anatomy(node.IN_FEATURES, names, gammas, node.FOCAL_LOSS_ALPHA)
     count = anatomy.tally.num_windows
     with (
         inference_context(model),
@@ -161,11 +153,6 @@ def dissect(
         except KeyboardInterrupt:
             tqdm.write(f"interrupted; the figures are of {anatomy.num_images} images")
     return anatomy
-
-
-def _class_names(cfg: CfgNode) -> list[str]:
-    names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes")
-    return names or [str(label) for label in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
 
 
 @contextmanager

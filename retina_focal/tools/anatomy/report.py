@@ -23,6 +23,7 @@ NEGATIVE_LOSS = 0.9
 COLUMNS = 5  # of a contact sheet
 TILE = 240  # pixels
 CAPTION = 42  # pixels
+CAPTION_FONT = (cv2.FONT_HERSHEY_SIMPLEX, 0.45)
 GAP = 6  # pixels
 CONTEXT = 2.5  # side of a crop over the longer side of its anchor
 MIN_CROP = 48  # pixels of the picture
@@ -33,9 +34,7 @@ def numbers(anatomy: Anatomy) -> dict:
     """All that can be said in numbers of at least one positive and one negative window."""
     tally, images = anatomy.tally, anatomy.num_images
     # Negatives and positives; p_t <= 0.5 and p_t > 0.5 last.
-    by_level = np.stack(
-        [tally.by_level[..., :HALF].sum(-1), tally.by_level[..., HALF:].sum(-1)], axis=-1
-    )
+    by_level = tally.by_level.reshape(*tally.by_level.shape[:-1], 2, HALF).sum(-1)
     return {
         "alpha": tally.alpha,
         "gammas": list(tally.gammas),
@@ -56,20 +55,16 @@ def numbers(anatomy: Anatomy) -> dict:
 def sentence(tally: LossTally) -> str:
     """What share of the loss comes from what share of the windows, at the outermost gammas."""
     gammas = sorted({min(tally.gammas), max(tally.gammas)})
-    by_gamma = [
-        (gamma, tally.cumulative(True, gamma), tally.cumulative(False, gamma)) for gamma in gammas
-    ]
-    positive = " and ".join(
-        f"{_percent(curve.loss_of_hardest(HARDEST_POSITIVES))} at gamma {gamma:g}"
-        for gamma, curve, _ in by_gamma
-    )
-    negative = " and ".join(
-        f"their hardest {_percent(curve.hardest_with(NEGATIVE_LOSS))} at gamma {gamma:g}"
-        for gamma, _, curve in by_gamma
-    )
+    positive, negative = [], []
+    for gamma in gammas:
+        share = tally.cumulative(True, gamma).loss_of_hardest(HARDEST_POSITIVES)
+        positive.append(f"{_percent(share)} at gamma {gamma:g}")
+        share = tally.cumulative(False, gamma).hardest_with(NEGATIVE_LOSS)
+        negative.append(f"their hardest {_percent(share)} at gamma {gamma:g}")
     return (
-        f"Of the positives' loss, the hardest {HARDEST_POSITIVES:.0%} of them make {positive}; "
-        f"{NEGATIVE_LOSS:.0%} of the negatives' loss comes from {negative}."
+        f"Of the positives' loss, the hardest {HARDEST_POSITIVES:.0%} of them make "
+        f"{' and '.join(positive)}; {NEGATIVE_LOSS:.0%} of the negatives' loss comes from "
+        f"{' and '.join(negative)}."
     )
 
 
@@ -104,14 +99,11 @@ def markdown(report: dict) -> str:
     per_image = ", ".join(f"{value:,.1f} {name}" for name, value in report["per_image"].items())
     errors = [e for side in SIDES for e in report["cumulative"][side]["error"].values()]
     lines = [
-        f"`{report['command']}`",
-        "",
+        f"`{report['command']}`\n",
         f"{report['weights']} on {report['images']} images of {report['dataset']}, "
         f"{report['date']}; alpha {report['alpha']:g}. An image has {per_image}; positives and "
-        "negatives are windows, (anchor, class) pairs.",
-        "",
-        f"**{report['sentence']}**",
-        "",
+        "negatives are windows, (anchor, class) pairs.\n",
+        f"**{report['sentence']}**\n",
         "Losses are sums over all images, not normalised. p_t > 0.5: the share of that loss that "
         "comes from well-classified windows. The cumulative distributions are exact at the edges "
         f"of their bins and off by at most {max(errors):.1g} of the loss between them.",
@@ -195,15 +187,9 @@ def plot_curves(gammas: Sequence[float], path: Path) -> None:
 def contact_sheet(
     hardest: Sequence[HardWindow], class_names: Sequence[str], is_positive: bool, path: Path
 ) -> None:
-    """Crops of windows, hardest first: the anchor in white, ground truth in its class's colour.
+    """Crops of windows, at least one, hardest first; raises as `write_picture` does.
 
-    Args:
-        hardest: at least one.
-        class_names: K.
-        is_positive: whether they are positives.
-        path: of the picture.
-    Raises:
-        UserError: the sheet can't be written.
+    The anchor is white, ground truth has the colour of its class.
     """
     tiles = [_tile(window, class_names, is_positive) for window in hardest]
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % COLUMNS)
@@ -219,12 +205,8 @@ def _tile(window: HardWindow, class_names: Sequence[str], is_positive: bool) -> 
     side = max(CONTEXT * max(x1 - x0, y1 - y0), MIN_CROP)
     scale = TILE / side
     # Pixels of the picture to pixels of the tile.
-    affine = np.array(
-        [
-            [scale, 0, TILE / 2 - scale * (x0 + x1) / 2],
-            [0, scale, TILE / 2 - scale * (y0 + y1) / 2],
-        ]
-    )
+    shift_x, shift_y = (TILE / 2 - scale * middle for middle in ((x0 + x1) / 2, (y0 + y1) / 2))
+    affine = np.array([[scale, 0, shift_x], [0, scale, shift_y]])
     crop = cv2.warpAffine(image, affine, (TILE, TILE), borderValue=(GREY,) * 3)
     for box, label in zip(window.gt_boxes, window.gt_classes, strict=True):
         _rectangle(crop, box, affine, class_color(label))
@@ -235,9 +217,7 @@ def _tile(window: HardWindow, class_names: Sequence[str], is_positive: bool) -> 
     # logaddexp: a score near 0 would overflow exp.
     score = math.exp(-np.logaddexp(0, -window.x_t if is_positive else window.x_t))
     for y, text in ((16, f"{name}, score {score:.2f}"), (34, _truth(window, class_names))):
-        cv2.putText(
-            tile, text, (2, TILE + y), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA
-        )
+        cv2.putText(tile, text, (2, TILE + y), *CAPTION_FONT, (0, 0, 0), 1, cv2.LINE_AA)
     return tile
 
 
@@ -253,8 +233,7 @@ def _truth(window: HardWindow, class_names: Sequence[str]) -> str:
     """The ground truth that the anchor overlaps most."""
     if len(window.gt_boxes) == 0:
         return "no box in the image"
-    anchor = torch.as_tensor(window.anchor[None])
-    ious = box_iou(torch.as_tensor(window.gt_boxes), anchor)[:, 0]
+    ious = box_iou(*map(torch.as_tensor, (window.gt_boxes, window.anchor[None])))[:, 0]
     best = int(ious.argmax())
     if ious[best] == 0:
         return "overlaps no box"

@@ -104,10 +104,8 @@ class LossTally:
         class_bins = 2 * found.classes + (found.x_t > 0)
         x_t = found.x_t.double()  # fp32 would lose what well-classified windows have at gamma 5
         logits, target = (x_t, 1.0) if found.is_positive else (-x_t, 0.0)
-        losses = [
-            sigmoid_focal_loss(logits, x_t.new_tensor(target), self.alpha, gamma)
-            for gamma in self.gammas
-        ]
+        target = x_t.new_tensor(target)
+        losses = [sigmoid_focal_loss(logits, target, self.alpha, gamma) for gamma in self.gammas]
         side = int(found.is_positive)
         for i, weights in enumerate([None, *losses]):
             per_bin = torch.bincount(bins, weights, minlength=2 * HALF)
@@ -179,17 +177,10 @@ class HardestWindows:
         instances = record["instances"]
         height, width = instances.image_size
         scale = np.tile([record["width"] / width, record["height"] / height], 2)
-        picture = (
-            record["file_name"],
-            instances.gt_boxes.tensor.numpy() * scale,
-            instances.gt_classes.numpy(),
-        )
-        new = [
-            HardWindow(x, box * scale, label, *picture)
-            for x, box, label in zip(
-                x_t[kept].tolist(), boxes[kept].cpu().numpy(), classes[kept].tolist(), strict=True
-            )
-        ]
+        gt_boxes = instances.gt_boxes.tensor.numpy() * scale
+        picture = (record["file_name"], gt_boxes, instances.gt_classes.numpy())
+        columns = (x_t[kept].tolist(), boxes[kept].cpu().numpy() * scale, classes[kept].tolist())
+        new = [HardWindow(*window, *picture) for window in zip(*columns, strict=True)]
         self.windows = heapq.nsmallest(self.size, self.windows + new, key=lambda w: w.x_t)
 
 
