@@ -19,6 +19,8 @@ DENSE_HEAD_REGISTRY = Registry("DENSE_HEAD")
 DENSE_HEAD_REGISTRY.__doc__ = """
 Heads that turn pyramid features into dense predictions, by ``MODEL.RETINA_FOCAL.HEAD``.
 Called with `(cfg, input_shape: list[ShapeSpec])`; see `FocalRetinaNetHead.forward` for the outputs.
+A head may have `num_classes`, which must then be that of the other parts, and `prior_prob` beside a
+convolution `cls_score`: the first training step is then compared with its closed form.
 """
 
 logger = logging.getLogger(__name__)

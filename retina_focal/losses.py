@@ -108,7 +108,8 @@ class DenseLoss(Protocol):
             logits: any shape, fp32 or fp64; not to be changed in place.
             foreground: whether they are those of the object's class.
         Returns:
-            The loss and its derivative by the logit, each of the shape of `logits`.
+            The loss and its derivative by the logit, each of the shape of `logits`. Autograd does
+            not see the call: a wrong derivative trains wrongly without a word.
         """
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, distributed
 NORMALIZER_REGISTRY = Registry("NORMALIZER")
 NORMALIZER_REGISTRY.__doc__ = """
 Functions of the positive anchors of each image of this process's step, (N,) integers, and of the
-criterion's state. They return what divides the loss sums of each image, (N,) fp32. The state is
-None, or where the function has an attribute `start`, the fp32 scalar buffer `loss_normalizer` that
-starts there; the function changes it in place.
+criterion's state. They return what divides the loss sums of each image, (N,) fp32 above 0. The
+state is None, or where the function has an attribute `start`, the fp32 scalar buffer
+`loss_normalizer` that starts there; the function changes it in place.
 """
 
 # detectron2's moving average: N <- 0.9 N + 0.1 max(P, 1), from N = 100.

@@ -122,14 +122,14 @@ def test_the_assigner_gives_each_box_its_best_anchors_and_bears_images_without_b
     namespace = {"__name__": "my_assigner"}
     source = FILES["my_assigner.py"].replace("@ASSIGNER_REGISTRY.register()\n", "")
     exec(source, namespace)
-    # Two levels; the box of the first picture lies on anchors 1 and 2, more on 2.
+    # Two levels; both boxes want the last anchor, which the first overlaps more.
     anchors = [
         Boxes(torch.tensor([[50.0, 50, 60, 60], [0, 0, 8, 8]])),
         Boxes(torch.tensor([[0.0, 0, 10, 10]])),
     ]
-    one, none = (x["instances"] for x in pictures([(64, 64)] * 2, [1, 0]))
-    one.gt_boxes = Boxes(torch.tensor([[0.0, 0, 10, 10]]))
-    one.gt_classes[:] = 2
+    one, none = (x["instances"] for x in pictures([(64, 64)] * 2, [2, 0]))
+    one.gt_boxes = Boxes(torch.tensor([[0.0, 0, 10, 10], [0, 0, 9, 10]]))
+    one.gt_classes[:] = torch.tensor([2, 1])
     labels, matched_idxs = namespace["TopIoUAssigner"](3, top_k=1)(anchors, [one, none])
     assert labels.tolist() == [[3, 3, 2], [3, 3, 3]]
     assert matched_idxs.shape == labels.shape and labels.dtype == matched_idxs.dtype == torch.int64
