@@ -16,9 +16,6 @@ from retina_focal.errors import UserError
 def use_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
     """Register, look for and compare with the model the datasets that a command reads.
 
-    Args:
-        cfg: its ``DATASETS.COCO_JSON`` may define them.
-        names: of datasets.
     Raises:
         UserError: there is no name, or one is not registered; files are missing; the model has
             another number of classes.
@@ -127,7 +124,6 @@ def check_num_classes(
 
 
 def _load(name: str, json_file: str, image_root: str) -> list[dict]:
-    """The records of a dataset."""
     try:
         return load_coco_json(json_file, image_root, name)
     except (AssertionError, KeyError, TypeError, ValueError) as error:

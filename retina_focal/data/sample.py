@@ -37,10 +37,7 @@ TEST_FROM = 0.65  # of the held-out photograph's height; the row of tiles above 
 MIN_SIDE, MIN_AREA = 2.0, 0.3  # a clipped box is larger: px of a side, part of its own area
 
 BCCD_CLASSES = ("RBC", "WBC", "Platelets")
-BCCD_INFO = {
-    "description": "BCCD: blood cells",
-    "url": "https://github.com/Shenggan/BCCD_Dataset",
-}
+BCCD_INFO = {"description": "BCCD: blood cells", "url": "https://github.com/Shenggan/BCCD_Dataset"}
 
 
 def prepare_trees(output: Path) -> None:
@@ -65,10 +62,8 @@ def prepare_trees(output: Path) -> None:
     records: dict[str, list[dict]] = {split: [] for split in SPLITS}
     with zipfile.ZipFile(cached_wheel(TREES_WHEEL)) as archive:
         for name in TREES_PHOTOGRAPHS:
-            photograph = cv2.imdecode(
-                np.frombuffer(archive.read(f"{TREES_FOLDER}/{name}.png"), np.uint8),
-                cv2.IMREAD_COLOR,
-            )
+            png = np.frombuffer(archive.read(f"{TREES_FOLDER}/{name}.png"), np.uint8)
+            photograph = cv2.imdecode(png, cv2.IMREAD_COLOR)
             _, boxes = read_voc(io.BytesIO(archive.read(f"{TREES_FOLDER}/{name}.xml")))
             height, width = photograph.shape[:2]
             for x0, y0 in tile_corners(width, height):
@@ -78,7 +73,9 @@ def prepare_trees(output: Path) -> None:
                 write_whole(output / "images" / file_name, png)
                 size = (tile.shape[1], tile.shape[0])
                 clipped = clip_boxes([box for _, box in boxes], x0, y0, *size)
-                split = _split(y0, height) if name == TREES_HELD_OUT else "train"
+                split = "train"
+                if name == TREES_HELD_OUT and y0 + TILE >= TEST_FROM * height:
+                    split = "test" if y0 >= TEST_FROM * height else "val"
                 records[split].append(_record(file_name, size, [(1, box) for box in clipped]))
     _write_splits(output, records, ("tree",), info)
 
@@ -176,13 +173,6 @@ def clip_boxes(
     return clipped[kept].tolist()
 
 
-def _split(y0: int, height: int) -> str:
-    """Split of a tile of the held-out photograph: by the row that starts at `y0`."""
-    if y0 >= TEST_FROM * height:
-        return "test"
-    return "val" if y0 + TILE >= TEST_FROM * height else "train"
-
-
 def _record(file_name: str, size: tuple[int, int], boxes: list[tuple[int, list[float]]]) -> dict:
     """One image: (width, height), and (category id, XYXY) boxes."""
     return {"file_name": file_name, "width": size[0], "height": size[1], "boxes": boxes}
@@ -210,9 +200,8 @@ def to_coco(images: list[dict], classes: Sequence[str], info: dict) -> dict:
         "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
     }
     for image_id, image in enumerate(images, start=1):
-        coco["images"].append(
-            {"id": image_id, **{key: image[key] for key in ("file_name", "width", "height")}}
-        )
+        fields = {key: image[key] for key in ("file_name", "width", "height")}
+        coco["images"].append({"id": image_id, **fields})
         for category_id, (x0, y0, x1, y1) in image["boxes"]:
             coco["annotations"].append(
                 {

@@ -17,6 +17,7 @@ from retina_focal.data.images import map_record
 from retina_focal.errors import UserError
 from retina_focal.files import write_whole
 
+Color = tuple[int, int, int]  # RGB
 PANEL_WIDTH = 480  # pixels
 WHITE = (255, 255, 255)
 FONT = (cv2.FONT_HERSHEY_SIMPLEX, 0.5)
@@ -53,12 +54,10 @@ def draw_detections(
             detections = model([map_record(mapper, record)])[0]["instances"].to("cpu")
             detections = detections[detections.scores > score_thresh]
             image = read_image(record["file_name"], format="RGB")
-            panels = [
-                _panel(image, *_ground_truth(record)),
-                _panel(image, detections.pred_boxes, detections.pred_classes.numpy()),
-            ]
-            gap = np.full((len(panels[0]), GAP, 3), 255, np.uint8)
-            rows.append(cv2.hconcat([panels[0], gap, panels[1]]))
+            left = _panel(image, *_ground_truth(record))
+            right = _panel(image, detections.pred_boxes, detections.pred_classes.numpy())
+            gap = np.full((len(left), GAP, 3), 255, np.uint8)
+            rows.append(cv2.hconcat([left, gap, right]))
     classes = MetadataCatalog.get(name).get("thing_classes", [])
     header = _header(rows[0].shape[1], classes, score_thresh)
     write_picture(Path(output), cv2.vconcat([header, *rows]))
@@ -109,10 +108,7 @@ def _header(width: int, classes: list[str], score_thresh: float) -> np.ndarray:
 
 
 def legend(
-    image: np.ndarray,
-    corner: tuple[int, int],
-    entries: Sequence[tuple[str, tuple[int, int, int]]],
-    end: int,
+    image: np.ndarray, corner: tuple[int, int], entries: Sequence[tuple[str, Color]], end: int
 ) -> None:
     """Write texts, each with its RGB, into an (H, W, 3) RGB image, as many as fit in a row.
 
@@ -129,7 +125,7 @@ def legend(
         x = x_end
 
 
-def class_color(index: int) -> tuple[int, int, int]:
+def class_color(index: int) -> Color:
     """RGB of a class."""
     return COLORS[index % len(COLORS)]
 

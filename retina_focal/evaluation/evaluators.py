@@ -12,11 +12,8 @@ from retina_focal.errors import UserError
 
 
 def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
-    """The evaluator of the dataset's `evaluator_type`.
+    """The evaluator of a registered dataset's `evaluator_type`, which writes to a folder.
 
-    Args:
-        dataset_name: registered.
-        output_dir: folder for what the evaluator writes.
     Raises:
         UserError: a type that has no evaluator.
     """

@@ -8,11 +8,10 @@ from pathlib import Path
 from retina_focal.config import config_path
 from retina_focal.data.sample import PREPARE
 from retina_focal.evaluation.drawing import draw_detections
-from retina_focal.tools.common import command, set_up
+from retina_focal.tools.common import command, set_up, tool_parser
 from retina_focal.training.assembly import fit
 from retina_focal.weights.lite0 import prepare_weights
 
-CONFIGS = {"trees": "quick_start/trees.yaml", "bccd": "quick_start/bccd.yaml"}
 TEST_IMAGES = {"trees": "held-out tiles", "bccd": "test photographs"}
 
 
@@ -22,15 +21,13 @@ def main(argv: list[str]) -> None:
 
     An unfinished run in the output folder is continued.
     """
-    parser = argparse.ArgumentParser(
-        prog="retina-focal quick-start", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("name", choices=sorted(CONFIGS))
+    parser = tool_parser("quick-start", __doc__)
+    parser.add_argument("name", choices=sorted(TEST_IMAGES))
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     args = parser.parse_args(argv)
     PREPARE[args.name](Path("datasets", args.name))
     prepare_weights()
-    path = config_path(CONFIGS[args.name])
+    path = config_path(f"quick_start/{args.name}.yaml")
     cfg = set_up(argparse.Namespace(config_file=path, opts=args.opts, dataset=[], eval_only=False))
     start = time.perf_counter()
     trainer = fit(cfg, resume=_is_unfinished(Path(cfg.OUTPUT_DIR)))

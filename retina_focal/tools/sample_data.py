@@ -13,9 +13,8 @@ def main(argv: list[str]) -> None:
     parser = tool_parser("sample-data", __doc__)
     parser.add_argument("name", choices=tuple(PREPARE))
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: datasets/<name>")
-    parser.add_argument(
-        "--weights", type=Path, metavar="FILE", default=DEFAULT_WEIGHTS, help="default: %(default)s"
-    )
+    weights = {"type": Path, "metavar": "FILE", "default": DEFAULT_WEIGHTS}
+    parser.add_argument("--weights", **weights, help="default: %(default)s")
     args = parser.parse_args(argv)
     PREPARE[args.name](args.output or Path("datasets", args.name))
     prepare_weights(args.weights)

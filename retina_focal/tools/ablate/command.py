@@ -57,9 +57,8 @@ def main(argv: list[str]) -> None:
     rows += grid_rows(dict(args.grid)) if args.grid else []
     if len({row.name for row in rows}) < len(rows):
         raise UserError("a row is given twice; give each row once, repetitions by --seeds")
-    opts = [*args.opts]
-    if args.iterations:
-        opts += ["SOLVER.MAX_ITER", str(args.iterations)]
+    iterations = ["SOLVER.MAX_ITER", str(args.iterations)] if args.iterations else []
+    opts = [*args.opts, *iterations]
     planned = plan(rows, args.base, opts, args.dataset, args.seeds, args.output)
     for cfg in (runs[0].cfg for runs in planned.values()):
         # Before hours of training rather than between them.
@@ -86,40 +85,22 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = tool_parser("ablate", __doc__, EPILOG, has_folder=True)
     parser.add_argument("rows", nargs="*", metavar="ROW", help="name, pattern or YAML file")
     parser.add_argument("--base", metavar="CFG", help="config that the rows' keys are merged onto")
-    parser.add_argument(
-        "--grid",
-        type=partial(_assignment, is_list=True),
-        action="append",
-        default=[],
-        metavar="KEY=V,V",
-        help="values of a key; may be repeated: all combinations",
-    )
+    several = partial(parser.add_argument, action="append", default=[])
+    grid = {"type": partial(_assignment, is_list=True), "metavar": "KEY=V,V"}
+    several("--grid", **grid, help="values of a key; may be repeated: all combinations")
     add_dataset_argument(parser)
     parser.add_argument("--iterations", type=number(), metavar="N", help="default: the config's")
-    parser.add_argument(
-        "--seeds", type=listed(number(least=0)), default=[1], metavar="1,2,3", help="default: 1"
-    )
-    parser.add_argument(
-        "--jobs",
-        type=number(),
-        metavar="N",
-        help="runs side by side, each with its part of the cores; default: 1, on slurm all",
-    )
+    seeds = {"type": listed(number(least=0)), "default": [1], "metavar": "1,2,3"}
+    parser.add_argument("--seeds", **seeds, help="default: 1")
+    jobs = "runs side by side, each with its part of the cores; default: 1, on slurm all"
+    parser.add_argument("--jobs", type=number(), metavar="N", help=jobs)
     parser.add_argument("--cluster", choices=["local", "slurm"], help="run through submitit")
-    parser.add_argument(
-        "--cluster-option",
-        type=_assignment,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="parameter of submitit's executor; may be repeated",
-    )
-    parser.add_argument(
-        "--results", type=Path, metavar="FILE", help="default: results.json in the output folder"
-    )
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs for every run"
-    )
+    option = {"type": _assignment, "metavar": "NAME=VALUE"}
+    several("--cluster-option", **option, help="parameter of submitit's executor; may be repeated")
+    results = "default: results.json in the output folder"
+    parser.add_argument("--results", type=Path, metavar="FILE", help=results)
+    pairs = {"nargs": argparse.REMAINDER, "default": []}
+    parser.add_argument("--opts", **pairs, help="KEY VALUE pairs for every run")
     args = parser.parse_args(argv)
     if not args.rows and not args.grid:
         parser.error("nothing to run; name rows, such as 'table_1b_*', or give --grid KEY=V,V")
@@ -171,8 +152,7 @@ def run_all(
 def launcher(args: argparse.Namespace) -> Submit:
     """What starts a run: a process of this machine, or a job of submitit."""
     if not args.cluster:
-        threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        return partial(_start_process, threads=threads)
+        return partial(_start_process, threads=max(1, (os.cpu_count() or 1) // args.jobs))
     try:
         import submitit
 

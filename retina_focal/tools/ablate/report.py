@@ -16,11 +16,10 @@ Found = dict[str, list[dict]]  # results by the name of their row
 
 def by_row(planned: dict[str, list[Run]], results: Iterable[dict]) -> Found:
     """Results with the settings of each row, every seed that was ever run."""
-    results = list(results)
-    return {
-        name: [result for result in results if result["settings"] == runs[0].settings]
-        for name, runs in planned.items()
-    }
+    by_settings = defaultdict(list)
+    for result in results:
+        by_settings[result["settings"]].append(result)
+    return {name: by_settings[runs[0].settings] for name, runs in planned.items()}
 
 
 def write(rows: Sequence[Row], found: Found, folder: Path) -> str:
@@ -49,16 +48,13 @@ def write(rows: Sequence[Row], found: Found, folder: Path) -> str:
 def markdown(rows: Sequence[Row], found: Found) -> str:
     """A line for each row: the mean over the seeds (least to most), and the paper's numbers."""
     metrics = [m for m in METRICS if any(m in x for results in found.values() for x in results)]
-    lines = [
-        [
-            row.name,
-            *(_measured(found[row.name], metric) for metric in metrics),
-            _outcomes(found[row.name]),
-            _minutes(found[row.name]),
-            ", ".join(f"{ap:.1f}" for ap in row.paper) or "-",
-        ]
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        results = found[row.name]
+        minutes = f"{statistics.mean(x['seconds'] for x in results) / 60:.1f}" if results else ""
+        measured = (_measured(results, metric) for metric in metrics)
+        paper = ", ".join(f"{ap:.1f}" for ap in row.paper) or "-"
+        lines.append([row.name, *measured, _outcomes(results), minutes, paper])
     heads = ["row", *metrics, "seeds", "min per run", "paper: AP, AP50, AP75"]
     sentence = grid_sentence(rows, found)
     return f"{table(heads, lines)}\n" + (f"\n{sentence}\n" if sentence else "")
@@ -118,10 +114,6 @@ def _measured(results: Sequence[dict], metric: str) -> str:
         return ""
     spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
-
-
-def _minutes(results: Sequence[dict]) -> str:
-    return f"{statistics.mean(x['seconds'] for x in results) / 60:.1f}" if results else ""
 
 
 def _outcomes(results: Sequence[dict]) -> str:

@@ -125,7 +125,8 @@ def plan(
             cfg.SEED = seed
             settings = fingerprint(cfg)
             # Readable, and one folder for the same settings whoever asks for them.
-            cfg.OUTPUT_DIR = str(output / f"{_file_name(row.name)}_{settings[:8]}" / f"seed_{seed}")
+            name = re.sub(r"[^\w.+-]+", "_", row.name)
+            cfg.OUTPUT_DIR = str(output / f"{name}_{settings[:8]}" / f"seed_{seed}")
             cfg.freeze()
             runs.append(known.setdefault((settings, seed), Run(settings, seed, row.name, cfg)))
         planned[row.name] = runs
@@ -218,7 +219,3 @@ def _train(cfg: CfgNode) -> dict:
     result.update({metric: round(measured[metric], 3) for metric in METRICS if metric in measured})
     result["seconds"] = round(time.perf_counter() - start, 1)
     return result
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.+-]+", "_", name)

@@ -167,9 +167,8 @@ def inference(setting: Setting, names: Sequence[str], realistic: bool = False) -
             # A copy: stock takes the sigmoid in place.
             replacement = logits and [x.clone() for x in logits]
             if replacement and name == "torchvision":
-                replacement = torch.cat(
-                    [permute_to_N_HWA_K(x, setting.classes) for x in replacement], dim=1
-                )
+                levels = [permute_to_N_HWA_K(x, setting.classes) for x in replacement]
+                replacement = torch.cat(levels, dim=1)
 
             def replace(outputs: object) -> object:
                 stopwatch.mark("network, forward")
@@ -220,10 +219,7 @@ TIMED = {
     "loss": {"classification loss": classification_loss},
     "matching": {"matching": matching},
     "train": {"training step": training_step},
-    "inference": {
-        "inference, initialised": inference,
-        "inference, realistic": inference_realistic,
-    },
+    "inference": {"inference, initialised": inference, "inference, realistic": inference_realistic},
     "convolutions": {"training step over its convolutions": convolutions},
 }
 MEMORY = ("loss", "matching", "train")

@@ -71,27 +71,16 @@ def main(argv: list[str]) -> None:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = tool_parser("benchmark", __doc__, EPILOG, has_folder=True)
     add = partial(parser.add_argument, metavar="X")
-    add(
-        "--what",
-        type=partial(_names, choices=WHAT),
-        default=list(WHAT),
-        help=f"some of {','.join(WHAT)}; default: all",
-    )
+    what = {"type": partial(_names, choices=WHAT), "default": list(WHAT)}
+    add("--what", **what, help=f"some of {','.join(WHAT)}; default: all")
     add("--config-file", default="COCO-Detection/retinanet_R_50_FPN_1x.yaml", help="as of train")
     add("--image-size", type=_size, default=(800, 1216), help="HxW in pixels; default: 800x1216")
     add("--batch", type=number(), default=1, help="images; default: %(default)s")
     add("--classes", type=listed(number()), help="default: the config's; several: 1,80,1203")
-    add(
-        "--boxes",
-        type=listed(number()),
-        default=[20],
-        help="per image; default: 20; several: 20,500,2000",
-    )
-    add(
-        "--precision",
-        type=partial(_names, choices=PRECISIONS),
-        help="of our model; default: the config's; several: fp32,bf16",
-    )
+    boxes = "per image; default: 20; several: 20,500,2000"
+    add("--boxes", type=listed(number()), default=[20], help=boxes)
+    precision = "of our model; default: the config's; several: fp32,bf16"
+    add("--precision", type=partial(_names, choices=PRECISIONS), help=precision)
     add("--rounds", type=number(), default=5, help="times each model is run; default: %(default)s")
     add("--threads", type=number(), default=torch.get_num_threads(), help="default: %(default)s")
     add("--device", help="cpu or cuda; default: the config's")
@@ -141,9 +130,8 @@ def benchmark(
     names = MODELS if torchvision_has(settings[0].cfg) else ("stock", "ours")
     with tqdm(total=sum(job[-1] for job in jobs), unit="round", dynamic_ncols=True) as progress:
         for title, make_probes, setting, job_rounds in jobs:
-            progress.set_description(
-                f"{title}, {setting.classes} classes, {setting.boxes} boxes, {setting.precision}"
-            )
+            numbers = f"{setting.classes} classes, {setting.boxes} boxes, {setting.precision}"
+            progress.set_description(f"{title}, {numbers}")
             probes = make_probes(setting, names)
             first, records = len(rows), []
             for _ in range(job_rounds):
@@ -156,12 +144,9 @@ def benchmark(
 def _titles(what: str) -> Iterator[tuple[str, Callable[..., dict[str, Probe]], set[str]]]:
     """Title, maker of probes, and what the row does not depend on."""
     for name in MEMORY if what == "memory" else (what,):
-        independent_of = INDEPENDENT_OF.get(name, set())
+        make, prefix = (memory_probes, "memory, ") if what == "memory" else (timing_probes, "")
         for title, case in TIMED[name].items():
-            if what == "memory":
-                yield f"memory, {title}", partial(memory_probes, case), independent_of
-            else:
-                yield title, partial(timing_probes, case), independent_of
+            yield prefix + title, partial(make, case), INDEPENDENT_OF.get(name, set())
 
 
 def _with(cfg: CfgNode, classes: int, precision: str) -> CfgNode:

@@ -32,11 +32,8 @@ def pictures(setting: Setting) -> list[dict]:
         side = MIN_SIDE * (size / (2 * MIN_SIDE)) ** exponent
         corner = torch.rand(setting.boxes, 2, generator=generator) * (size - side)
         classes = torch.randint(setting.classes, (setting.boxes,), generator=generator)
-        instances = Instances(
-            (height, width),
-            gt_boxes=Boxes(torch.cat([corner, corner + side], dim=1)),
-            gt_classes=classes,
-        )
+        boxes = Boxes(torch.cat([corner, corner + side], dim=1))
+        instances = Instances((height, width), gt_boxes=boxes, gt_classes=classes)
         batch.append({"image": image, "instances": instances})
     return batch
 

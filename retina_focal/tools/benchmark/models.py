@@ -11,6 +11,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from retina_focal.anchors import octave_sizes
 from retina_focal.backbone import PYRAMID_INPUTS, TimmBackbone
 from retina_focal.config import retina_focal_node
 
@@ -89,10 +90,8 @@ def stock_cfg(cfg: CfgNode) -> CfgNode:
         cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
     if cfg.MODEL.ANCHOR_GENERATOR.NAME == "OctaveAnchorGenerator":
         cfg.MODEL.ANCHOR_GENERATOR.NAME = "DefaultAnchorGenerator"
-        count = node.ANCHORS.SCALES_PER_OCTAVE
-        cfg.MODEL.ANCHOR_GENERATOR.SIZES = [
-            [size * 2 ** (i / count) for i in range(count)] for size in node.ANCHORS.BASE_SIZES
-        ]
+        sizes, count = node.ANCHORS.BASE_SIZES, node.ANCHORS.SCALES_PER_OCTAVE
+        cfg.MODEL.ANCHOR_GENERATOR.SIZES = octave_sizes(sizes, count, len(sizes))
     return cfg
 
 

@@ -27,6 +27,7 @@ def rows_of(title: str, setting: Setting, records: list[dict[str, dict[str, floa
     base = "convolutions" if "convolutions" in names else "ours"
     # A part that only some have is no row of its own: convolutions alone are not in three parts.
     parts = [p for p in records[0]["ours"] if all(p in records[0][name] for name in names)]
+    unit = "bytes" if any("memory" in x for x in records[0].values()) else "s"
     rows = []
     for part in [WHOLE, *(parts if len(parts) > 1 else [])]:
         values = {
@@ -39,25 +40,15 @@ def rows_of(title: str, setting: Setting, records: list[dict[str, dict[str, floa
             # Nothing is a multiple of no memory, or of a process that was killed.
             if name != base and all(values.get(base, [0]))
         }
-        rows.append(
-            {
-                "what": title,
-                "part": part,
-                "unit": "bytes" if any("memory" in x for x in records[0].values()) else "s",
-                "image_size": list(setting.image_size),
-                "batch": setting.batch,
-                "classes": setting.classes,
-                "boxes": setting.boxes,
-                "precision": setting.precision,
-                "base": base,
-                "values": values,
-                "median": {name: statistics.median(v) for name, v in values.items()},
-                "ratio": {
-                    name: {"median": statistics.median(v), "min": min(v), "max": max(v)}
-                    for name, v in ratio.items()
-                },
-            }
-        )
+        row = {"what": title, "part": part, "unit": unit, "image_size": list(setting.image_size)}
+        row |= {key: getattr(setting, key) for key in ("batch", "classes", "boxes", "precision")}
+        row |= {"base": base, "values": values}
+        row["median"] = {name: statistics.median(v) for name, v in values.items()}
+        row["ratio"] = {
+            name: {"median": statistics.median(v), "min": min(v), "max": max(v)}
+            for name, v in ratio.items()
+        }
+        rows.append(row)
     return rows
 
 

@@ -1,9 +1,10 @@
 """Where a config differs from the paper, Detectron and the zoo: `retina-focal fidelity`."""
 
+import argparse
 import logging
 import math
 import re
-from functools import cache
+from functools import cache, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -68,16 +69,10 @@ def main(argv: list[str]) -> None:
     """``retina-focal fidelity``: a table for each config and reference."""
     parser = tool_parser("fidelity", __doc__, EPILOG)
     parser.usage = "%(prog)s [options] CONFIG.yaml ... [KEY VALUE ...]"
-    parser.add_argument(
-        "configs", nargs="*", metavar="CONFIG.yaml", help="configs, then KEY VALUE pairs"
-    )
-    parser.add_argument(
-        "--config-file",
-        action="append",
-        default=[],
-        metavar="CONFIG.yaml",
-        help="the same as without the option; may be repeated",
-    )
+    add = partial(parser.add_argument, metavar="CONFIG.yaml")
+    add("configs", nargs="*", help="configs, then KEY VALUE pairs")
+    text = "the same as without the option; may be repeated"
+    add("--config-file", action="append", default=[], help=text)
     parser.add_argument("--reference", choices=[*REFERENCES, "all"], help="what to compare with")
     parser.add_argument("--all", action="store_true", help="list the settings that agree too")
     parser.add_argument("--markdown", action="store_true", help="tables for a Markdown file")
@@ -93,33 +88,21 @@ def main(argv: list[str]) -> None:
         cfg = get_cfg()
         merge_file(cfg, path)
         merge_options(cfg, opts)
-        declared = declaration(path)
-        report(name, cfg, declared, args.reference, args.all, args.markdown)
+        report(name, cfg, declaration(path), args)
 
 
-def report(
-    name: str,
-    cfg: CfgNode,
-    declared: Declaration,
-    reference: str | None,
-    everything: bool,
-    markdown: bool,
-) -> None:
-    """Print the tables of one config, with what its header declared; see the command's options.
-
-    Args:
-        reference: one of REFERENCES, or "all"; None: the one that the config follows, or all.
-    """
-    reference = reference or declared.reference or "all"
+def report(name: str, cfg: CfgNode, declared: Declaration, args: argparse.Namespace) -> None:
+    """Print the tables of one config, with what its header declared; `args` are the command's."""
+    reference = args.reference or declared.reference or "all"
     print(f"# {name}: follows {declared.reference or 'no reference that its header names'}")
     for key in REFERENCES if reference == "all" else (reference,):
         rows = compare(cfg, key)
         different = [row.setting for row in rows if row.differs]
         word = "difference" if len(different) == 1 else "differences"
         print(f"\n## {len(different) or 'no'} {word} from {REFERENCES[key]}\n")
-        shown = [row for row in rows if row.differs or everything]
+        shown = [row for row in rows if row.differs or args.all]
         if shown:
-            print(_table(shown, markdown))
+            print(_table(shown, args.markdown))
         if key == declared.reference:
             hidden = [setting for setting in different if setting not in declared.differences]
             if hidden:
@@ -162,11 +145,9 @@ def choice_of(setting: Setting, reference: str) -> Choice | None:
     values = list(dict.fromkeys(setting.read(cfg) for cfg in zoo()))
     if None in values:
         return None
-    source = setting.detectron2_source
-    if not source:
-        default = setting.read(get_cfg())
-        source = "detectron2 defaults.py" if values == [default] else "detectron2 model zoo"
-    return Choice(tuple(values), source)
+    is_default = values == [setting.read(get_cfg())]
+    source = "detectron2 defaults.py" if is_default else "detectron2 model zoo"
+    return Choice(tuple(values), setting.detectron2_source or source)
 
 
 @cache
@@ -256,7 +237,6 @@ def _show(value: object) -> str:
 
 
 def _table(rows: list[Row], markdown: bool) -> str:
-    style = {"tablefmt": "grid", "maxcolwidths": list(COLUMNS.values())}
-    if markdown:
-        style = {"tablefmt": "github"}
+    grid = {"tablefmt": "grid", "maxcolwidths": list(COLUMNS.values())}
+    style = {"tablefmt": "github"} if markdown else grid
     return tabulate([row[:-1] for row in rows], list(COLUMNS), disable_numparse=True, **style)

@@ -4,7 +4,7 @@ The values of the paper and of Detectron stand in ``settings.yaml`` with their s
 are read from its own configs. A setting on which a reference is silent has no value for it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +19,7 @@ RESNET_BUILDERS = (
     "build_retina_focal_resnet_single_backbone",
     "build_retinanet_resnet_fpn_backbone",
 )
-TIMM_BUILDERS = (
-    "build_retina_focal_timm_fpn_backbone",
-    "build_retina_focal_timm_single_backbone",
-)
+TIMM_BUILDERS = ("build_retina_focal_timm_fpn_backbone", "build_retina_focal_timm_single_backbone")
 
 
 class Choice(NamedTuple):
@@ -59,47 +56,35 @@ def frozen(value: object) -> object:
     return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
 
 
-def _has_timm(cfg: CfgNode) -> bool:
-    return cfg.MODEL.BACKBONE.NAME in TIMM_BUILDERS
-
-
-def _has_resnet(cfg: CfgNode) -> bool:
-    return cfg.MODEL.BACKBONE.NAME in RESNET_BUILDERS
-
-
 def _backbone(cfg: CfgNode) -> str:
-    resnets = cfg.MODEL.RESNETS
-    if _has_timm(cfg):
+    builder, resnets = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS
+    if builder in TIMM_BUILDERS:
         return cfg.MODEL.RETINA_FOCAL.TIMM.NAME
-    if not _has_resnet(cfg):
-        return cfg.MODEL.BACKBONE.NAME
+    if builder not in RESNET_BUILDERS:
+        return builder
     if resnets.NUM_GROUPS > 1 or resnets.WIDTH_PER_GROUP != 64:
         return f"X-{resnets.DEPTH}-{resnets.NUM_GROUPS}x{resnets.WIDTH_PER_GROUP}d"
     return f"R-{resnets.DEPTH}"
 
 
 def _bottleneck_stride(cfg: CfgNode) -> str | None:
-    if not _has_resnet(cfg):
+    if cfg.MODEL.BACKBONE.NAME not in RESNET_BUILDERS:
         return None
     convolution = "1x1" if cfg.MODEL.RESNETS.STRIDE_IN_1X1 else "3x3"
     return convolution + (" (ResNeXt)" if cfg.MODEL.RESNETS.NUM_GROUPS > 1 else "")
 
 
 def _backbone_norm(cfg: CfgNode) -> str | None:
-    if _has_timm(cfg):
+    builder = cfg.MODEL.BACKBONE.NAME
+    if builder in TIMM_BUILDERS:
         return cfg.MODEL.RETINA_FOCAL.TIMM.NORM
-    return cfg.MODEL.RESNETS.NORM if _has_resnet(cfg) else None
+    return cfg.MODEL.RESNETS.NORM if builder in RESNET_BUILDERS else None
 
 
 def _initial_weights(cfg: CfgNode) -> str:
     """The last folder and the name: the same name exists from several sources."""
     path = Path(cfg.MODEL.WEIGHTS.partition("?")[0])
     return "/".join(path.parts[-2:]) or "none"
-
-
-def _p6_source(cfg: CfgNode) -> str | None:
-    has_p6 = "p6" in cfg.MODEL.RETINANET.IN_FEATURES
-    return cfg.MODEL.RETINA_FOCAL.TOP_BLOCK_IN_FEATURE if has_p6 else None
 
 
 def _class_loss(cfg: CfgNode) -> str:
@@ -151,10 +136,6 @@ def _anchor_levels(cfg: CfgNode) -> list[list[float]]:
     return _levels(cfg.MODEL.ANCHOR_GENERATOR.SIZES)
 
 
-def _anchor_sizes(cfg: CfgNode) -> tuple[float, ...]:
-    return tuple(sizes[0] for sizes in _anchor_levels(cfg))
-
-
 def _anchor_scales(cfg: CfgNode) -> tuple[float, ...]:
     sizes = _anchor_levels(cfg)[0]
     return tuple(size / sizes[0] for size in sizes)
@@ -202,8 +183,12 @@ READERS: dict[str, Callable[[CfgNode], object]] = {
     "bottleneck stride": _bottleneck_stride,
     "backbone norm": _backbone_norm,
     "pyramid": lambda cfg: frozen(cfg.MODEL.RETINANET.IN_FEATURES),
-    "P6 source": _p6_source,
-    "anchor sizes": _anchor_sizes,
+    "P6 source": lambda cfg: (
+        cfg.MODEL.RETINA_FOCAL.TOP_BLOCK_IN_FEATURE
+        if "p6" in cfg.MODEL.RETINANET.IN_FEATURES
+        else None
+    ),
+    "anchor sizes": lambda cfg: tuple(sizes[0] for sizes in _anchor_levels(cfg)),
     "anchor scales": _anchor_scales,
     "aspect ratios": _aspect_ratios,
     "class loss": _class_loss,
@@ -225,20 +210,16 @@ READERS: dict[str, Callable[[CfgNode], object]] = {
 }
 
 
-def _choice(
-    reference: str, source: str, text: str = "", value: object = None, values: Sequence = ()
-) -> Choice:
-    values = values if value is None else [value]
-    return Choice(frozen(values), f"{reference} {source}", text)
-
-
 def _read_settings() -> Iterator[Setting]:
     text = Path(__file__).with_name("settings.yaml").read_text(encoding="utf-8")
     for name, fields in yaml.safe_load(text).items():
         fields["keys"] = tuple(fields.get("keys", ()))
         for key, reference in (("paper", "paper"), ("detectron", "Detectron")):
             if key in fields:
-                fields[key] = _choice(reference, **fields[key])
+                choice = fields[key]
+                values = [choice["value"]] if "value" in choice else choice.get("values", ())
+                source = f"{reference} {choice['source']}"
+                fields[key] = Choice(frozen(values), source, choice.get("text", ""))
         yield Setting(name, **fields)
 
 
