@@ -161,7 +161,9 @@ def is_new(head: nn.Module) -> bool:
 
     Biases are what tells: a new head has one value in those of `cls_score`, and zeros elsewhere.
     """
-    if not hasattr(head, "prior_prob") or head.cls_score.bias.unique().numel() > 1:
+    if not (hasattr(head, "prior_prob") and hasattr(head, "cls_score")):
+        return False
+    if head.cls_score.bias.unique().numel() > 1:
         return False
     convs = [m for m in head.modules() if isinstance(m, nn.Conv2d) and m is not head.cls_score]
     return not any(conv.bias.any() for conv in convs if conv.bias is not None)
