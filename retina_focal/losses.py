@@ -99,7 +99,8 @@ class DenseLoss(Protocol):
             gradient flows through them.
         with_alpha: method that returns the same loss with another alpha, for ALPHA_FROM_DATA.
         background_term: method that returns the `kernels.focal_loss.BackgroundTerm` that computes
-            its background on a GPU; without one it is computed in PyTorch on every device.
+            its background on a GPU; without one of its own class, an inherited one does not count,
+            it is computed in PyTorch on every device.
     """
 
     def __call__(self, logits: Tensor, foreground: bool) -> tuple[Tensor, Tensor]:

@@ -116,7 +116,7 @@ def test_a_wrong_argument_is_refused_in_words(argv, message, base, capsys):
     [("memory=1", "Parameter 'memory'"), ("timeout_min=long", 'Parameter "timeout_min"')],
 )
 def test_what_submitit_refuses_is_said_in_one_line(option, message, base, tmp_path):
-    pytest.importorskip("submitit")
+    pytest.importorskip("submitit", reason="submitit is not installed: make setup")
     argv = ["hinge", "--base", str(base), "--output", str(tmp_path), "--cluster", "local"]
     with pytest.raises(SystemExit) as stop:
         ablate.main([*argv, "--cluster-option", option])
@@ -295,7 +295,7 @@ def test_the_grids_sentence_is_the_mean_range_along_each_key(base, tmp_path):
 
 
 def test_submitits_local_executor_runs_a_row(base, tmp_path):
-    pytest.importorskip("submitit")
+    pytest.importorskip("submitit", reason="submitit is not installed: make setup")
     process = ablate_process(base, tmp_path, "hinge", "--cluster", "local")
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
@@ -304,7 +304,7 @@ def test_submitits_local_executor_runs_a_row(base, tmp_path):
 
 def test_the_slurm_job_that_submitit_writes_runs_the_row(base, tmp_path):
     """`sbatch`, `srun` and `sacct` stand in for a cluster; the job is slurm's own script."""
-    pytest.importorskip("submitit")
+    pytest.importorskip("submitit", reason="submitit is not installed: make setup")
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, lines in {

@@ -43,7 +43,7 @@ def run(folder: Path, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory) -> Path:
     """A folder without the quick start's data, in which its config has been trained."""
-    pytest.importorskip("timm")
+    pytest.importorskip("timm", reason="timm is not installed: make setup")
     folder = tmp_path_factory.mktemp("commands")
     opts = [*SMALL, "MODEL.WEIGHTS", "", "OUTPUT_DIR", "trained"]
     run(folder, "train", "--config-file", CONFIG, *mine(data), *opts)

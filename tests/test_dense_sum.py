@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_losses import CHOICES, loss_cfg
 
+from retina_focal import kernels
 from retina_focal.dense_sum import LevelTargets, dense_loss_sum
 from retina_focal.errors import UserError
 from retina_focal.losses import SigmoidFocalLoss, build_classification_loss, sigmoid_focal_loss
@@ -295,3 +296,22 @@ def test_double_backward_is_refused_in_words():
     total = dense_loss_sum(SigmoidFocalLoss(), [x], targets, 2, torch.ones(1))
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         torch.autograd.grad(total, x, create_graph=True)
+
+
+class Doubled(SigmoidFocalLoss):
+    """A loss derived from one that has a kernel."""
+
+    def __call__(self, logits, foreground):
+        value, derivative = super().__call__(logits, foreground)
+        return 2 * value, 2 * derivative
+
+
+def test_a_derived_loss_does_not_run_the_kernel_of_its_base(monkeypatch):
+    logits, _, targets = random_case(torch.Generator().manual_seed(0), 2, 3, 5, [(6, 7)])
+    x = logits[0].half().requires_grad_()
+    expected = 2 * dense_loss_sum(SigmoidFocalLoss(), [x], targets, 5, torch.ones(2))
+    monkeypatch.setattr(kernels, "available", lambda device: True)
+    total = dense_loss_sum(Doubled(), [x], targets, 5, torch.ones(2))
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
+    total.backward()
+    assert x.grad.isfinite().all()

@@ -181,7 +181,7 @@ def test_a_timm_model_is_folded_whole_and_stays_the_same_function(name, training
 
 def frozen_timm_model(name):
     """A timm model whose frozen norms have seen data."""
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason="timm is not installed: make setup")
     from timm.layers import freeze_batch_norm_2d
 
     torch.manual_seed(0)
@@ -195,7 +195,7 @@ def frozen_timm_model(name):
 
 
 def test_weights_of_trained_timm_norms_load_strictly():
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason="timm is not installed: make setup")
     folded = frozen_timm_model("resnet18")
     fold_timm_norms(folded)
     folded.load_state_dict(timm.create_model("resnet18").state_dict(), strict=True)
@@ -276,7 +276,7 @@ class ConvUsedTwice(torch.nn.Module):
 
 
 def test_a_convolution_that_something_else_uses_too_is_not_folded():
-    pytest.importorskip("timm")
+    pytest.importorskip("timm", reason="timm is not installed: make setup")
     from timm.layers import FrozenBatchNormAct2d
 
     model = ConvUsedTwice(FrozenBatchNormAct2d(4))
@@ -307,7 +307,7 @@ class ConvAndNorm(torch.nn.Module):
     ids=["plain", "reflected border", "called twice"],
 )
 def test_what_a_folded_convolution_cannot_do_stays_as_it_is(options, is_folded):
-    pytest.importorskip("timm")
+    pytest.importorskip("timm", reason="timm is not installed: make setup")
     model, x = ConvAndNorm(**options).eval(), torch.randn(1, 4, 6, 5)
     expected = model(x)
     fold_timm_norms(model)
