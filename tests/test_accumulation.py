@@ -20,7 +20,7 @@ from retina_focal.training.accumulation import (
     accumulate_gradients,
     training_steps,
 )
-from retina_focal.training.processes import distribute
+from retina_focal.training.processes import closed_process_group, distribute
 
 # One size, as different sizes pad differently; one image without a box.
 SIZES, NUM_BOXES = [(64, 96)] * 4, [5, 0, 2, 9]
@@ -69,6 +69,7 @@ def test_positives_are_counted_as_the_training_step_finds_them():
         assert counts.sum() > 0
 
 
+@closed_process_group()
 def in_one_of_two_processes(folder: str) -> None:
     """Two micro-batches of one image in each process."""
     rank = comm.get_rank()

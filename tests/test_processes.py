@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,12 @@ from detectron2.utils import comm
 from torch import nn
 
 from retina_focal import add_retina_focal_config
-from retina_focal.training.processes import available_device, distribute, share_cores
+from retina_focal.training.processes import (
+    available_device,
+    closed_process_group,
+    distribute,
+    share_cores,
+)
 
 needs_cpu_processes = pytest.mark.skipif(
     torch.cuda.is_available(), reason="detectron2's launcher gives each process a GPU"
@@ -56,6 +62,7 @@ def step(model: nn.Module, batch: list[dict]) -> tuple[float, dict[str, torch.Te
     return float(loss), gradients
 
 
+@closed_process_group()
 def in_one_of_two_processes(folder: str) -> None:
     """Saves what this process sees, the second image of the batch on the second process."""
     rank = comm.get_rank()
@@ -119,6 +126,20 @@ def test_freed_memory_serves_the_next_step_unless_the_user_chose(chosen, kept):
     )
     # Pages are of 4 kB, or some of them of 2 MB.
     assert (int(run.stdout) == 0) == kept
+
+
+def test_a_process_group_is_closed_when_its_block_ends_or_fails(tmp_path):
+    for failure in (None, RuntimeError()):
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{tmp_path}/{bool(failure)}", rank=0, world_size=1
+        )
+        with suppress(RuntimeError), closed_process_group():
+            assert torch.distributed.is_initialized()
+            if failure:
+                raise failure
+        assert not torch.distributed.is_initialized()
+    with closed_process_group():  # where there is none
+        pass
 
 
 @needs_cpu_processes

@@ -11,7 +11,7 @@ from retina_focal.config import config_path
 from retina_focal.errors import UserError
 from retina_focal.tools.common import add_dataset_argument, command, set_up
 from retina_focal.training.assembly import evaluate, fit
-from retina_focal.training.processes import share_cores
+from retina_focal.training.processes import closed_process_group, share_cores
 
 EPILOG = """
 Examples:
@@ -71,5 +71,6 @@ def run(args: argparse.Namespace) -> dict:
     """What each process does; returns the evaluation's results on the main one."""
     if not torch.cuda.is_available():
         share_cores(args.num_gpus)
-    cfg = set_up(args)
-    return evaluate(cfg, args.resume) if args.eval_only else fit(cfg, args.resume).results
+    with closed_process_group():
+        cfg = set_up(args)
+        return evaluate(cfg, args.resume) if args.eval_only else fit(cfg, args.resume).results
