@@ -23,6 +23,7 @@ from unittest import mock
 
 import detectron2
 import fvcore
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -63,9 +64,8 @@ NO_OPERATION = {
     "_reshape_alias",
     "is_pinned",
     "record_stream",
+    "scalar_tensor",  # the number in x[...] = 1.0, which on a GPU stays on the host
 }
-# Python's ways to the numbers of a tensor.
-TO_NUMBERS = Tensor.tolist, Tensor.numpy, Tensor.__array__
 
 
 class Copy(NamedTuple):
@@ -80,6 +80,7 @@ class PretendTensor(Tensor):
     """Looks like a tensor on a device; `held` is the one of the CPU that it stands for."""
 
     held: Tensor
+    is_number = False  # whether it was a number of Python just now
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "PretendTensor":
@@ -97,6 +98,19 @@ class PretendTensor(Tensor):
     def __repr__(self) -> str:
         return f"PretendTensor({self.held})"
 
+    def tolist(self) -> list:
+        return self._read("tolist").tolist()
+
+    def numpy(self) -> np.ndarray:
+        return self._read("numpy").numpy()
+
+    __array__ = numpy
+
+    def _read(self, name: str) -> Tensor:
+        if Counting.active is not None:
+            Counting.active.wait(name)
+        return self.held
+
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return _run(None, function, args, kwargs or {})
@@ -111,13 +125,14 @@ class Counting:
         operations: of the device, by operation and line of code.
     """
 
+    active: "Counting | None" = None
+
     def __init__(self):
         self.waits: Counter[str] = Counter()
         self.copies: list[Copy] = []
         self.operations: Counter[str] = Counter()
         self.pinned: set[int] = set()  # addresses of pinned memory
         self.keep: list[Tensor] = []  # so that an address stays that of one tensor
-        self.fills = False  # whether a Python number is being written through an index
 
     def __enter__(self) -> "Counting":
         with ExitStack() as stack:
@@ -127,9 +142,11 @@ class Counting:
             stack.enter_context(_Functions(self))
             stack.enter_context(_Operations(self))
             self.leave = stack.pop_all().close
+        Counting.active = self
         return self
 
     def __exit__(self, *_) -> None:
+        Counting.active = None
         self.leave()
 
     def wait(self, name: str, times: int = 1) -> None:
@@ -190,22 +207,13 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, counting = dict(kwargs or {}), self.counting
         on_device = bool(args) and isinstance(args[0], PretendTensor)
-        if function in TO_NUMBERS and on_device:
-            counting.wait(function.__name__)
-            return function(args[0].held, *args[1:])
-        elif function is Tensor.new_tensor and on_device:
+        if function is Tensor.new_tensor and on_device:
             kwargs = {"dtype": args[0].dtype, "device": DEVICE, **kwargs}
             return torch.tensor(args[1], **kwargs)
-        elif function is Tensor.pin_memory:
+        if function is Tensor.pin_memory:
             return counting.pin(args[0].clone())
-        elif function is Tensor.is_pinned:
+        if function is Tensor.is_pinned:
             return args[0].untyped_storage().data_ptr() in counting.pinned
-        elif function is Tensor.__setitem__ and on_device:
-            counting.fills = not isinstance(args[2], Tensor)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                counting.fills = False
         return function(*args, **kwargs)
 
 
@@ -244,7 +252,10 @@ def _run(counting: Counting | None, function: Callable, args: tuple, kwargs: dic
         counting.pin(result)
     if to_host or not (on_device or to_device):
         return result
-    return tree_map(lambda x: _wrapped(x, held), result)
+    result = tree_map(lambda x: _wrapped(x, held), result)
+    if function.overloadpacket is torch.ops.aten.scalar_tensor:
+        result.is_number = True
+    return result
 
 
 def _wrapped(result: Any, held: dict[int, PretendTensor]) -> Any:
@@ -280,7 +291,7 @@ def _count(
         # A number that is written where a mask says is an argument of the kernel. Where indices
         # say, it is copied to the device first.
         masks = sum(x.dtype in (torch.bool, torch.uint8) for x in indices)
-        is_fill = counting.fills and name.startswith("index_put")
+        is_fill = any(getattr(x, "is_number", False) for x in args[2:3])
         times = int(not masks) if is_fill else masks
         times += sum(x.dim() > 0 for x in on_host)
         if times:
@@ -296,6 +307,5 @@ def _count(
         counting.wait(name, WAITS[name])
     returns = function._schema.returns
     is_view = any(x.alias_info is not None and not x.alias_info.is_write for x in returns)
-    is_number = counting.fills and name == "scalar_tensor"  # on a GPU it stays on the host
-    if not (is_view or is_number or name in NO_OPERATION):
+    if not (is_view or name in NO_OPERATION):
         counting.operations[f"{name} at {place()}"] += 1

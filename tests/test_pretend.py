@@ -75,6 +75,27 @@ def test_what_does_not_wait_is_not_counted(act):
     assert not counted.waits
 
 
+class Zeroed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, index):
+        ctx.index = index
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[ctx.index] = 0.0
+        return grad, None
+
+
+def test_backward_is_seen():
+    x = torch.nn.Parameter(PretendTensor(VALUES.clone()))
+    with Counting() as counted:
+        Zeroed.apply(x, PretendTensor(INDEX[:1])).sum().backward()
+    assert sum(counted.waits.values()) == 1
+    assert x.grad.tolist() == [[1.0] * 3, [0.0] * 3]
+
+
 def test_views_and_allocations_are_no_operations():
     x = PretendTensor(VALUES.clone())
     with Counting() as counted:
