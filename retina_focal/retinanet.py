@@ -19,6 +19,7 @@ from retina_focal.folding import fold_frozen_norms
 from retina_focal.head import build_dense_head
 from retina_focal.postprocess import Postprocessor
 from retina_focal.precision import PRECISIONS, computation
+from retina_focal.transfer import to_device
 
 # Highest-scoring predictions drawn beside the ground truth every VIS_PERIOD iterations.
 VIS_MAX_BOXES = 20
@@ -165,10 +166,18 @@ class FocalRetinaNet(nn.Module):
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise, pad and batch the images: (N, C, H, W) of the largest size, zero-padded."""
-        # To the tensor, not to its device: a trace would keep that as a constant.
-        images = [x["image"].to(self.pixel_mean) for x in batched_inputs]
-        images = [(x - self.pixel_mean) / self.pixel_std for x in images]
-        return ImageList.from_tensors(images, **self.padding)
+        images = [x["image"] for x in batched_inputs]
+        if torch.jit.is_tracing():
+            # To the tensor, not to its device: a trace would keep that as a constant.
+            images = [(x.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std for x in images]
+            return ImageList.from_tensors(images, **self.padding)
+        padded = ImageList.from_tensors([x[:0] for x in images], **self.padding)
+        size = padded.tensor.shape[-2:]
+        # They cross as they are, uint8 from a loader. The mean becomes the zeros around them.
+        batch = self.pixel_mean.expand(len(images), -1, *size).contiguous()
+        for own, image in zip(batch, to_device(images, self.device), strict=True):
+            own[:, : image.shape[-2], : image.shape[-1]].copy_(image)
+        return ImageList(batch.sub_(self.pixel_mean).div_(self.pixel_std), padded.image_sizes)
 
     def label_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
