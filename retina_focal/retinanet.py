@@ -1,5 +1,7 @@
 """FocalRetinaNet: the meta-architecture, and the surface that detectron2 scripts rely on."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
@@ -19,6 +21,7 @@ from retina_focal.folding import fold_frozen_norms
 from retina_focal.head import build_dense_head
 from retina_focal.postprocess import Postprocessor
 from retina_focal.precision import PRECISIONS, computation
+from retina_focal.targets import Targets, find_targets
 from retina_focal.transfer import to_device
 
 # Highest-scoring predictions drawn beside the ground truth every VIS_PERIOD iterations.
@@ -140,19 +143,25 @@ class FocalRetinaNet(nn.Module):
             In training {"loss_cls", "loss_box_reg"}; otherwise a dict with `instances` an image.
         """
         images = self.preprocess_image(batched_inputs)
+        if self.training:
+            gt_instances = _ground_truth(batched_inputs, self.num_classes, self.device)
+            # Before the network runs: the host of a device waits here, and not for the network.
+            sizes = self._feature_sizes(images.tensor.shape[-2:])
+            anchors, labels, matched_idxs, targets = self._match(gt_instances, sizes)
         autocast, layout = computation(self.precision, images.tensor.device.type, self.training)
         with autocast:
             features = self.backbone(images.tensor.to(memory_format=layout))
             features = [features[name] for name in self.head_in_features]
             logits, deltas = self.head(features)
-        anchors = self.anchor_generator(features)
         if not self.training:
+            anchors = self.anchor_generator(features)
             results = self.postprocessor(anchors, logits, deltas, images.image_sizes)
             return _rescale(results, batched_inputs)
-        gt_instances = _ground_truth(batched_inputs, self.criterion.num_classes)
-        labels, matched_idxs = self.assigner(anchors, gt_instances)
+        found = [tuple(feature.shape[-2:]) for feature in features]
+        if found != sizes:  # a backbone that rounds otherwise
+            anchors, labels, matched_idxs, targets = self._match(gt_instances, found)
         losses, statistics = self.criterion(
-            anchors, logits, deltas, labels, matched_idxs, gt_instances, normalizers
+            anchors, logits, deltas, labels, matched_idxs, gt_instances, normalizers, targets
         )
         if has_event_storage():
             storage = get_event_storage()
@@ -188,15 +197,29 @@ class FocalRetinaNet(nn.Module):
     @torch.no_grad()
     def count_positives(self, batched_inputs: list[dict]) -> Tensor:
         """(N,) positive anchors of each image, as a training step finds them, network not run."""
-        sizes = [torch.empty(x["image"].shape, device="meta") for x in batched_inputs]
-        images = ImageList.from_tensors(sizes, **self.padding)
+        images = ImageList.from_tensors([x["image"][:0] for x in batched_inputs], **self.padding)
+        gt_instances = _ground_truth(batched_inputs, self.num_classes, self.device)
+        anchors = self._anchors(self._feature_sizes(images.tensor.shape[-2:]))
+        labels, _ = self.assigner(anchors, gt_instances)
+        return ((labels >= 0) & (labels < self.num_classes)).sum(1)
+
+    def _feature_sizes(self, size: Sequence[int]) -> list[tuple[int, int]]:
+        """(Hi, Wi) per level, of padded images of this (height, width)."""
         shapes = self.backbone.output_shape()
         strides = [shapes[name].stride for name in self.head_in_features]
-        height, width = images.tensor.shape[-2:]
-        features = [torch.empty(1, 1, -(-height // s), -(-width // s)) for s in strides]
-        gt_instances = _ground_truth(batched_inputs, self.num_classes)
-        labels, _ = self.assigner(self.anchor_generator(features), gt_instances)
-        return ((labels >= 0) & (labels < self.num_classes)).sum(1)
+        return [tuple(-(-length // stride) for length in size) for stride in strides]
+
+    def _anchors(self, sizes: Sequence[Sequence[int]]) -> list[Boxes]:
+        return self.anchor_generator([torch.empty(1, 0, *x, device=self.device) for x in sizes])
+
+    def _match(
+        self, gt_instances: list[Instances], sizes: Sequence[Sequence[int]]
+    ) -> tuple[list[Boxes], Tensor, Tensor, Targets]:
+        """Anchors of feature maps, their labels and matched indices, and what follows of these."""
+        anchors = self._anchors(sizes)
+        labels, matched_idxs = self.assigner(anchors, gt_instances)
+        arguments = anchors, labels, matched_idxs, gt_instances
+        return *arguments[:3], find_targets(*arguments, sizes, self.num_classes)
 
     def _check_num_classes(self, num_classes: int | None) -> None:
         found = {
@@ -225,8 +248,10 @@ def _check_in_features(in_features: list[str], available: list[str]) -> None:
         )
 
 
-def _ground_truth(batched_inputs: list[dict], num_classes: int) -> list[Instances]:
-    """Ground truth as it lies on the host, checked before the loss turns into NaN or crashes."""
+def _ground_truth(
+    batched_inputs: list[dict], num_classes: int, device: torch.device
+) -> list[Instances]:
+    """Checked, before the loss turns into NaN or crashes, and then moved to the device."""
     for index, record in enumerate(batched_inputs):
         if "instances" not in record:
             raise UserError(
@@ -250,7 +275,14 @@ def _ground_truth(batched_inputs: list[dict], num_classes: int) -> list[Instance
                 f"model has {num_classes} classes, 0 to {num_classes - 1}; set "
                 "MODEL.RETINANET.NUM_CLASSES to the dataset's"
             )
-    return [record["instances"] for record in batched_inputs]
+    targets = [record["instances"] for record in batched_inputs]
+    boxes = to_device(
+        [x.gt_boxes.tensor for x in targets] + [x.gt_classes for x in targets], device
+    )
+    return [
+        Instances(x.image_size, **{**x.get_fields(), "gt_boxes": Boxes(own), "gt_classes": classes})
+        for x, own, classes in zip(targets, boxes, boxes[len(targets) :], strict=False)
+    ]
 
 
 def _record_name(record: dict, index: int) -> str:

@@ -25,7 +25,7 @@ LAYERS = [
         "transfer",
     },
     {"dense_sum", "sampling", "anchors", "assigner", "box_tower", "backbone"},
-    {"atss", "head"},
+    {"atss", "head", "targets"},
     {"criterion", "postprocess"},
     {"retinanet", "proposals"},
     {"data", "weights"},
