@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data.detection_utils import convert_image_to_rgb
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, detector_postprocess
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
@@ -18,6 +18,7 @@ from retina_focal.config import check_choice, retina_focal_node
 from retina_focal.criterion import Criterion
 from retina_focal.errors import UserError
 from retina_focal.folding import fold_frozen_norms
+from retina_focal.ground_truth import ground_truth
 from retina_focal.head import build_dense_head
 from retina_focal.postprocess import Postprocessor
 from retina_focal.precision import PRECISIONS, computation
@@ -144,7 +145,7 @@ class FocalRetinaNet(nn.Module):
         """
         images = self.preprocess_image(batched_inputs)
         if self.training:
-            gt_instances = _ground_truth(batched_inputs, self.num_classes, self.device)
+            gt_instances = ground_truth(batched_inputs, self.num_classes, self.device)
             # Before the network runs: the host of a device waits here, and not for the network.
             sizes = self._feature_sizes(images.tensor.shape[-2:])
             anchors, labels, matched_idxs, targets = self._match(gt_instances, sizes)
@@ -155,8 +156,11 @@ class FocalRetinaNet(nn.Module):
             logits, deltas = self.head(features)
         if not self.training:
             anchors = self.anchor_generator(features)
-            results = self.postprocessor(anchors, logits, deltas, images.image_sizes)
-            return _rescale(results, batched_inputs)
+            sizes = images.image_sizes
+            outputs = self.postprocessor(
+                anchors, logits, deltas, sizes, _output_sizes(batched_inputs, sizes)
+            )
+            return [{"instances": instances} for instances in outputs]
         found = [tuple(feature.shape[-2:]) for feature in features]
         if found != sizes:  # a backbone that rounds otherwise
             anchors, labels, matched_idxs, targets = self._match(gt_instances, found)
@@ -169,7 +173,7 @@ class FocalRetinaNet(nn.Module):
                 storage.put_scalar(name, value)
             if self.vis_period > 0 and storage.iter % self.vis_period == 0:
                 first = [x[:1] for x in logits], first_image(deltas), images.image_sizes[:1]
-                result = self.postprocessor(anchors, *first)[0]
+                result = self.postprocessor(anchors, *first, images.image_sizes[:1])[0]
                 storage.put_image(*_draw_training(batched_inputs[0], result, self.input_format))
         return losses
 
@@ -198,7 +202,7 @@ class FocalRetinaNet(nn.Module):
     def count_positives(self, batched_inputs: list[dict]) -> Tensor:
         """(N,) positive anchors of each image, as a training step finds them, network not run."""
         images = ImageList.from_tensors([x["image"][:0] for x in batched_inputs], **self.padding)
-        gt_instances = _ground_truth(batched_inputs, self.num_classes, self.device)
+        gt_instances = ground_truth(batched_inputs, self.num_classes, self.device)
         anchors = self._anchors(self._feature_sizes(images.tensor.shape[-2:]))
         labels, _ = self.assigner(anchors, gt_instances)
         return ((labels >= 0) & (labels < self.num_classes)).sum(1)
@@ -248,58 +252,14 @@ def _check_in_features(in_features: list[str], available: list[str]) -> None:
         )
 
 
-def _ground_truth(
-    batched_inputs: list[dict], num_classes: int, device: torch.device
-) -> list[Instances]:
-    """Checked, before the loss turns into NaN or crashes, and then moved to the device."""
-    for index, record in enumerate(batched_inputs):
-        if "instances" not in record:
-            raise UserError(
-                f"{_record_name(record, index)} has no 'instances', but the model is in training "
-                "mode; for inference call model.eval() first"
-            )
-        instances = record["instances"]
-        boxes, classes = instances.gt_boxes.tensor, instances.gt_classes
-        bad = ~boxes.isfinite().all(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
-        if bad.any():
-            box = int(bad.nonzero()[0])
-            raise UserError(
-                f"{_record_name(record, index)}: box {box} is {boxes[box].tolist()}; expected "
-                "finite XYXY pixels with x0 <= x1 and y0 <= y1: correct or remove that annotation"
-            )
-        bad = (classes < 0) | (classes >= num_classes)
-        if bad.any():
-            box = int(bad.nonzero()[0])
-            raise UserError(
-                f"{_record_name(record, index)}: box {box} has class {int(classes[box])}, but the "
-                f"model has {num_classes} classes, 0 to {num_classes - 1}; set "
-                "MODEL.RETINANET.NUM_CLASSES to the dataset's"
-            )
-    targets = [record["instances"] for record in batched_inputs]
-    boxes = to_device(
-        [x.gt_boxes.tensor for x in targets] + [x.gt_classes for x in targets], device
-    )
+def _output_sizes(
+    batched_inputs: list[dict], image_sizes: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """(height, width) of each image that its boxes are to be in, in pixels."""
     return [
-        Instances(x.image_size, **{**x.get_fields(), "gt_boxes": Boxes(own), "gt_classes": classes})
-        for x, own, classes in zip(targets, boxes, boxes[len(targets) :], strict=False)
+        (x.get("height", height), x.get("width", width))
+        for x, (height, width) in zip(batched_inputs, image_sizes, strict=True)
     ]
-
-
-def _record_name(record: dict, index: int) -> str:
-    """What an error message calls one element of a batch."""
-    return (
-        f"image '{record['file_name']}'" if "file_name" in record else f"image {index} of the batch"
-    )
-
-
-def _rescale(results: list[Instances], batched_inputs: list[dict]) -> list[dict]:
-    """Boxes in the resolution that each input asks for, clipped to the image."""
-    rescaled = []
-    for instances, record in zip(results, batched_inputs, strict=True):
-        height = record.get("height", instances.image_size[0])
-        width = record.get("width", instances.image_size[1])
-        rescaled.append({"instances": detector_postprocess(instances, height, width)})
-    return rescaled
 
 
 def _draw_training(record: dict, result: Instances, input_format: str) -> tuple[str, np.ndarray]:
@@ -307,10 +267,9 @@ def _draw_training(record: dict, result: Instances, input_format: str) -> tuple[
     from detectron2.utils.visualizer import Visualizer
 
     image = convert_image_to_rgb(record["image"].permute(1, 2, 0), input_format)
-    prediction = detector_postprocess(result, *image.shape[:2])
     panels = [
         Visualizer(image, None).overlay_instances(boxes=boxes.tensor.detach().cpu().numpy())
-        for boxes in (record["instances"].gt_boxes, prediction.pred_boxes[:VIS_MAX_BOXES])
+        for boxes in (record["instances"].gt_boxes, result.pred_boxes[:VIS_MAX_BOXES])
     ]
     picture = np.vstack([panel.get_image() for panel in panels])
     name = f"Top: ground truth; bottom: {VIS_MAX_BOXES} highest-scoring predictions"

@@ -24,7 +24,7 @@ LAYERS = [
         "normalizers",
         "transfer",
     },
-    {"dense_sum", "sampling", "anchors", "assigner", "box_tower", "backbone"},
+    {"dense_sum", "sampling", "anchors", "assigner", "box_tower", "backbone", "ground_truth"},
     {"atss", "head", "targets"},
     {"criterion", "postprocess"},
     {"retinanet", "proposals"},
