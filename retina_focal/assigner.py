@@ -18,6 +18,7 @@ from retina_focal.matching import (
     match_batch,
     match_on_grid,
 )
+from retina_focal.transfer import to_device
 
 ASSIGNMENTS = ("detectron2", "detectron", "paper")
 
@@ -131,10 +132,14 @@ class Assigner:
 
     def _match_batch(self, anchors: Tensor, gt_instances: list[Instances]) -> tuple[Tensor, Tensor]:
         """All images at once, without a wait of the host for the device."""
-        to = {"device": anchors.device, "non_blocking": True}
-        num_boxes = torch.tensor([len(x) for x in gt_instances]).to(**to)
-        gt_boxes = torch.cat([x.gt_boxes.tensor for x in gt_instances]).to(**to)
-        gt_classes = torch.cat([x.gt_classes for x in gt_instances]).to(**to)
+        num_boxes, gt_boxes, gt_classes = to_device(
+            [
+                torch.tensor([len(x) for x in gt_instances]),
+                torch.cat([x.gt_boxes.tensor for x in gt_instances]),
+                torch.cat([x.gt_classes for x in gt_instances]),
+            ],
+            anchors.device,
+        )
         matches = match_batch(anchors, gt_boxes, num_boxes)
         first = (num_boxes.cumsum(0) - num_boxes)[:, None]
         labels = self._label(matches, gt_classes[matches.box_idxs])

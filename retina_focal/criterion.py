@@ -118,8 +118,7 @@ class Criterion(nn.Module):
             statistics: what is worth logging, numbers on the host.
         """
         if targets is None:
-            sizes = [x.shape[-2:] for x in logits]
-            arguments = anchors, labels, matched_idxs, gt_instances, sizes
+            arguments = anchors, labels, matched_idxs, gt_instances, logits
             targets = find_targets(*arguments, self.num_classes)
         levels, positives, num_positives = targets
         pred_deltas = deltas_at(deltas, [level.positive for level in levels])
