@@ -22,9 +22,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from retina_focal.config import flatten, get_cfg, merge_options
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import build_evaluator
-from retina_focal.training.accumulation import training_steps
 from retina_focal.training.first_step import FirstStepCheck
 from retina_focal.training.processes import distribute, keep_freed_memory
+from retina_focal.training.steps import training_steps
 from retina_focal.weights.load import Checkpointer
 
 # What a LazyConfig has of MODEL.RETINA_FOCAL, in lower case, in `train.retina_focal`; all else is
