@@ -184,6 +184,10 @@ def _default_node() -> CfgNode:
 
     # How the package's trainer runs: checkpoints, averages, early stops, augmentations.
     node.TRAIN = CfgNode()
+    # Seconds that one process lets the others wait, in a collective or at the start, or a worker
+    # its data loader; then all end and say who is missing. More than what one does alone: the
+    # evaluation of all detections, and saving.
+    node.TRAIN.TIMEOUT = 600
     # Which images and boxes are read, and the dataset that choices are made on.
     node.DATA = CfgNode()
     # How detections are made and measured, beyond MODEL.RETINANET.*_TEST.
