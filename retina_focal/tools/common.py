@@ -53,9 +53,7 @@ def command(main: Callable[..., object]) -> Callable[..., object]:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            # From a data loader's worker it comes behind that one's traceback.
-            message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2].strip()
-            sys.exit(f"{Path(sys.argv[0]).name}: {message}")
+            sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
     return run
 
