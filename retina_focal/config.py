@@ -223,6 +223,10 @@ def _default_node() -> CfgNode:
 
     # How the package's trainer runs: checkpoints, averages, early stops, augmentations.
     node.TRAIN = CfgNode()
+    # Seconds that one process lets the others wait, in a collective or at the start, or a worker
+    # its data loader; then all end and say who is missing. More than what one does alone: the
+    # evaluation of all detections, and saving.
+    node.TRAIN.TIMEOUT = 600
     # Which images and boxes are read, and the dataset that choices are made on.
     node.DATA = CfgNode()
     # Whether pictures may lie outside of their dataset's image folder, by ".." or an absolute path
