@@ -123,6 +123,12 @@ def check_num_classes(
             )
 
 
+def classes_of(names: Sequence[str]) -> list[str] | None:
+    """Class names of the first of these datasets that tells its own."""
+    found = (MetadataCatalog.get(name).get("thing_classes") for name in names)
+    return next((list(classes) for classes in found if classes is not None), None)
+
+
 def _load(name: str, json_file: str, image_root: str) -> list[dict]:
     try:
         return load_coco_json(json_file, image_root, name)
