@@ -7,7 +7,7 @@ import shutil
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -77,19 +77,22 @@ class _HashedFile:
 
 
 def checkpoints_of(folder: str | Path) -> list[Path]:
-    """A run's checkpoints, in the order in which resuming tries them: the tagged, then the newest.
-
-    A tag that names what is no `.pth` file of the folder is not followed.
-    """
-    folder = Path(folder)
-    found = [x for x in folder.glob("model*.pth") if _is_file(x)] if folder.is_dir() else []
-    tag = ""
-    if _is_file(folder / TAG):
-        with suppress(OSError), (folder / TAG).open("rb") as file:
-            tag = file.read(256).decode(errors="replace").strip()
-    tagged = [x for x in found if x.name == tag]
+    """A run's checkpoints in the order in which resuming tries them: tagged, then newest."""
+    found = [x for x in Path(folder).glob("model_*.pth") if is_regular(x)]
+    tagged = [path for path in (tagged_checkpoint(folder),) if path and is_regular(path)]
     others = sorted(set(found) - set(tagged), key=lambda x: (_iteration(x), x.name), reverse=True)
     return tagged + others
+
+
+def tagged_checkpoint(folder: str | Path) -> Path | None:
+    """What `last_checkpoint` names, unless that is no `.pth` in the folder itself."""
+    tag = Path(folder, TAG)
+    if not is_regular(tag):
+        return None
+    with tag.open("rb") as file:
+        name = file.read(256).decode(errors="replace").strip()
+    is_inside = name == os.path.basename(name) and name.endswith(".pth")
+    return tag.with_name(name) if is_inside and "\0" not in name else None
 
 
 def _iteration(path: Path) -> int:
@@ -138,7 +141,7 @@ def read_checkpoint(path: Path) -> dict:
 def _check_content(path: Path) -> None:
     """By the hash beside it; without one by the file's own CRCs, which torch doesn't look at."""
     beside = hash_file(path)
-    if _is_file(beside):
+    if is_regular(beside):
         found = hashlib.sha256()
         with path.open("rb") as file:
             while block := file.read(BLOCK):
@@ -170,7 +173,7 @@ def not_finite(weights: Mapping[str, object]) -> str:
     return next((name for (name, _), ok in zip(floats, finite, strict=True) if not ok), "")
 
 
-def _is_file(path: Path) -> bool:
+def is_regular(path: Path) -> bool:
     """Whether it is a regular file, or a link to one: no FIFO is waited for."""
     try:
         return stat.S_ISREG(path.stat().st_mode)

@@ -1,5 +1,6 @@
 """Checkpoints of a run: which are kept, which one it goes on from, and with which model."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from retina_focal.training.checkpoint_files import (
     not_finite,
     number_of,
     read_checkpoint,
+    tagged_checkpoint,
     write_checkpoint,
 )
 from retina_focal.weights.load import Checkpointer
@@ -120,16 +122,22 @@ class RunCheckpointer(Checkpointer):
         return found
 
     def _first_whole(self, paths: list[Path]) -> str:
+        tag, tagged = Path(self.save_dir, TAG), tagged_checkpoint(self.save_dir)
+        if os.path.lexists(tag) and tagged not in paths:
+            wrong = f"names {tagged}, which isn't there" if tagged else "names no .pth beside it"
+            self.logger.warning("%s %s", tag, wrong)
         for path in paths:
             try:
                 self._read = {str(path): read_checkpoint(path)}
                 return str(path)
             except UserError as error:
                 self.logger.warning("%s; it is skipped", error)
-        if paths:
+        if paths or os.path.lexists(tag):
+            names = ", ".join(path.name for path in paths) or f"only {TAG}"
             raise UserError(
-                f"none of the checkpoints in '{self.save_dir}' can be used "
-                f"({', '.join(path.name for path in paths)}); to start again, leave out --resume"
+                f"no checkpoint in '{self.save_dir}' can be used (there: {names}); to start again, "
+                "leave out --resume, or name another folder: OUTPUT_DIR ANOTHER (in a LazyConfig: "
+                "train.output_dir=...)"
             )
         return ""
 
