@@ -13,7 +13,7 @@ PACKAGE = Path(retina_focal.__file__).parent
 # From the ground up: a module imports from its own layer or one below. A folder is one room.
 LAYERS = [
     {"errors", "kernels"},
-    {"config", "files"},
+    {"config", "files", "safe_yaml"},
     {
         "places",
         "losses",
