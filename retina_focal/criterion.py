@@ -131,6 +131,8 @@ class Criterion(nn.Module):
         pred_deltas = deltas_at(deltas, places)
         if normalizers is None:
             normalizers = self.normalizers(torch.bincount(positives.image, minlength=len(labels)))
+        # fp32, but fp64 where the logits are.
+        normalizers = normalizers.to(torch.promote_types(logits[0].dtype, torch.float32))
         loss_box_reg = box_regression_loss(
             pred_deltas,
             positives.anchors,
@@ -143,7 +145,7 @@ class Criterion(nn.Module):
         if self.sampler is not None:
             labels = self.sampler(anchors, logits, labels, self.num_classes)
             targets = level_targets(labels, logits, self.num_classes)
-            normalizers = (labels >= 0).sum().clamp(min=1).float().expand_as(normalizers)
+            normalizers = (labels >= 0).sum().clamp(min=1).to(normalizers).expand_as(normalizers)
         if getattr(self.classification_loss, "soft_targets", False):
             targets = self._with_quality(targets, positives, pred_deltas.detach())
         loss = self.classification_loss
@@ -159,7 +161,7 @@ class Criterion(nn.Module):
         Args:
             num_positives: (N,) positive anchors of each image of this process's step.
         Returns:
-            (N,) fp32.
+            (N,) floats above 0.
         """
         return self.normalizer(num_positives, getattr(self, "loss_normalizer", None))
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, detector_postprocess
@@ -17,6 +18,7 @@ from retina_focal.criterion import Criterion
 from retina_focal.errors import UserError
 from retina_focal.folding import fold_frozen_norms
 from retina_focal.head import build_dense_head
+from retina_focal.padding import size_of_step
 from retina_focal.postprocess import Postprocessor
 from retina_focal.precision import PRECISIONS, computation
 
@@ -128,17 +130,24 @@ class FocalRetinaNet(nn.Module):
         return self.criterion.num_classes
 
     def forward(
-        self, batched_inputs: list[dict], normalizers: Tensor | None = None
+        self,
+        batched_inputs: list[dict],
+        normalizers: Tensor | None = None,
+        padded_size: tuple[int, int] | None = None,
     ) -> dict[str, Tensor] | list[dict]:
         """
         Args:
             batched_inputs: from `DatasetMapper`: `image` (C, H, W), `instances` in training, and
                 for inference optionally the `height` and `width` to return boxes in.
             normalizers: see `Criterion.forward`; only in training.
+            padded_size: of `padded_size`, where these images are a part of a step; only in
+                training.
         Returns:
             In training {"loss_cls", "loss_box_reg"}; otherwise a dict with `instances` an image.
         """
-        images = self.preprocess_image(batched_inputs)
+        if self.training and padded_size is None:
+            padded_size = self.padded_size(batched_inputs)
+        images = self.preprocess_image(batched_inputs, padded_size)
         autocast, layout = computation(self.precision, images.tensor.device.type, self.training)
         with autocast:
             features = self.backbone(images.tensor.to(memory_format=layout))
@@ -163,12 +172,31 @@ class FocalRetinaNet(nn.Module):
                 storage.put_image(*_draw_training(batched_inputs[0], result, self.input_format))
         return losses
 
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise, pad and batch the images: (N, C, H, W) of the largest size, zero-padded."""
+    def padded_size(self, batched_inputs: list[dict]) -> tuple[int, int]:
+        """(H, W) that a step pads its images to; `batched_inputs` is this process's part of it."""
+        normalizer = getattr(self.criterion, "normalizer", None)
+        exchange = getattr(normalizer, "one_step_of_all_processes", False)
+        return size_of_step(
+            [x["image"].shape[-2:] for x in batched_inputs], exchange, **self.padding
+        )
+
+    def preprocess_image(
+        self, batched_inputs: list[dict], padded_size: tuple[int, int] | None = None
+    ) -> ImageList:
+        """Normalise, pad and batch the images: (N, C, H, W), zero-padded.
+
+        Args:
+            padded_size: (H, W) of the result; default: detectron2's, of the largest image.
+        """
         # To the tensor, not to its device: a trace would keep that as a constant.
         images = [x["image"].to(self.pixel_mean) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
-        return ImageList.from_tensors(images, **self.padding)
+        batch = ImageList.from_tensors(images, **self.padding)
+        height, width = batch.tensor.shape[-2:]
+        if padded_size in (None, (height, width)):
+            return batch
+        more = (0, padded_size[1] - width, 0, padded_size[0] - height)
+        return ImageList(F.pad(batch.tensor, more), batch.image_sizes)
 
     def label_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
@@ -177,13 +205,13 @@ class FocalRetinaNet(nn.Module):
         return self.assigner(anchors, gt_instances)
 
     @torch.no_grad()
-    def count_positives(self, batched_inputs: list[dict]) -> Tensor:
+    def count_positives(
+        self, batched_inputs: list[dict], padded_size: tuple[int, int] | None = None
+    ) -> Tensor:
         """(N,) positive anchors of each image, as a training step finds them, network not run."""
-        sizes = [torch.empty(x["image"].shape, device="meta") for x in batched_inputs]
-        images = ImageList.from_tensors(sizes, **self.padding)
+        height, width = padded_size or self.padded_size(batched_inputs)
         shapes = self.backbone.output_shape()
         strides = [shapes[name].stride for name in self.head_in_features]
-        height, width = images.tensor.shape[-2:]
         features = [torch.empty(1, 1, -(-height // s), -(-width // s)) for s in strides]
         gt_instances = _ground_truth(batched_inputs, self.num_classes)
         labels, _ = self.assigner(self.anchor_generator(features), gt_instances)

@@ -14,7 +14,16 @@ PACKAGE = Path(retina_focal.__file__).parent
 LAYERS = [
     {"errors", "kernels"},
     {"config", "files"},
-    {"places", "losses", "box_losses", "matching", "precision", "folding", "normalizers"},
+    {
+        "places",
+        "losses",
+        "box_losses",
+        "matching",
+        "precision",
+        "folding",
+        "normalizers",
+        "padding",
+    },
     {"dense_sum", "sampling", "anchors", "assigner", "box_tower", "backbone"},
     {"atss", "head"},
     {"criterion", "postprocess"},
