@@ -20,11 +20,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from retina_focal.config import flatten, get_cfg, merge_options, retina_focal_node
+from retina_focal.data.classes import class_names
 from retina_focal.data.loading import build_train_loader
-from retina_focal.data.registration import classes_of
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import build_evaluator
-from retina_focal.training.accumulation import training_steps
 from retina_focal.training.best import EarlyStop, best_checkpoint, has_ended
 from retina_focal.training.checkpoints import RunCheckpointer
 from retina_focal.training.first_step import FirstStepCheck
@@ -34,6 +33,8 @@ from retina_focal.training.resume import (
     options_of_the_config,
     with_seed,
 )
+from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader
+from retina_focal.training.steps import training_steps
 from retina_focal.training.words import words_only
 
 # What a LazyConfig has of MODEL.RETINA_FOCAL, in lower case, in `train.retina_focal`; all else is
@@ -90,10 +91,11 @@ class Trainer(DefaultTrainer):
             model,
             self.cfg.OUTPUT_DIR,
             keep=retina_focal_node(self.cfg).TRAIN.KEEP_CHECKPOINTS,
-            classes=classes_of(self.cfg.DATASETS.TRAIN),
+            classes=class_names(self.cfg.DATASETS.TRAIN),
             trainer=weakref.proxy(self),
         )
         self.start_iter, self.max_iter = 0, self.cfg.SOLVER.MAX_ITER
+        self._stop = StopOnSignal()
         self.evaluated = -1  # the iteration after which the last evaluation was made
         self.register_hooks(self.build_hooks())
         self._resume.draws_seed = draws_seed
@@ -118,6 +120,7 @@ class Trainer(DefaultTrainer):
             self._precise_bn(),
             self._resume,
             saver,  # before the evaluation: should that fail, the weights are kept
+            self._stop,  # before it too: it can take long
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
             best_checkpoint(retina_focal_node(cfg).TRAIN),
             writer,
@@ -142,6 +145,10 @@ class Trainer(DefaultTrainer):
         return build_train_loader(cfg, plain_values(cfg).SEED)
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
+        return StoppableLoader(super().build_test_loader(cfg, dataset_name))
+
+    @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode | DictConfig, optimizer: Optimizer) -> LRScheduler:
         if isinstance(cfg, DictConfig):
             return LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), cfg.train.max_iter)
@@ -159,7 +166,7 @@ class Trainer(DefaultTrainer):
             return super().test(cfg, model, evaluators)
         if "evaluator" not in cfg.dataloader:
             return {}
-        loader = instantiate(cfg.dataloader.test)
+        loader = StoppableLoader(instantiate(cfg.dataloader.test))
         evaluator = evaluators or instantiate(cfg.dataloader.evaluator)
         results = inference_on_dataset(model, loader, evaluator) or {}
         print_csv_format(results)
@@ -192,7 +199,13 @@ class Trainer(DefaultTrainer):
                 return None
 
     def _evaluate(self) -> dict:
-        self._last_eval_results = self.test(self.parts, self.model)
+        if self.iter + 1 == self.max_iter:  # detectron2 asks for it when the last step failed, too
+            return {}
+        try:
+            self._last_eval_results = self.test(self.parts, self.model)
+        except Stop as stop:
+            self._stop.save()
+            raise stop
         self.evaluated = self.iter
         return self._last_eval_results
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from retina_focal.errors import UserError
+from retina_focal.training.peers import in_words
 
 FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -23,7 +24,7 @@ def words_only(folder: str, last_checkpoint: Callable[[], str]) -> Iterator[None
     def is_told(error: BaseException | None) -> bool:
         if isinstance(error, OSError):
             return error.errno in FULL_OR_CLOSED or _is_inside(error.filename, folder)
-        return isinstance(error, UserError)
+        return error is not None and in_words(error) is not None
 
     def without_traceback(record: logging.LogRecord) -> bool:
         return not (record.exc_info and is_told(record.exc_info[1]))
