@@ -71,7 +71,7 @@ def test_processes_share_the_batch_of_one_process(processes, monkeypatch):
     for rank in range(processes):
         monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
         parts.append(batches(2, 6))
-    assert [sum(parts, []) for parts in zip(*parts, strict=True)] == whole
+    assert [list(itertools.chain(*parts)) for parts in zip(*parts, strict=True)] == whole
 
 
 def test_detectron2s_repeated_images_stay_repeated():

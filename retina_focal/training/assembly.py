@@ -112,7 +112,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             saver = hooks.PeriodicCheckpointer(self.checkpointer, period)
             writer = hooks.PeriodicWriter(self.build_writers(), options.get("log_period", 20))
-        self._resume = ExactResume(cfg.SEED, period)
+        self._resume = ExactResume(cfg.SEED, (period, cfg.TEST.EVAL_PERIOD))
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
@@ -142,7 +142,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode | DictConfig) -> Iterable[list[dict]]:
         """See `data.loading.build_train_loader`; of another kind it starts anew on resuming."""
-        return build_train_loader(cfg, plain_values(cfg).SEED)
+        values = plain_values(cfg)
+        return build_train_loader(cfg, values.SEED, retina_focal_node(values).TRAIN.TIMEOUT)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,15 +39,16 @@ class ExactResume(HookBase):
     hook that saves, in every process.
     """
 
-    def __init__(self, seed: int, save_period: int):
+    def __init__(self, seed: int, periods: Sequence[int]):
         """
         Args:
             seed: not negative.
-            save_period: iterations between checkpoints.
+            periods: iterations between checkpoints, and between evaluations, in which a signal may
+                ask for one; 0: none.
         """
-        self.seed, self.save_period = seed, save_period
+        self.seed, self.periods = seed, [period for period in periods if period > 0]
         self.draws_seed = False  # True: the checkpoint's seed takes the place of this one
-        self._criteria: list[dict] = []
+        self._criteria: tuple[int, list[dict]] = (-1, [])  # of which iteration, by process
         self._loaded: dict | None = None
 
     def before_step(self) -> None:
@@ -55,17 +56,19 @@ class ExactResume(HookBase):
 
     def after_step(self) -> None:
         # A moving average of positives is each process's own.
-        done = self.trainer.iter + 1
-        stops = getattr(self.trainer._trainer, "stop_signal", 0)
-        if done % self.save_period == 0 or done == self.trainer.max_iter or stops:
-            self._criteria = comm.gather(dict(_criterion_buffers(self.trainer.model)))
+        trainer, done = self.trainer, self.trainer.iter + 1
+        is_last = done == trainer.max_iter or trainer._trainer.stop_signal
+        if is_last or any(done % period == 0 for period in self.periods):
+            buffers = dict(_criterion_buffers(trainer.model))
+            self._criteria = (trainer.iter, comm.gather({k: x.cpu() for k, x in buffers.items()}))
 
     def state_dict(self) -> dict:
         trainer, loader = self.trainer, self.trainer.data_loader
+        iteration, criteria = self._criteria
         state = {
             "seed": self.seed,
             "processes": comm.get_world_size(),
-            "criteria": self._criteria,
+            "criteria": criteria if iteration == trainer.iter else [],
             "evaluated": trainer.evaluated,
             "scalars": _recent_scalars(trainer.storage),
         }
@@ -115,7 +118,7 @@ class ExactResume(HookBase):
         elif len(state["criteria"]) == processes:
             buffers = dict(_criterion_buffers(self.trainer.model))
             for name, value in state["criteria"][comm.get_rank()].items():
-                if name in buffers:
+                if name in buffers:  # not after a change of the normaliser
                     buffers[name].copy_(value)
 
     def catch_up(self) -> None:
