@@ -184,6 +184,11 @@ class Trainer(DefaultTrainer):
             super().load_state_dict({"_trainer": state_dict, **state_dict})
         self._resume.go_on()
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        if resume and self.start_iter == 0:
+            self._resume.begin()
+
     def before_train(self) -> None:
         super().before_train()
         self._resume.catch_up()
