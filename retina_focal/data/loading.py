@@ -126,12 +126,12 @@ def _as_list(batch: list[dict]) -> list[dict]:
     return batch
 
 
-def build_train_loader(cfg: CfgNode | DictConfig, seed: int, **options: object) -> Iterable:
+def build_train_loader(cfg: CfgNode | DictConfig, seed: int, timeout: float = 0) -> Iterable:
     """The loader of a config's training images, for both kinds of config.
 
     Args:
         seed: not negative.
-        options: of torch's `DataLoader`, beside those of the config.
+        timeout: seconds after which a worker that gives no batch is an error; 0: none.
     Returns:
         A `TrainLoader`; or, for a LazyConfig's own kind of loader, an iterable dataset and another
         sampler than detectron2's, what the config says, which no run can go on with exactly.
@@ -153,6 +153,6 @@ def build_train_loader(cfg: CfgNode | DictConfig, seed: int, **options: object) 
             arguments["sampler"] = TrainingSampler(len(dataset))
     if not hasattr(arguments.get("sampler"), "_infinite_indices"):
         return build_detection_train_loader(**arguments)
-    if not arguments.get("num_workers"):
-        options.pop("timeout", None)
-    return TrainLoader(**{**options, **arguments}, seed=seed)
+    if arguments.get("num_workers"):
+        arguments.setdefault("timeout", timeout)
+    return TrainLoader(**arguments, seed=seed)

@@ -112,7 +112,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             saver = hooks.PeriodicCheckpointer(self.checkpointer, period)
             writer = hooks.PeriodicWriter(self.build_writers(), options.get("log_period", 20))
-        self._resume = ExactResume(cfg.SEED, period)
+        self._resume = ExactResume(cfg.SEED, (period, cfg.TEST.EVAL_PERIOD))
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
@@ -142,7 +142,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode | DictConfig) -> Iterable[list[dict]]:
         """See `data.loading.build_train_loader`; of another kind it starts anew on resuming."""
-        return build_train_loader(cfg, plain_values(cfg).SEED)
+        values = plain_values(cfg)
+        return build_train_loader(cfg, values.SEED, retina_focal_node(values).TRAIN.TIMEOUT)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
@@ -182,6 +183,11 @@ class Trainer(DefaultTrainer):
         with options_of_the_config(self.optimizer, self.scheduler):
             super().load_state_dict({"_trainer": state_dict, **state_dict})
         self._resume.go_on()
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        if resume and self.start_iter == 0:
+            self._resume.begin()
 
     def before_train(self) -> None:
         super().before_train()
