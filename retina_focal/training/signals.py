@@ -158,7 +158,7 @@ class StopOnSignal(HookBase):
         STOPS.on_request = self._pass_on
 
     def after_step(self) -> None:
-        signum = agreed(STOPS.requested)  # STUB until training/steps.py
+        signum = self.trainer._trainer.stop_signal
         if signum:
             self.save()
             raise Stop(signum)
