@@ -17,6 +17,14 @@ STEPPING = "first step: "  # the line of the first step
 PYTHON = (sys.executable, "-W", "ignore")
 
 
+def is_alive(pid: int) -> bool:
+    """Also not waiting to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
 class Training:
     """A training in a process group of its own, whose output is read while it runs."""
 
@@ -70,7 +78,7 @@ class Training:
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                if os.readlink(path / "fd/2") == str(self.log):
+                if is_alive(int(path.name)) and os.readlink(path / "fd/2") == str(self.log):
                     found.append(int(path.name))
             except OSError:  # it ended meanwhile
                 continue

@@ -142,11 +142,14 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode | DictConfig) -> Iterable[list[dict]]:
         """See `data.loading.build_train_loader`; of another kind it starts anew on resuming."""
-        return build_train_loader(cfg, plain_values(cfg).SEED)
+        values = plain_values(cfg)
+        timeout = retina_focal_node(values).TRAIN.TIMEOUT
+        return build_train_loader(cfg, values.SEED, timeout=timeout)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
-        return StoppableLoader(super().build_test_loader(cfg, dataset_name))
+        timeout = retina_focal_node(cfg).TRAIN.TIMEOUT
+        return StoppableLoader(super().build_test_loader(cfg, dataset_name), timeout)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode | DictConfig, optimizer: Optimizer) -> LRScheduler:
@@ -166,7 +169,8 @@ class Trainer(DefaultTrainer):
             return super().test(cfg, model, evaluators)
         if "evaluator" not in cfg.dataloader:
             return {}
-        loader = StoppableLoader(instantiate(cfg.dataloader.test))
+        timeout = plain_values(cfg).MODEL.RETINA_FOCAL.TRAIN.TIMEOUT
+        loader = StoppableLoader(instantiate(cfg.dataloader.test), timeout)
         evaluator = evaluators or instantiate(cfg.dataloader.evaluator)
         results = inference_on_dataset(model, loader, evaluator) or {}
         print_csv_format(results)
@@ -204,6 +208,8 @@ class Trainer(DefaultTrainer):
         try:
             self._last_eval_results = self.test(self.parts, self.model)
         except Stop as stop:
+            self._trainer.stop_signal = stop.signum
+            self._resume.after_step()
             self._stop.save()
             raise stop
         self.evaluated = self.iter
