@@ -112,7 +112,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             saver = hooks.PeriodicCheckpointer(self.checkpointer, period)
             writer = hooks.PeriodicWriter(self.build_writers(), options.get("log_period", 20))
-        self._resume = ExactResume(cfg.SEED, (period, cfg.TEST.EVAL_PERIOD))
+        self._resume = ExactResume(cfg.SEED, period)
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
@@ -143,11 +143,13 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode | DictConfig) -> Iterable[list[dict]]:
         """See `data.loading.build_train_loader`; of another kind it starts anew on resuming."""
         values = plain_values(cfg)
-        return build_train_loader(cfg, values.SEED, retina_focal_node(values).TRAIN.TIMEOUT)
+        timeout = retina_focal_node(values).TRAIN.TIMEOUT
+        return build_train_loader(cfg, values.SEED, timeout=timeout)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
-        return StoppableLoader(super().build_test_loader(cfg, dataset_name))
+        timeout = retina_focal_node(cfg).TRAIN.TIMEOUT
+        return StoppableLoader(super().build_test_loader(cfg, dataset_name), timeout)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode | DictConfig, optimizer: Optimizer) -> LRScheduler:
@@ -167,7 +169,8 @@ class Trainer(DefaultTrainer):
             return super().test(cfg, model, evaluators)
         if "evaluator" not in cfg.dataloader:
             return {}
-        loader = StoppableLoader(instantiate(cfg.dataloader.test))
+        timeout = plain_values(cfg).MODEL.RETINA_FOCAL.TRAIN.TIMEOUT
+        loader = StoppableLoader(instantiate(cfg.dataloader.test), timeout)
         evaluator = evaluators or instantiate(cfg.dataloader.evaluator)
         results = inference_on_dataset(model, loader, evaluator) or {}
         print_csv_format(results)
@@ -183,11 +186,6 @@ class Trainer(DefaultTrainer):
         with options_of_the_config(self.optimizer, self.scheduler):
             super().load_state_dict({"_trainer": state_dict, **state_dict})
         self._resume.go_on()
-
-    def resume_or_load(self, resume: bool = True) -> None:
-        super().resume_or_load(resume)
-        if resume and self.start_iter == 0:
-            self._resume.begin()
 
     def before_train(self) -> None:
         super().before_train()
@@ -210,6 +208,8 @@ class Trainer(DefaultTrainer):
         try:
             self._last_eval_results = self.test(self.parts, self.model)
         except Stop as stop:
+            self._trainer.stop_signal = stop.signum
+            self._resume.after_step()
             self._stop.save()
             raise stop
         self.evaluated = self.iter
