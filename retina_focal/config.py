@@ -220,6 +220,18 @@ def _default_node() -> CfgNode:
 
     # How the package's trainer runs: checkpoints, averages, early stops, augmentations.
     node.TRAIN = CfgNode()
+    # Seconds that one process lets the others wait, in a collective or at the start, or a worker
+    # its data loader; then all end and say who is missing. More than what one does alone: the
+    # evaluation of all detections, and saving.
+    node.TRAIN.TIMEOUT = 600
+    # The newest checkpoints that stay beside model_final.pth and model_best.pth; 0: all. In a
+    # LazyConfig train.checkpointer.max_to_keep.
+    node.TRAIN.KEEP_CHECKPOINTS = 0
+    # Metric of the evaluations, as metrics.json names it ("bbox/AP"), whose best weights are kept
+    # in model_best.pth; "": none.
+    node.TRAIN.BEST = ""
+    # Evaluations without a better TRAIN.BEST after which the run ends; 0: it goes to the end.
+    node.TRAIN.PATIENCE = 0
     # Which images and boxes are read, and the dataset that choices are made on.
     node.DATA = CfgNode()
     # Whether pictures may lie outside of their dataset's image folder, by ".." or an absolute path

@@ -35,6 +35,7 @@ from retina_focal.data.registration import (
 from retina_focal.errors import UserError
 from retina_focal.training.assembly import plain_values
 from retina_focal.training.processes import available_device
+from retina_focal.training.resume import saved_seed, with_seed
 
 Item = TypeVar("Item")
 REGISTRIES = {
@@ -53,9 +54,7 @@ def command(main: Callable[..., object]) -> Callable[..., object]:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            # From a data loader's worker it comes behind that one's traceback.
-            message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2].strip()
-            sys.exit(f"{Path(sys.argv[0]).name}: {message}")
+            sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
     return run
 
@@ -209,6 +208,12 @@ def load_lazy_cfg(
     return cfg
 
 
+def read_cfg(args: argparse.Namespace) -> CfgNode | DictConfig:
+    """The config that the arguments of `train` name; see `load_cfg`."""
+    load = load_lazy_cfg if args.config_file.endswith(".py") else load_cfg
+    return load(args.config_file, args.opts, args.dataset)
+
+
 def set_up(
     args: argparse.Namespace, cfg: CfgNode | DictConfig | None = None
 ) -> CfgNode | DictConfig:
@@ -220,10 +225,11 @@ def set_up(
     Raises:
         UserError: the config or a dataset is wrong.
     """
-    if cfg is None:
-        load = load_lazy_cfg if args.config_file.endswith(".py") else load_cfg
-        cfg = load(args.config_file, args.opts, args.dataset)
+    cfg = cfg or read_cfg(args)
     values = plain_values(cfg)
+    if values.SEED < 0:
+        goes_on = getattr(args, "resume", False) or args.eval_only
+        cfg = with_seed(cfg, saved_seed(values.OUTPUT_DIR) if goes_on else None)
     names = [*(() if args.eval_only else values.DATASETS.TRAIN), *values.DATASETS.TEST]
     if isinstance(cfg, DictConfig):
         check_datasets(names)

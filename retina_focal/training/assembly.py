@@ -19,13 +19,23 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from retina_focal.config import flatten, get_cfg, merge_options
+from retina_focal.config import flatten, get_cfg, merge_options, retina_focal_node
+from retina_focal.data.classes import class_names
+from retina_focal.data.loading import build_train_loader
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import build_evaluator
-from retina_focal.training.accumulation import training_steps
+from retina_focal.training.best import EarlyStop, best_checkpoint, has_ended
+from retina_focal.training.checkpoints import RunCheckpointer
 from retina_focal.training.first_step import FirstStepCheck
 from retina_focal.training.processes import distribute, keep_freed_memory
-from retina_focal.weights.load import Checkpointer
+from retina_focal.training.resume import (
+    ExactResume,
+    options_of_the_config,
+    with_seed,
+)
+from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader
+from retina_focal.training.steps import training_steps
+from retina_focal.training.words import words_only
 
 # What a LazyConfig has of MODEL.RETINA_FOCAL, in lower case, in `train.retina_focal`; all else is
 # an argument of one of its parts.
@@ -66,6 +76,8 @@ class Trainer(DefaultTrainer):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
                 setup_logger(name=name)
         keep_freed_memory()
+        draws_seed = plain_values(cfg).SEED < 0
+        cfg = with_seed(cfg)
         self.cfg = self.auto_scale_workers(plain_values(cfg), comm.get_world_size())
         self.parts = cfg if isinstance(cfg, DictConfig) else self.cfg
         model = self.build_model(self.parts)
@@ -75,9 +87,18 @@ class Trainer(DefaultTrainer):
         model = distribute(model, **self.lazy_options.get("ddp", {}))
         self._trainer = steps(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(self.parts, optimizer)
-        self.checkpointer = Checkpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = RunCheckpointer(
+            model,
+            self.cfg.OUTPUT_DIR,
+            keep=retina_focal_node(self.cfg).TRAIN.KEEP_CHECKPOINTS,
+            classes=class_names(self.cfg.DATASETS.TRAIN),
+            trainer=weakref.proxy(self),
+        )
         self.start_iter, self.max_iter = 0, self.cfg.SOLVER.MAX_ITER
+        self._stop = StopOnSignal()
+        self.evaluated = -1  # the iteration after which the last evaluation was made
         self.register_hooks(self.build_hooks())
+        self._resume.draws_seed = draws_seed
 
     @property
     def lazy_options(self) -> Mapping:
@@ -87,17 +108,21 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """In the order in which they act; the last writes what the others measured."""
         cfg, options, saver, writer = self.cfg, self.lazy_options, None, None
+        period = cfg.SOLVER.CHECKPOINT_PERIOD
         if comm.is_main_process():
-            keep = {"period": cfg.SOLVER.CHECKPOINT_PERIOD, **options.get("checkpointer", {})}
-            saver = hooks.PeriodicCheckpointer(self.checkpointer, **keep)
+            saver = hooks.PeriodicCheckpointer(self.checkpointer, period)
             writer = hooks.PeriodicWriter(self.build_writers(), options.get("log_period", 20))
+        self._resume = ExactResume(cfg.SEED, period)
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             FirstStepCheck(cfg.DATASETS.TRAIN),
             self._precise_bn(),
+            self._resume,
             saver,  # before the evaluation: should that fail, the weights are kept
+            self._stop,  # before it too: it can take long
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
+            best_checkpoint(retina_focal_node(cfg).TRAIN),
             writer,
         ]
 
@@ -116,9 +141,12 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode | DictConfig) -> Iterable[list[dict]]:
-        if isinstance(cfg, DictConfig):
-            return instantiate(cfg.dataloader.train)
-        return super().build_train_loader(cfg)
+        """See `data.loading.build_train_loader`; of another kind it starts anew on resuming."""
+        return build_train_loader(cfg, plain_values(cfg).SEED)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
+        return StoppableLoader(super().build_test_loader(cfg, dataset_name))
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode | DictConfig, optimizer: Optimizer) -> LRScheduler:
@@ -138,7 +166,7 @@ class Trainer(DefaultTrainer):
             return super().test(cfg, model, evaluators)
         if "evaluator" not in cfg.dataloader:
             return {}
-        loader = instantiate(cfg.dataloader.test)
+        loader = StoppableLoader(instantiate(cfg.dataloader.test))
         evaluator = evaluators or instantiate(cfg.dataloader.evaluator)
         results = inference_on_dataset(model, loader, evaluator) or {}
         print_csv_format(results)
@@ -151,10 +179,34 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Of a checkpoint of ours, or of detectron2's lazyconfig_train_net.py: one trainer less."""
-        super().load_state_dict({"_trainer": state_dict, **state_dict})
+        with options_of_the_config(self.optimizer, self.scheduler):
+            super().load_state_dict({"_trainer": state_dict, **state_dict})
+        self._resume.go_on()
+
+    def before_train(self) -> None:
+        super().before_train()
+        self._resume.catch_up()
+
+    def train(self) -> dict | None:
+        """To the last iteration; a run that is there already makes no step, and says so."""
+        with words_only(self.cfg.OUTPUT_DIR, self.checkpointer.get_checkpoint_file):
+            if has_ended(self):
+                return None
+            try:
+                return super().train()
+            except EarlyStop as stop:
+                logging.getLogger(__name__).info("the run ends early: %s", stop)
+                return None
 
     def _evaluate(self) -> dict:
-        self._last_eval_results = self.test(self.parts, self.model)
+        if self.iter + 1 == self.max_iter:  # detectron2 asks for it when the last step failed, too
+            return {}
+        try:
+            self._last_eval_results = self.test(self.parts, self.model)
+        except Stop as stop:
+            self._stop.save()
+            raise stop
+        self.evaluated = self.iter
         return self._last_eval_results
 
     def _precise_bn(self) -> HookBase | None:
@@ -181,7 +233,8 @@ def evaluate(cfg: CfgNode | DictConfig, resume: bool) -> dict:
     keep_freed_memory()
     values = plain_values(cfg)
     model = Trainer.build_model(cfg)
-    Checkpointer(model, values.OUTPUT_DIR).resume_or_load(values.MODEL.WEIGHTS, resume=resume)
+    checkpointer = RunCheckpointer(model, values.OUTPUT_DIR)
+    checkpointer.resume_or_load(values.MODEL.WEIGHTS, resume=resume)
     return Trainer.test(cfg, model)
 
 
@@ -205,10 +258,12 @@ def plain_values(cfg: CfgNode | DictConfig) -> CfgNode:
     for split in ("train", "test"):
         found = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=())
         names[split.upper()] = (found,) if isinstance(found, str) else tuple(found)
+    ours.TRAIN.KEEP_CHECKPOINTS = train["checkpointer"].get("max_to_keep") or 0
     images = OmegaConf.select(cfg, "dataloader.train.total_batch_size", default=0)
     return CfgNode(
         {
             "OUTPUT_DIR": train["output_dir"],
+            "SEED": train.get("seed", -1),
             "MODEL": {"WEIGHTS": train["init_checkpoint"] or "", "RETINA_FOCAL": ours},
             "DATASETS": names,
             "SOLVER": {
