@@ -14,7 +14,14 @@ setup(
         "retina_focal.tools.fidelity": ["settings.yaml"],
     },
     # Not detectron2: pip can't build it unaided, and would replace a user's own build.
-    install_requires=["torch", "torchvision", "fvcore", "pycocotools", "opencv-python"],
+    install_requires=[
+        "torch>=2.10",  # before, a file read with weights_only could still run code or break memory
+        "torchvision",
+        "fvcore",
+        "pycocotools",
+        "opencv-python",
+        "safetensors",
+    ],
     extras_require={
         "timm": ["timm"],
         "ablate": ["submitit"],

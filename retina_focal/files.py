@@ -1,7 +1,8 @@
-"""Files written whole or not at all, and files of PyPI that are checked by their hash."""
+"""Files: read if regular, written whole or not at all, and those of PyPI checked by their hash."""
 
 import hashlib
 import os
+import stat
 import subprocess
 import sys
 import tempfile
@@ -9,8 +10,66 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from retina_focal.errors import UserError
+
+IRREGULAR = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def check_regular(path: str | Path) -> None:
+    """Look for a regular file; links are followed.
+
+    Raises:
+        UserError: it is not there, or is a folder, a FIFO, a device or a socket.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        raise UserError(
+            f"'{path}' does not exist (relative paths start from {os.getcwd()})"
+        ) from error
+    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+        raise UserError(f"can't read {str(path)!r}: {error}") from error
+    _expect_regular(path, mode)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file to read its bytes; never waits for a FIFO.
+
+    Raises:
+        UserError: see `check_regular`; or it may not be read.
+    """
+    check_regular(path)  # before it is opened, which some devices act on
+    try:
+        # It may have become a FIFO since, which would wait for a writer.
+        file = open(path, "rb", opener=lambda x, flags: os.open(x, flags | os.O_NONBLOCK))  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"can't read '{path}': {error.strerror}") from error
+    try:
+        _expect_regular(path, os.fstat(file.fileno()).st_mode)
+    except UserError:
+        file.close()
+        raise
+    return file
+
+
+def _expect_regular(path: str | Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = IRREGULAR.get(stat.S_IFMT(mode), "no file")
+        raise UserError(f"'{path}' is {kind}; expected a regular file, or a link to one")
+
+
+def leads_outside(name: str) -> bool:
+    """Whether a path below a folder leaves it: by "..", or as an absolute path. Links are not
+    looked at: whoever made the folder has set them."""
+    return os.path.isabs(name) or os.pardir in name.split("/")
 
 
 @contextmanager

@@ -39,8 +39,8 @@ from retina_focal.data.registration import register_coco_json
 from retina_focal.errors import UserError
 from retina_focal.tools.ablate import runs
 from retina_focal.training import assembly
-from retina_focal.training.accumulation import AccumulatingAMPTrainer, AccumulatingTrainer
 from retina_focal.training.assembly import Trainer, evaluate, fit
+from retina_focal.training.steps import StepTrainer
 
 KINDS = ("yaml", "lazy")
 
@@ -251,7 +251,7 @@ def test_detectron2s_own_script_trains_a_lazy_config_to_the_same_weights(one_pic
 def test_micro_batches_train_to_the_weights_of_the_whole_batch(kind, toy, tmp_path, monkeypatch):
     whole = train(make_cfg(kind, tmp_path / "whole", toy))
     split = train(make_cfg(kind, tmp_path / "split", toy, ACCUMULATE_STEPS=2))
-    assert type(split._trainer) is AccumulatingTrainer
+    assert split._trainer.num_micro_batches == 2
     first, whole, split = (
         torch.load(tmp_path / path)["model"]
         for path in ("whole/model_0000001.pth", "whole/model_final.pth", "split/model_final.pth")
@@ -261,19 +261,21 @@ def test_micro_batches_train_to_the_weights_of_the_whole_batch(kind, toy, tmp_pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("options", "steps"),
-    [
-        ({}, SimpleTrainer),
-        ({"AMP": True}, AMPTrainer),
-        ({"ACCUMULATE_STEPS": 2, "AMP": True}, AccumulatingAMPTrainer),
-    ],
-)
-def test_the_config_chooses_the_steps(kind, options, steps, toy, tmp_path):
-    trainer = Trainer(make_cfg(kind, tmp_path, toy, **options))
-    assert type(trainer._trainer) is steps
-    if "ACCUMULATE_STEPS" in options:
-        assert trainer._trainer.num_micro_batches == 2
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_the_config_chooses_the_steps(kind, num_micro_batches, toy, tmp_path):
+    cfg = make_cfg(kind, tmp_path, toy, ACCUMULATE_STEPS=num_micro_batches)
+    steps = Trainer(cfg)._trainer
+    assert type(steps) is StepTrainer
+    assert steps.num_micro_batches == num_micro_batches
+    assert steps.grad_scaler is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_amp_without_a_gpu_is_refused_with_what_to_type(kind, num_micro_batches, toy, tmp_path):
+    cfg = make_cfg(kind, tmp_path, toy, ACCUMULATE_STEPS=num_micro_batches, AMP=True)
+    with pytest.raises(UserError, match=r"AMP.*'cpu'.*PRECISION bf16.*model\.precision=bf16"):
+        Trainer(cfg)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,11 +1,17 @@
-"""An image that can't be used is named."""
+"""A picture that can't be used is named; every other one reaches the network as it was meant."""
+
+import os
+import pickle
 
 import cv2
 import numpy as np
 import pytest
 from detectron2.data import DatasetMapper
+from detectron2.structures import BoxMode
+from PIL import Image
+from torch.utils.data import DataLoader
 
-from retina_focal.data.images import map_record
+from retina_focal.data.images import BadPicture, map_record, naming
 from retina_focal.errors import UserError
 
 
@@ -33,10 +39,92 @@ def test_an_image_that_cannot_be_used_is_named_with_what_to_do(record, tmp_path,
         path.write_bytes(path.read_bytes()[:-30])
     else:
         record["width"] = 31
-    with pytest.raises(UserError, match=r"image '.*a\.png' can't be used .*annotations"):
+    with pytest.raises(
+        BadPicture, match=r"image '.*a\.png' can't be used: .*annotations"
+    ) as caught:
         map_record(MAPPER, record)
+    assert caught.value.file_name == record["file_name"]
 
 
-def test_a_fault_of_the_mapper_stays_what_it_is(record):
+def test_a_fault_of_the_mapper_stays_what_it_is_and_its_image_is_logged(record, caplog):
     with pytest.raises(ZeroDivisionError):
         map_record(lambda record: 1 / 0, record)
+    assert "a.png" in caplog.text
+
+
+def test_a_picture_that_a_worker_could_not_use_is_named_without_the_workers_traceback(record):
+    os.truncate(record["file_name"], 0)
+    loader = DataLoader(_Mapped([record]), batch_size=None, num_workers=1)
+    with pytest.raises(UserError) as caught:
+        next(iter(loader))
+    assert str(caught.value).startswith(f"image '{record['file_name']}' can't be used: it is empty")
+
+
+class _Mapped(list):
+    def __getitem__(self, index: int) -> dict:
+        return map_record(MAPPER, super().__getitem__(index))
+
+
+def test_a_bad_picture_crosses_processes(record):
+    copy = pickle.loads(pickle.dumps(BadPicture("words", "a.png")))
+    assert (str(copy), copy.file_name) == ("words", "a.png")
+
+
+GREY = np.arange(30 * 20, dtype=np.uint16).reshape(20, 30)
+COLOUR = np.stack([GREY % 251, GREY % 83, GREY % 31], axis=2).astype(np.uint8)  # RGB
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "1", "LA", "YCbCr"])
+def test_other_kinds_of_8_bits_are_read_as_their_colours(record, tmp_path, mode):
+    image = Image.fromarray(COLOUR).convert(mode)
+    record["file_name"] = str(tmp_path / f"a.{'jpg' if mode == 'YCbCr' else 'tif'}")
+    image.save(record["file_name"])
+    found = map_record(MAPPER, record)["image"].numpy()[::-1].transpose(1, 2, 0)
+    expected = np.asarray(Image.open(record["file_name"]).convert("RGB"))
+    assert np.array_equal(found, expected) and found.std() > 10
+
+
+def test_16_bit_colour_is_scaled(record, tmp_path):
+    cv2.imwrite(record["file_name"], COLOUR.astype(np.uint16)[:, :, ::-1] * 257)
+    found = map_record(MAPPER, record)["image"].numpy()[::-1].transpose(1, 2, 0)
+    assert np.array_equal(found, COLOUR)
+
+
+def test_the_first_frame_of_an_animation_is_used_with_a_line(record, tmp_path, caplog):
+    frames = [Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)]
+    record["file_name"] = str(tmp_path / "a.tif")
+    frames[0].save(record["file_name"], save_all=True, append_images=frames[1:])
+    found = map_record(MAPPER, record)["image"].numpy()[::-1].transpose(1, 2, 0)
+    assert np.array_equal(found, COLOUR)
+    assert "a.tif' has 2 frames; of such, the first is used" in caplog.text
+
+
+def turned(path: str, orientation: int) -> str:
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(COLOUR).save(path, exif=exif)
+    return path
+
+
+def test_exif_turns_the_picture_and_boxes_of_the_stored_one_are_refused(record, tmp_path):
+    record["file_name"] = turned(str(tmp_path / "a.jpg"), 6)
+    with pytest.raises(
+        BadPicture, match=r"not 30 x 20 as annotated, once it is turned by its EXIF"
+    ):
+        map_record(MAPPER, record)
+    record |= {"height": 30, "width": 20}
+    assert map_record(MAPPER, record)["image"].shape == (3, 30, 20)
+
+
+def test_links_to_regular_files_are_followed(record, tmp_path):
+    (tmp_path / "link.png").symlink_to(record["file_name"])
+    record["file_name"] = str(tmp_path / "link.png")
+    assert map_record(MAPPER, record)["image"].shape == (3, 20, 30)
+
+
+def test_boxes_of_a_record_are_untouched(record):
+    box = {"bbox": [1, 2, 3, 4], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    record["annotations"] = [box]
+    mapper = DatasetMapper(is_train=True, augmentations=[], image_format="BGR")
+    instances = naming(mapper)(record)["instances"]
+    assert instances.gt_boxes.tensor.tolist() == [[1, 2, 4, 6]]

@@ -1,5 +1,6 @@
 """Weights are read as detectron2 reads them; what can't be read is named in words."""
 
+import hashlib
 import pickle
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_a_file_that_is_not_whole_is_named(suffix, part, tmp_path):
     content = {"model": {"stem.conv1.weight": WEIGHT.numpy()}, "__author__": "zoo"}
     torch.save(content, path) if suffix == "pth" else path.write_bytes(pickle.dumps(content))
     path.write_bytes(b"<html>404</html>" if part is None else path.read_bytes()[:part])
-    with pytest.raises(UserError, match=f"model.{suffix}' is not a whole file .*WEIGHTS FILE"):
+    with pytest.raises(UserError, match=f"model.{suffix}' .*not a whole .*WEIGHTS FILE"):
         loaded(str(path))
 
 
@@ -70,6 +71,47 @@ def test_a_url_that_cannot_be_fetched_is_named(monkeypatch):
     for url in ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", "https://example.org/model.pth"):
         with pytest.raises(UserError, match=f"can't read '{url}' .Name or service .*FILE"):
             loaded(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://example.org/model.pth", "ftp://example.org/m.pth", "https://x/../../.ssh/config"],
+)
+def test_a_url_that_is_no_https_or_leads_out_of_the_cache_is_not_fetched(url, monkeypatch):
+    monkeypatch.setattr(PathManager, "get_local_path", None)
+    with pytest.raises(UserError, match=f"'{url}' are not fetched: expected .*https://"):
+        loaded(url)
+
+
+def test_one_hosts_file_does_not_stand_for_anothers(monkeypatch, tmp_path):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    fetched = []
+    monkeypatch.setattr(PathManager, "get_local_path", lambda *x, **y: fetched.append((x, y)) or "")
+    for url in ("https://example.org/model.pth", "detectron2://model.pth"):
+        Checkpointer(conv()).load(url)
+    assert fetched[0][1] == {"cache_dir": f"{tmp_path}/example.org"}
+    assert fetched[1] == (("detectron2://model.pth",), {})
+
+
+def test_an_option_of_a_path_is_obeyed_or_refused(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"conv1.weight": WEIGHT}, path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert torch.equal(loaded(f"{path}?matching_heuristics=True&sha256={sha256}"), WEIGHT)
+    with pytest.raises(UserError, match=rf"model\.pth' has the SHA-256 {sha256}, expected 0000"):
+        loaded(f"{path}?sha256={'0' * 64}")
+    with pytest.raises(UserError, match=r"model\.pth' has the option nope; expected"):
+        loaded(f"{path}?nope=1")
+
+
+def test_a_checkpointer_goes_on_after_a_file_that_is_not_whole(tmp_path):
+    (tmp_path / "torn.pth").write_bytes(b"PK")
+    torch.save({"model": {"stem.conv1.weight": WEIGHT}}, tmp_path / "model.pth")
+    checkpointer = Checkpointer(conv())
+    with pytest.raises(UserError, match="torn"):
+        checkpointer.load(str(tmp_path / "torn.pth"))
+    checkpointer.load(str(tmp_path / "model.pth"))
+    assert torch.equal(checkpointer.model.stem.conv1.weight, WEIGHT)
 
 
 def test_a_url_is_fetched_and_read(monkeypatch, tmp_path):

@@ -1,22 +1,135 @@
-"""Images of a dataset: what can't be read is named."""
+"""Pictures of a dataset: what can't be read, or would reach the network changed, is named.
 
+detectron2 reads a picture through Pillow as 8 bits per channel: the first frame, turned by its EXIF
+orientation, without transparency; CMYK, palettes and 16-bit colour are converted rightly.
+"""
+
+import logging
 from collections.abc import Callable
+from functools import partial
+from traceback import walk_tb
 
 from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import log_first_n
+from PIL import Image
+from PIL.ExifTags import Base
 
 from retina_focal.errors import UserError
+from retina_focal.files import check_regular
+
+MAX_PIXELS = 50_000_000  # as DATA.MAX_PIXELS
+# Pillow cuts these off at 255, so that they would be white.
+WIDE_MODES = ("I", "F")
+# Pillow has another program run them.
+PROGRAMS = ("EPS",)
+REMEDY = "mend the file, or take the image out of the dataset's annotations"
+
+logger = logging.getLogger(__name__)
 
 
-def map_record(mapper: Callable[[dict], dict], record: dict) -> dict:
+class BadPicture(UserError):
+    """A picture that can't be used, which a training may skip; `file_name` is as in its record."""
+
+    def __init__(self, message: str, file_name: str = ""):
+        # Alone with its message, as torch makes it anew where it came from a worker.
+        super().__init__(message)
+        self.file_name = file_name
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.file_name)
+
+
+def naming(mapper: Callable[[dict], dict], max_pixels: int = MAX_PIXELS) -> Callable[[dict], dict]:
+    """A mapper that checks a picture before `mapper` decodes it; see `map_record`."""
+    return partial(map_record, mapper, max_pixels=max_pixels)
+
+
+def map_record(
+    mapper: Callable[[dict], dict], record: dict, max_pixels: int = MAX_PIXELS
+) -> dict | None:
     """What `mapper`, such as `DatasetMapper`, makes of a record of a dataset.
 
+    Args:
+        max_pixels: of the largest picture that is decoded.
     Raises:
-        UserError: the image is missing, is no image, or has another size than the record says.
+        BadPicture: the picture is missing, can't be decoded, has too many pixels or another size
+            than the record says, or would reach the network changed.
     """
+    name = record["file_name"]
+    _check_header(name, max_pixels)
     try:
         return mapper(record)
-    except (OSError, SizeMismatchError) as error:
-        raise UserError(
-            f"image '{record['file_name']}' can't be used ({str(error).strip()}); mend the file, "
-            "or take the image out of the dataset's annotations"
-        ) from error
+    except SizeMismatchError as error:
+        reason = f"its width x height is not {record['width']} x {record['height']} as annotated"
+        if _is_turned(name):
+            reason += (
+                ", once it is turned by its EXIF orientation, as detectron2 does; where the boxes "
+                "fit the picture as it is stored, delete that tag: exiftool -Orientation= FILE"
+            )
+        raise _bad(name, reason) from error
+    except Exception as error:
+        frames = {frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)}
+        if isinstance(error, UserError):
+            raise
+        if isinstance(error, OSError) or "read_image" in frames:  # Pillow may raise anything
+            reason = str(error).strip() or type(error).__name__
+            raise _bad(name, f"it can't be decoded: {reason}") from error
+        logger.error("the mapper failed at image '%s' (id %s)", name, record.get("image_id"))
+        raise
+
+
+def _check_header(name: str, max_pixels: int) -> None:
+    """Refuse what must not be decoded (BadPicture)."""
+    try:
+        path = PathManager.get_local_path(name)
+        check_regular(path)
+        with Image.open(path) as image:
+            reason = _fault(image, max_pixels)
+    except UserError as error:
+        raise _bad(name, str(error)) from error
+    except Image.DecompressionBombError as error:
+        raise _bad(name, f"{error}; DATA.MAX_PIXELS is {max_pixels}") from error
+    except Exception as error:  # Pillow may raise anything
+        reason = "it is empty" if _is_empty(name) else f"it is no picture: {error}"
+        raise _bad(name, reason) from error
+    if reason:
+        raise _bad(name, reason)
+
+
+def _fault(image: Image.Image, max_pixels: int) -> str | None:
+    width, height = image.size
+    if width * height > max_pixels:
+        return (
+            f"it has {width} x {height} pixels, more than MODEL.RETINA_FOCAL.DATA.MAX_PIXELS "
+            f"{max_pixels}; cut it into tiles, or raise that key"
+        )
+    if image.format in PROGRAMS:
+        return f"it is {image.format}, a program that would be run; convert it to PNG"
+    if image.mode.partition(";")[0] in WIDE_MODES:
+        return (
+            f"its pixels have more than 8 bits (Pillow's mode {image.mode}) and would be cut off "
+            "at 255, white; scale them to 8 bits"
+        )
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a camera's previews
+        text = f"image '{image.filename}' has {image.n_frames} frames; of such, the first is used"
+        log_first_n(logging.WARNING, text, name=__name__)
+    return None
+
+
+def _is_turned(name: str) -> bool:
+    """Whether EXIF swaps width and height."""
+    with Image.open(PathManager.get_local_path(name)) as image:
+        return image.getexif().get(Base.Orientation) in (5, 6, 7, 8)
+
+
+def _is_empty(name: str) -> bool:
+    try:
+        with PathManager.open(name, "rb") as file:
+            return not file.read(1)
+    except OSError:
+        return False
+
+
+def _bad(name: str, reason: str) -> BadPicture:
+    return BadPicture(f"image '{name}' can't be used: {reason}; {REMEDY}", name)

@@ -1,7 +1,7 @@
 """Datasets in COCO format, registered from the config or the command line."""
 
 import difflib
-import json
+import logging
 import os
 from collections.abc import Sequence
 
@@ -10,22 +10,29 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
+from retina_focal.data.classes import classes_of, listed, match_classes
+from retina_focal.data.coco import coco_file, read_coco
 from retina_focal.errors import UserError
 
+logger = logging.getLogger(__name__)
 
-def use_datasets(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Register, look for and compare with the model the datasets that a command reads.
 
+def use_datasets(cfg: CfgNode, names: Sequence[str], trained_on: Sequence[str] = ()) -> None:
+    """Register, check and compare with the model the datasets that a command reads.
+
+    Args:
+        trained_on: the names among `names` that are trained on.
     Raises:
-        UserError: there is no name, or one is not registered; files are missing; the model has
-            another number of classes.
+        UserError: there is no name, or one is not registered; files are missing or can't be used;
+            the model has another number of classes, or the datasets have other classes.
     """
     if not names:
         raise UserError("the config names no dataset; add: DATASETS.TEST \"('name',)\"")
     register_datasets(cfg, names)
-    check_datasets(names)
+    check_datasets(names, trained_on)
     if cfg.MODEL.META_ARCHITECTURE == "FocalRetinaNet":
         check_num_classes(names, cfg.MODEL.RETINANET.NUM_CLASSES)
+    match_classes(names)
 
 
 def register_datasets(cfg: CfgNode, names: Sequence[str] | None = None) -> None:
@@ -57,35 +64,47 @@ def register_coco_json(name: str, json_file: str, image_root: str) -> None:
         json_file: annotations in COCO format.
         image_root: folder that the json's file names start from.
     Raises:
-        UserError: the json or the folder is missing, the json has no categories, or the name is
-            taken by another dataset.
+        UserError: the json or the folder is missing, the json has what can't be used
+            (`data.check`), or the name is taken by another dataset.
     """
     metadata = MetadataCatalog.get(name)
     if name in DatasetCatalog:
-        registered = (metadata.get("json_file"), metadata.get("image_root"))
+        registered = (metadata.get("source_file"), metadata.get("image_root"))
         if registered != (json_file, image_root):
             raise UserError(
                 f"dataset '{name}' is registered with {registered}, and now asked for with "
                 f"{(json_file, image_root)}; give one of them another name"
             )
         return
-    classes = _read_classes(name, json_file)
+    try:
+        file = read_coco(json_file)
+    except UserError as error:
+        raise UserError(f"dataset '{name}': {error}") from error
+    file.refuse(name, trained_on=False)
     if not os.path.isdir(image_root):
         raise UserError(
             f"dataset '{name}': the image folder '{image_root}' does not exist "
             f"(relative paths start from {os.getcwd()})"
         )
     metadata.set(
-        json_file=json_file, image_root=image_root, evaluator_type="coco", thing_classes=classes
+        json_file=file.mended,
+        source_file=json_file,
+        image_root=image_root,
+        evaluator_type="coco",
+        thing_classes=file.check.classes,
+        thing_dataset_id_to_contiguous_id={x: i for i, x in enumerate(file.check.category_ids)},
     )
-    DatasetCatalog.register(name, lambda: _load(name, json_file, image_root))
+    DatasetCatalog.register(name, lambda: _load(name))
 
 
-def check_datasets(names: Sequence[str]) -> None:
-    """Look for the datasets before anything is built.
+def check_datasets(names: Sequence[str], trained_on: Sequence[str] = ()) -> None:
+    """Look for the datasets, and check their annotations, before anything is built.
 
+    Args:
+        names: of those that are read.
+        trained_on: of those among them that are trained on; the others are measured with.
     Raises:
-        UserError: a name is not registered, or its annotation file is missing.
+        UserError: a name is not registered, or its annotation file is missing or can't be used.
     """
     for name in names:
         if name not in DatasetCatalog:
@@ -101,6 +120,11 @@ def check_datasets(names: Sequence[str]) -> None:
                 "looks for its own datasets in the folder that DETECTRON2_DATASETS names, now "
                 f"'{os.environ.get('DETECTRON2_DATASETS', 'datasets')}'"
             )
+        file = coco_file(name)
+        if file is not None:
+            file.refuse(name, name in trained_on)
+            if name not in trained_on and MetadataCatalog.get(name).get("source_file") is None:
+                file.refuse_unmended(name)
 
 
 def check_num_classes(
@@ -114,48 +138,42 @@ def check_num_classes(
         UserError: they differ.
     """
     for name in names:
-        classes = MetadataCatalog.get(name).get("thing_classes")
+        classes = classes_of(name)
         if classes is not None and len(classes) != num_classes:
             raise UserError(
-                f"dataset '{name}' has {len(classes)} classes ({', '.join(classes[:5])}"
-                f"{', ...' if len(classes) > 5 else ''}) but {setting.rstrip(' =')} is "
-                f"{num_classes}; add: {setting}{len(classes)}"
+                f"dataset '{name}' has {len(classes)} classes ({listed(classes)}) but "
+                f"{setting.rstrip(' =')} is {num_classes}; add: {setting}{len(classes)}"
             )
 
 
-def _load(name: str, json_file: str, image_root: str) -> list[dict]:
+def report_datasets(names: Sequence[str], trained_on: Sequence[str] = ()) -> None:
+    """Log what the datasets have, what was found in their files, and how classes were matched."""
+    for name in dict.fromkeys(names):
+        file = coco_file(name)
+        if file is not None:
+            file.report(name, name in trained_on)
+            classes = MetadataCatalog.get(name).thing_classes
+            if file.check.classes and classes != file.check.classes:
+                logger.warning(
+                    "dataset '%s': the classes of %s, %s, are matched by name: %s",
+                    *(name, file.path, listed(file.check.classes), listed(classes)),
+                )
+
+
+def _load(name: str) -> list[dict]:
+    """Records in detectron2's format, with classes as the metadata number them."""
+    metadata = MetadataCatalog.get(name)
     try:
-        return load_coco_json(json_file, image_root, name)
+        # Without its name: detectron2 would number the classes by rising id.
+        records = load_coco_json(metadata.json_file, metadata.image_root)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"dataset '{name}': {json_file} is not in COCO format ({error!r}); expected images "
-            "with id, file_name, height and width, and annotations with id, image_id, category_id "
-            "and bbox"
+            f"dataset '{name}': {metadata.source_file} is not in COCO format ({error!r}); expected "
+            "images with id, file_name, height and width, and annotations with id, image_id, "
+            "category_id and bbox"
         ) from error
-
-
-def _read_classes(name: str, json_file: str) -> list[str]:
-    """Category names by rising id, detectron2's order of contiguous classes."""
-    try:
-        with open(json_file, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"dataset '{name}': the annotation file '{json_file}' does not exist "
-            f"(relative paths start from {os.getcwd()})"
-        ) from error
-    except (OSError, ValueError) as error:  # no JSON, or no text at all
-        raise UserError(f"dataset '{name}': {json_file} is not JSON: {error}") from error
-    categories = content.get("categories") if isinstance(content, dict) else None
-    if not categories:
-        raise UserError(
-            f"dataset '{name}': {json_file} has no 'categories'; expected COCO format, an object "
-            "with 'images', 'annotations' and 'categories'"
-        )
-    try:
-        return [category["name"] for category in sorted(categories, key=lambda c: c["id"])]
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"dataset '{name}': the 'categories' of {json_file} are {str(categories)[:80]}; "
-            'expected a list of {"id": 1, "name": "..."}'
-        ) from error
+    classes = metadata.thing_dataset_id_to_contiguous_id
+    for record in records:
+        for annotation in record["annotations"]:
+            annotation["category_id"] = classes[annotation["category_id"]]
+    return records

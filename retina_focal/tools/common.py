@@ -53,9 +53,7 @@ def command(main: Callable[..., object]) -> Callable[..., object]:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            # From a data loader's worker it comes behind that one's traceback.
-            message = str(error).rpartition(f"{UserError.__module__}.UserError: ")[2].strip()
-            sys.exit(f"{Path(sys.argv[0]).name}: {message}")
+            sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
     return run
 
@@ -209,6 +207,12 @@ def load_lazy_cfg(
     return cfg
 
 
+def read_cfg(args: argparse.Namespace) -> CfgNode | DictConfig:
+    """The config that the arguments of `train` name; see `load_cfg`."""
+    load = load_lazy_cfg if args.config_file.endswith(".py") else load_cfg
+    return load(args.config_file, args.opts, args.dataset)
+
+
 def set_up(
     args: argparse.Namespace, cfg: CfgNode | DictConfig | None = None
 ) -> CfgNode | DictConfig:
@@ -220,9 +224,7 @@ def set_up(
     Raises:
         UserError: the config or a dataset is wrong.
     """
-    if cfg is None:
-        load = load_lazy_cfg if args.config_file.endswith(".py") else load_cfg
-        cfg = load(args.config_file, args.opts, args.dataset)
+    cfg = cfg or read_cfg(args)
     values = plain_values(cfg)
     names = [*(() if args.eval_only else values.DATASETS.TRAIN), *values.DATASETS.TEST]
     if isinstance(cfg, DictConfig):

@@ -1,17 +1,28 @@
 """Train and evaluate from a config: `retina-focal train`, and `train_net.py`."""
 
 import argparse
-import sys
+import logging
+import math
+import os
 
 import torch
-from detectron2.engine import default_argument_parser, launch
-from torch.multiprocessing import ProcessExitedException
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser
+from detectron2.utils import comm
+from omegaconf import DictConfig
 
-from retina_focal.config import config_path
+from retina_focal.config import config_path, retina_focal_node
 from retina_focal.errors import UserError
-from retina_focal.tools.common import add_dataset_argument, command, set_up
-from retina_focal.training.assembly import evaluate, fit
-from retina_focal.training.processes import closed_process_group, share_cores
+from retina_focal.tools.common import add_dataset_argument, command, read_cfg, set_up
+from retina_focal.training.assembly import evaluate, fit, plain_values
+from retina_focal.training.launchers import World, is_restarted, start, world_of
+from retina_focal.training.peers import joined
+from retina_focal.training.processes import (
+    closed_process_group,
+    die_with_parent,
+    share_cores,
+)
+from retina_focal.training.signals import handled_signals
 
 EPILOG = """
 Examples:
@@ -26,25 +37,27 @@ Examples:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and run on every process that it asks for."""
+    """Parse the command line and run on every process that it or another launcher asks for."""
     args = parse_args(argv)
-    try:
-        launch(
-            run,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
-    except ProcessExitedException as error:  # the process itself has said why
-        sys.exit(str(error))
+    args.resume = args.resume or is_restarted(os.environ)
+    world = world_of(args, os.environ)
+    if world and world.launcher == "torchrun" and os.getppid() > 1:
+        die_with_parent(os.getppid())
+    starts_others = world is None and (args.num_gpus or 1) * args.num_machines > 1
+    if starts_others or (world and world.rank > 0):
+        logging.disable(logging.WARNING)  # the first process of the training says it
+    cfg = read_cfg(args)
+    logging.disable(logging.NOTSET)
+    if starts_others:
+        start(run, args, timeout_of(cfg))
+    else:
+        run(args, world or World(), cfg)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of `train`, checked as far as they can be without reading the config."""
     parser = default_argument_parser(epilog=EPILOG)
-    parser.set_defaults(dist_url="auto")
+    parser.set_defaults(dist_url="auto", num_gpus=None)
     add_dataset_argument(parser)
     args = parser.parse_args(argv)
     if not args.config_file:
@@ -54,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--num-machines is {args.num_machines}, so --dist-url must name the machine of rank 0:"
             " --dist-url tcp://ADDRESS:PORT"
         )
-    if 0 < torch.cuda.device_count() < args.num_gpus:
+    if 0 < torch.cuda.device_count() < (args.num_gpus or 1):
         parser.error(f"--num-gpus is {args.num_gpus}, but there are {torch.cuda.device_count()}")
     flags = [option for option in args.opts if option.startswith("--")]
     if flags:
@@ -67,10 +80,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 @command
-def run(args: argparse.Namespace) -> dict:
-    """What each process does; returns the evaluation's results on the main one."""
-    if not torch.cuda.is_available():
-        share_cores(args.num_gpus)
-    with closed_process_group():
-        cfg = set_up(args)
-        return evaluate(cfg, args.resume) if args.eval_only else fit(cfg, args.resume).results
+def run(
+    args: argparse.Namespace, world: World | None = None, cfg: CfgNode | DictConfig | None = None
+) -> dict:
+    """What each process does; returns the evaluation's results on the main one.
+
+    Args:
+        world: None: the one that detectron2's `launch` has joined, or this process alone.
+        cfg: default: that of `args`.
+    """
+    rank = world.rank if world else comm.get_rank()
+    with handled_signals(speaks=rank == 0), closed_process_group():
+        cfg = cfg or read_cfg(args)
+        with joined(world or World(), timeout_of(cfg)):
+            if not torch.cuda.is_available():
+                share_cores(comm.get_local_size())
+            cfg = set_up(args, cfg)
+            return evaluate(cfg, args.resume) if args.eval_only else fit(cfg, args.resume).results
+
+
+def timeout_of(cfg: CfgNode | DictConfig) -> float:
+    """Seconds that a process may let the others wait.
+
+    Raises:
+        UserError: none that is more than 0.
+    """
+    timeout = retina_focal_node(plain_values(cfg)).TRAIN.TIMEOUT
+    if not 0 < timeout < math.inf:
+        raise UserError(
+            f"MODEL.RETINA_FOCAL.TRAIN.TIMEOUT is {timeout}; expected seconds, more than 0"
+        )
+    return timeout

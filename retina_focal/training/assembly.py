@@ -22,9 +22,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from retina_focal.config import flatten, get_cfg, merge_options
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import build_evaluator
-from retina_focal.training.accumulation import training_steps
 from retina_focal.training.first_step import FirstStepCheck
+from retina_focal.training.peers import in_words
 from retina_focal.training.processes import distribute, keep_freed_memory
+from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader
+from retina_focal.training.steps import training_steps
 from retina_focal.weights.load import Checkpointer
 
 # What a LazyConfig has of MODEL.RETINA_FOCAL, in lower case, in `train.retina_focal`; all else is
@@ -77,7 +79,17 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(self.parts, optimizer)
         self.checkpointer = Checkpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = 0, self.cfg.SOLVER.MAX_ITER
+        self._stop = StopOnSignal()
         self.register_hooks(self.build_hooks())
+
+    def train(self) -> None:
+        """To the last iteration; what ends in words is not logged with its traceback."""
+        log = logging.getLogger("detectron2.engine.train_loop")
+        log.addFilter(_is_a_fault)
+        try:
+            super().train()
+        finally:
+            log.removeFilter(_is_a_fault)
 
     @property
     def lazy_options(self) -> Mapping:
@@ -97,6 +109,7 @@ class Trainer(DefaultTrainer):
             FirstStepCheck(cfg.DATASETS.TRAIN),
             self._precise_bn(),
             saver,  # before the evaluation: should that fail, the weights are kept
+            self._stop,  # before it too: it can take long
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
             writer,
         ]
@@ -121,6 +134,10 @@ class Trainer(DefaultTrainer):
         return super().build_train_loader(cfg)
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
+        return StoppableLoader(super().build_test_loader(cfg, dataset_name))
+
+    @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode | DictConfig, optimizer: Optimizer) -> LRScheduler:
         if isinstance(cfg, DictConfig):
             return LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), cfg.train.max_iter)
@@ -138,7 +155,7 @@ class Trainer(DefaultTrainer):
             return super().test(cfg, model, evaluators)
         if "evaluator" not in cfg.dataloader:
             return {}
-        loader = instantiate(cfg.dataloader.test)
+        loader = StoppableLoader(instantiate(cfg.dataloader.test))
         evaluator = evaluators or instantiate(cfg.dataloader.evaluator)
         results = inference_on_dataset(model, loader, evaluator) or {}
         print_csv_format(results)
@@ -154,7 +171,13 @@ class Trainer(DefaultTrainer):
         super().load_state_dict({"_trainer": state_dict, **state_dict})
 
     def _evaluate(self) -> dict:
-        self._last_eval_results = self.test(self.parts, self.model)
+        if self.iter + 1 == self.max_iter:  # detectron2 asks for it when the last step failed, too
+            return {}
+        try:
+            self._last_eval_results = self.test(self.parts, self.model)
+        except Stop as stop:
+            self._stop.save()
+            raise stop
         return self._last_eval_results
 
     def _precise_bn(self) -> HookBase | None:
@@ -165,6 +188,11 @@ class Trainer(DefaultTrainer):
         cfg.DATALOADER.NUM_WORKERS = 0  # few images
         loader, num_iter = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
         return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
+
+
+def _is_a_fault(record: logging.LogRecord) -> bool:
+    """Not what `in_words` tells the user."""
+    return not record.exc_info or in_words(record.exc_info[1]) is None
 
 
 def fit(cfg: CfgNode | DictConfig, resume: bool) -> Trainer:

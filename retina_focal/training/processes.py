@@ -1,11 +1,16 @@
 """Processes on one machine: devices, cores, memory, and the distributed model."""
 
 import ctypes
+import fcntl
 import logging
 import os
 import platform
+import signal
+import socket
+import struct
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -15,8 +20,10 @@ from torch import nn
 
 from retina_focal.errors import UserError
 
-# Of glibc's malloc.h.
+# Of glibc's malloc.h, and Linux's prctl.h and sockios.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+PR_SET_PDEATHSIG = 1
+SIOCGIFADDR = 0x8915
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +59,34 @@ def closed_process_group() -> Iterator[None]:
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def die_with_parent(parent: int) -> None:
+    """Let this process be killed when its parent dies, also when that is killed itself.
+
+    Args:
+        parent: process id, from before this process began; it may be dead by now.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def interface_towards(host: str, port: int) -> str:
+    """Name of the network interface that reaches a host; "" where it can't be told.
+
+    Raises nothing: who needs the host will see that it can't be reached.
+    """
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # UDP: nothing is sent
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            with suppress(OSError):  # an interface without an IPv4 address
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, request)
+                if socket.inet_ntoa(answer[20:24]) == probe.getsockname()[0]:
+                    return name
+    return ""
 
 
 def available_device(device: str) -> str:

