@@ -190,6 +190,11 @@ def _default_node() -> CfgNode:
     node.TRAIN.TIMEOUT = 600
     # Which images and boxes are read, and the dataset that choices are made on.
     node.DATA = CfgNode()
+    # Pictures that a training may skip, as they can't be used, before it stops: 0 stops at the
+    # first. Each is counted once and named.
+    node.DATA.MAX_BAD_IMAGES = 0
+    # Pixels of the largest picture that is decoded; the file tells them beforehand.
+    node.DATA.MAX_PIXELS = 50_000_000
     # How detections are made and measured, beyond MODEL.RETINANET.*_TEST.
     node.TEST = CfgNode()
 

@@ -138,7 +138,7 @@ def check_num_classes(
         UserError: they differ.
     """
     for name in names:
-        classes = classes_of(name)
+        classes = classes_of([name])
         if classes is not None and len(classes) != num_classes:
             raise UserError(
                 f"dataset '{name}' has {len(classes)} classes ({listed(classes)}) but "

@@ -1,7 +1,6 @@
 """What a training is made of, put together in one place: YAML, LazyConfig and ablation runs."""
 
 import logging
-import os
 import traceback
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,8 +20,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from retina_focal.config import flatten, get_cfg, merge_options
 from retina_focal.errors import UserError
-from retina_focal.evaluation.evaluators import build_evaluator
+from retina_focal.evaluation.evaluators import explain_missing
 from retina_focal.training.first_step import FirstStepCheck
+from retina_focal.training.measure import (
+    lazy_evaluator,
+    lazy_test_loader,
+    load_trained,
+    yaml_evaluator,
+    yaml_test_loader,
+)
 from retina_focal.training.peers import in_words
 from retina_focal.training.processes import distribute, keep_freed_memory
 from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader
@@ -135,7 +141,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
-        return StoppableLoader(super().build_test_loader(cfg, dataset_name))
+        return StoppableLoader(yaml_test_loader(cfg, dataset_name))
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode | DictConfig, optimizer: Optimizer) -> LRScheduler:
@@ -145,20 +151,22 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """See `evaluation.evaluators.build_evaluator`; writes to ``OUTPUT_DIR/inference``."""
-        return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return yaml_evaluator(cfg, dataset_name)
 
     @classmethod
     def test(cls, cfg: CfgNode | DictConfig, model: nn.Module, evaluators=None) -> dict:
         """As DefaultTrainer's; nothing where a LazyConfig has no evaluator."""
         if not isinstance(cfg, DictConfig):
-            return super().test(cfg, model, evaluators)
-        if "evaluator" not in cfg.dataloader:
+            results = super().test(cfg, model, evaluators)
+        elif "evaluator" not in cfg.dataloader:
             return {}
-        loader = StoppableLoader(instantiate(cfg.dataloader.test))
-        evaluator = evaluators or instantiate(cfg.dataloader.evaluator)
-        results = inference_on_dataset(model, loader, evaluator) or {}
-        print_csv_format(results)
+        else:
+            max_pixels = plain_values(cfg).MODEL.RETINA_FOCAL.DATA.MAX_PIXELS
+            loader = StoppableLoader(lazy_test_loader(cfg, max_pixels))
+            evaluator = evaluators or lazy_evaluator(cfg)
+            results = inference_on_dataset(model, loader, evaluator) or {}
+            print_csv_format(results)
+        explain_missing(results)
         return results
 
     @property
@@ -205,11 +213,16 @@ def fit(cfg: CfgNode | DictConfig, resume: bool) -> Trainer:
 
 @faults_of_the_config()
 def evaluate(cfg: CfgNode | DictConfig, resume: bool) -> dict:
-    """Results of the weights that the config names; with `resume`, of the last checkpoint."""
+    """Results of the weights that the config names; with `resume`, of the last checkpoint.
+
+    Raises:
+        UserError: there are no weights, some are missing, or they are of other classes.
+    """
     keep_freed_memory()
     values = plain_values(cfg)
     model = Trainer.build_model(cfg)
-    Checkpointer(model, values.OUTPUT_DIR).resume_or_load(values.MODEL.WEIGHTS, resume=resume)
+    checkpointer = Checkpointer(model, values.OUTPUT_DIR)
+    load_trained(checkpointer, values.MODEL.WEIGHTS, resume, values.DATASETS.TEST)
     return Trainer.test(cfg, model)
 
 
