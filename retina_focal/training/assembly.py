@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from retina_focal.config import flatten, get_cfg, merge_options
+from retina_focal.config import flatten, get_cfg, merge_options, retina_focal_node
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import explain_missing
 from retina_focal.training.first_step import FirstStepCheck
@@ -33,6 +33,7 @@ from retina_focal.training.peers import in_words
 from retina_focal.training.processes import distribute, keep_freed_memory
 from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader
 from retina_focal.training.steps import training_steps
+from retina_focal.training.trouble import Trouble
 from retina_focal.weights.load import Checkpointer
 
 # What a LazyConfig has of MODEL.RETINA_FOCAL, in lower case, in `train.retina_focal`; all else is
@@ -113,6 +114,7 @@ class Trainer(DefaultTrainer):
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             FirstStepCheck(cfg.DATASETS.TRAIN),
+            Trouble(cfg.OUTPUT_DIR, retina_focal_node(cfg).DATA.MAX_BAD_IMAGES),
             self._precise_bn(),
             saver,  # before the evaluation: should that fail, the weights are kept
             self._stop,  # before it too: it can take long
