@@ -54,15 +54,18 @@ lint: setup
 	@$(DROP_HALF_INSTALLED)
 	.venv/bin/python -m ensurepip --upgrade --default-pip
 
-.venv/.requirements: requirements.txt | .venv/bin/pip
+# Every file is checked by its hash, also setuptools, which builds what has no wheel and which pip would
+# otherwise fetch unchecked: so it comes first.
+.venv/.requirements: requirements.txt requirements-opencv-headless.txt | .venv/bin/pip
 	@$(DROP_HALF_INSTALLED)
 	@# The two opencv packages write the same folder cv2: one at a time.
 	@! $(PIP) show --quiet opencv-python-headless 2>/dev/null || \
 		$(PIP) uninstall --yes opencv-python-headless
-	$(PIP) install --requirement $<
-	@.venv/bin/python -c 'import cv2' || { \
-		headless=$$(sed -n 's/^opencv-python==/opencv-python-headless==/p' $<); \
-		$(PIP) uninstall --yes opencv-python && $(PIP) install --no-deps "$$headless"; }
+	sed -n '/^setuptools==/,/[^\]$$/p' $< >.venv/setuptools.txt
+	$(PIP) install --require-hashes --requirement .venv/setuptools.txt
+	$(PIP) install --require-hashes --no-build-isolation --use-pep517 --requirement $<
+	@.venv/bin/python -c 'import cv2' || { $(PIP) uninstall --yes opencv-python && \
+		$(PIP) install --no-deps --require-hashes --requirement $(word 2,$^); }
 	@touch $@
 
 # detectron2's one wheel is tagged CPython 3.10; the Python in it runs on all. Left out are the

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.config import get_cfg as detectron2_get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, DefaultAnchorGenerator
+from detectron2.structures import Boxes
+from torch import Tensor
 
 from retina_focal.config import retina_focal_node
 from retina_focal.errors import UserError
@@ -46,6 +49,8 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
             strides=strides,
             offset=offset,
         )
+        # Of the last feature sizes. No buffer: DDP would send it to all processes at every step.
+        self._last: tuple[tuple, list[Tensor]] | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
@@ -59,6 +64,40 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
             "strides": [shape.stride for shape in input_shape],
             "offset": cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
         }
+
+    def forward(self, features: list[Tensor]) -> list[Boxes]:
+        """
+        Args:
+            features: (..., Hi, Wi) per level, for their sizes.
+        Returns:
+            (Hi x Wi x A) boxes per level, XYXY in pixels; the same tensors as long as the sizes
+            are, not to be changed in place.
+        """
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return super().forward(features)  # these sizes can differ in the graph's next call
+        sizes = [tuple(feature.shape[-2:]) for feature in features]
+        cells = list(self.cell_anchors)
+        key = (cells[0].device, *sizes)
+        if self._last is None or self._last[0] != key:
+            with torch.inference_mode(False):  # training may come after inference
+                self._last = key, list(map(self._level, sizes, self.strides, cells))
+        return [Boxes(anchors) for anchors in self._last[1]]
+
+    def _level(self, size: tuple[int, int], stride: int, cell: Tensor) -> Tensor:
+        """(Hi x Wi x A, 4): detectron2's numbers, but made on the device."""
+        y, x = (
+            torch.arange(
+                self.offset * stride,
+                length * stride,
+                step=stride,
+                dtype=torch.float32,
+                device=cell.device,
+            )
+            for length in size
+        )
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        shifts = torch.stack((x, y, x, y), 2)
+        return (shifts[:, :, None] + cell).flatten(0, 2)
 
 
 def octave_sizes(

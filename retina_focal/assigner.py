@@ -10,7 +10,14 @@ from torch import Tensor
 
 from retina_focal.config import check_choice, registered, retina_focal_node
 from retina_focal.errors import UserError
-from retina_focal.matching import AnchorGrid, find_grid, match_dense, match_on_grid
+from retina_focal.matching import (
+    AnchorGrid,
+    BatchMatches,
+    Matches,
+    find_grid,
+    match_batch,
+    match_on_grid,
+)
 
 ASSIGNMENTS = ("detectron2", "detectron", "paper")
 
@@ -72,6 +79,7 @@ class Assigner:
         self.iou_thresholds = tuple(iou_thresholds)
         self.iou_labels = tuple(iou_labels)
         self.rule = rule
+        self._unmatched = num_classes if iou_labels[0] == 0 else -1
         # Of the last anchors: finding it takes as long as matching twenty boxes.
         self.grid: AnchorGrid | None = None
 
@@ -107,32 +115,47 @@ class Assigner:
             or not all(map(torch.equal, self.grid.levels, levels))
         ):
             self.grid = find_grid(levels)
-        thresholds = torch.tensor(self.iou_thresholds).to(device, non_blocking=True)
-        label_of_interval = torch.tensor(self.iou_labels).to(device, non_blocking=True)
-        unmatched = self.num_classes if self.iou_labels[0] == 0 else -1
         size = (len(gt_instances), sum(len(x) for x in levels))
-        labels = torch.full(size, unmatched, device=device)
+        labels = torch.full(size, self._unmatched, device=device)
         matched_idxs = torch.zeros_like(labels)
+        if self.grid is None and any(map(len, gt_instances)):
+            return self._match_batch(torch.cat(levels), gt_instances)
         for i, instances in enumerate(gt_instances):
-            gt_boxes = instances.gt_boxes.tensor.to(device, non_blocking=True)
-            gt_classes = instances.gt_classes.to(device, non_blocking=True)
-            if len(gt_boxes) == 0:
-                continue
-            if self.grid is None:
-                matches = match_dense(torch.cat(levels), gt_boxes)
-            else:
+            gt_boxes = instances.gt_boxes.tensor.to(device)
+            if len(gt_boxes) > 0:
                 matches = match_on_grid(self.grid, gt_boxes, self.iou_thresholds[0])
-            quality = label_of_interval[torch.bucketize(matches.ious, thresholds, right=True)]
-            if self.rule == "detectron2":
-                quality.masked_fill_(matches.is_best, 1)
-            elif self.rule == "detectron":
-                quality.masked_fill_(matches.is_best & (matches.ious >= thresholds[0]), 1)
-            matched_labels = gt_classes[matches.box_idxs]
-            matched_labels.masked_fill_(quality == 0, self.num_classes)
-            matched_labels.masked_fill_(quality == -1, -1)
-            labels[i, matches.anchor_idxs] = matched_labels
-            matched_idxs[i, matches.anchor_idxs] = matches.box_idxs
+                gt_classes = instances.gt_classes.to(device)[matches.box_idxs]
+                labels[i, matches.anchor_idxs] = self._label(matches, gt_classes)
+                matched_idxs[i, matches.anchor_idxs] = matches.box_idxs
         return labels, matched_idxs
+
+    def _match_batch(self, anchors: Tensor, gt_instances: list[Instances]) -> tuple[Tensor, Tensor]:
+        """All images at once, without a wait of the host for the device."""
+        to = {"device": anchors.device, "non_blocking": True}
+        num_boxes = torch.tensor([len(x) for x in gt_instances]).to(**to)
+        gt_boxes = torch.cat([x.gt_boxes.tensor for x in gt_instances]).to(**to)
+        gt_classes = torch.cat([x.gt_classes for x in gt_instances]).to(**to)
+        matches = match_batch(anchors, gt_boxes, num_boxes)
+        first = (num_boxes.cumsum(0) - num_boxes)[:, None]
+        labels = self._label(matches, gt_classes[matches.box_idxs])
+        return labels, (matches.box_idxs - first).clamp_(min=0)
+
+    def _label(self, matches: Matches | BatchMatches, gt_classes: Tensor) -> Tensor:
+        """Labels of anchors whose best boxes have these classes."""
+        labels = torch.full_like(gt_classes, self._unmatched)
+        # Numbers, not tensors of them, which would have to be copied to a device.
+        for threshold, label in zip(self.iou_thresholds, self.iou_labels[1:], strict=True):
+            reached = matches.ious >= threshold
+            if label == 1:
+                labels = torch.where(reached, gt_classes, labels)
+            else:
+                labels.masked_fill_(reached, self.num_classes if label == 0 else -1)
+        if self.rule == "paper":
+            return labels
+        is_positive = matches.is_best
+        if self.rule == "detectron":
+            is_positive = is_positive & (matches.ious >= self.iou_thresholds[0])
+        return torch.where(is_positive, gt_classes, labels)
 
 
 @ASSIGNER_REGISTRY.register()

@@ -6,15 +6,18 @@ The first value named in a comment is the default and means "as stock detectron2
 """
 
 import difflib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, downgrade_config, upgrade_config
 from detectron2.config import get_cfg as detectron2_get_cfg
+from detectron2.config.compat import guess_version
 from fvcore.common.registry import Registry
-from yaml import YAMLError
 
 from retina_focal.errors import UserError
+from retina_focal.files import check_regular
+from retina_focal.safe_yaml import read_yaml_with_bases
 
 
 def add_retina_focal_config(cfg: CfgNode) -> None:
@@ -37,17 +40,41 @@ def retina_focal_node(cfg: CfgNode) -> CfgNode:
 
 
 def merge_file(cfg: CfgNode, path: str) -> None:
-    """Merge a YAML config and what its ``_BASE_`` names.
+    """Merge a YAML config and what its ``_BASE_`` names, running nothing of them.
+
+    As detectron2's `merge_from_file`, old versions of its keys included.
 
     Raises:
-        UserError: it is no YAML, or has an unknown key or a value of another type.
+        UserError: see `read_yaml_with_bases`; or it has an unknown key or a value of another type.
     """
+    loaded = CfgNode(read_yaml_with_bases(path, package_config))
     try:
-        cfg.merge_from_file(path)
-    except (AssertionError, KeyError, OSError, ValueError, YAMLError) as error:  # yacs asserts
+        version = loaded.get("VERSION") or guess_version(loaded, path)
+        if version == cfg.VERSION:
+            cfg.merge_from_other_cfg(loaded)
+        elif type(version) is int and 1 <= version < cfg.VERSION:
+            old = downgrade_config(cfg, to_version=version)
+            old.merge_from_other_cfg(loaded)
+            new = upgrade_config(old)
+            cfg.clear()
+            cfg.update(new)
+        else:
+            raise UserError(f"VERSION is {version}; expected at most {cfg.VERSION}")
+    # yacs asserts; a text in a value may look like Python and be none.
+    except (
+        AssertionError,
+        KeyError,
+        MemoryError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         # The text of a KeyError has quotes around it.
         message = error.args[0] if isinstance(error, KeyError) else error
-        raise UserError(f"{path}: {message}") from error
+        raise UserError(f"{path}: {message or type(error).__name__}") from error
+    if "RETINA_FOCAL" in cfg.MODEL:
+        # Whoever wrote the file may have written the dataset: only who types a command decides.
+        cfg.MODEL.RETINA_FOCAL.DATA.ALLOW_OUTSIDE = False
 
 
 def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
@@ -68,7 +95,7 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
             raise UserError(
                 f"there is no key '{key}'" + (f"; near it: {', '.join(near)}" if near else "")
             ) from error
-        except ValueError as error:
+        except (MemoryError, RecursionError, TypeError, ValueError) as error:
             wanted = flatten(cfg)[key]
             is_int = str(value).lstrip("+-").isdecimal()
             example = f"{int(value)}.0" if is_int and isinstance(wanted, float) else wanted
@@ -112,22 +139,34 @@ def config_path(name: str) -> str:
     """Path of a config: `name` itself where it is a file, else that of the package's config `name`.
 
     Raises:
-        UserError: neither exists.
+        UserError: neither exists, or it is no regular file.
     """
     if Path(name).is_file():
         return name
-    # An installed wheel has the configs inside the package, a clone beside it.
-    package = Path(__file__).parent
-    folders = [package / "configs", package.parent / "configs"]
-    folder = next((folder for folder in folders if folder.is_dir()), folders[0])
-    if (folder / name).is_file():
-        return str(folder / name)
+    if found := package_config(name):
+        return found
+    if os.path.lexists(name):
+        check_regular(name)  # says what it is
+    folder = _configs_folder()
     paths = (path for path in folder.rglob("*") if path.suffix in (".yaml", ".py"))
     names = sorted(path.relative_to(folder).as_posix() for path in paths)
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
     raise UserError(
         f"config '{name}' is neither a file nor a config of the package; near it: {', '.join(near)}"
     )
+
+
+def package_config(name: str) -> str | None:
+    """Path of the package's config of that name, such as ``quick_start/bccd.yaml``, or None."""
+    path = _configs_folder() / name
+    return str(path) if path.is_file() else None
+
+
+def _configs_folder() -> Path:
+    # An installed wheel has the configs inside the package, a clone beside it.
+    package = Path(__file__).parent
+    folders = [package / "configs", package.parent / "configs"]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def _default_node() -> CfgNode:
@@ -188,6 +227,14 @@ def _default_node() -> CfgNode:
     # its data loader; then all end and say who is missing. More than what one does alone: the
     # evaluation of all detections, and saving.
     node.TRAIN.TIMEOUT = 600
+    # The newest checkpoints that stay beside model_final.pth and model_best.pth; 0: all. In a
+    # LazyConfig train.checkpointer.max_to_keep.
+    node.TRAIN.KEEP_CHECKPOINTS = 0
+    # Metric of the evaluations, as metrics.json names it ("bbox/AP"), whose best weights are kept
+    # in model_best.pth; "": none.
+    node.TRAIN.BEST = ""
+    # Evaluations without a better TRAIN.BEST after which the run ends; 0: it goes to the end.
+    node.TRAIN.PATIENCE = 0
     # Which images and boxes are read, and the dataset that choices are made on.
     node.DATA = CfgNode()
     # Pictures that a training may skip, as they can't be used, before it stops: 0 stops at the
@@ -195,6 +242,9 @@ def _default_node() -> CfgNode:
     node.DATA.MAX_BAD_IMAGES = 0
     # Pixels of the largest picture that is decoded; the file tells them beforehand.
     node.DATA.MAX_PIXELS = 50_000_000
+    # Whether pictures may lie outside of their dataset's image folder, by ".." or an absolute path
+    # in the annotations. Of the command line alone: a config file can't set it.
+    node.DATA.ALLOW_OUTSIDE = False
     # How detections are made and measured, beyond MODEL.RETINANET.*_TEST.
     node.TEST = CfgNode()
 

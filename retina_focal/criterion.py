@@ -1,8 +1,6 @@
 """Labels and predictions to the two losses (Sec. 3.2 and Sec. 4.1, "Focal Loss")."""
 
-import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -24,18 +22,10 @@ from retina_focal.losses import (
     inverse_frequency_alpha,
 )
 from retina_focal.normalizers import NORMALIZER_REGISTRY
-from retina_focal.places import Places, places_where
 from retina_focal.sampling import HardExampleSampler
+from retina_focal.targets import Positives, Targets, find_targets, level_targets
 
 FOCAL_LOSS = SigmoidFocalLoss()
-
-
-class Positives(NamedTuple):
-    """The P positive anchors of a batch, level by level; every tensor has P rows."""
-
-    image: Tensor  # index of the image
-    anchors: Tensor  # (P, 4) XYXY in pixels
-    gt_boxes: Tensor  # (P, 4) XYXY in pixels
 
 
 class Criterion(nn.Module):
@@ -111,6 +101,7 @@ class Criterion(nn.Module):
         matched_idxs: Tensor,
         gt_instances: list[Instances],
         normalizers: Tensor | None = None,
+        targets: Targets | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """
         Args:
@@ -121,16 +112,19 @@ class Criterion(nn.Module):
             gt_instances: N images with `gt_boxes`, on any device.
             normalizers: (N,) of `normalizers`, where these images are a part of a step; default:
                 they are the whole of it.
+            targets: of these labels, where they are known already.
         Returns:
             losses: scalars `loss_cls` and `loss_box_reg`.
             statistics: what is worth logging, numbers on the host.
         """
-        targets = level_targets(labels, logits, self.num_classes)
-        places = [level.positive for level in targets]
-        positives = _positives(anchors, matched_idxs, gt_instances, logits, places)
-        pred_deltas = deltas_at(deltas, places)
+        if targets is None:
+            sizes = [x.shape[-2:] for x in logits]
+            arguments = anchors, labels, matched_idxs, gt_instances, sizes
+            targets = find_targets(*arguments, self.num_classes)
+        levels, positives, num_positives = targets
+        pred_deltas = deltas_at(deltas, [level.positive for level in levels])
         if normalizers is None:
-            normalizers = self.normalizers(torch.bincount(positives.image, minlength=len(labels)))
+            normalizers = self.normalizers(num_positives)
         loss_box_reg = box_regression_loss(
             pred_deltas,
             positives.anchors,
@@ -142,14 +136,14 @@ class Criterion(nn.Module):
         loss_box_reg = (loss_box_reg / normalizers[positives.image]).sum()
         if self.sampler is not None:
             labels = self.sampler(anchors, logits, labels, self.num_classes)
-            targets = level_targets(labels, logits, self.num_classes)
+            levels = level_targets(labels, logits, self.num_classes)
             normalizers = (labels >= 0).sum().clamp(min=1).float().expand_as(normalizers)
         if getattr(self.classification_loss, "soft_targets", False):
-            targets = self._with_quality(targets, positives, pred_deltas.detach())
+            levels = self._with_quality(levels, positives, pred_deltas.detach())
         loss = self.classification_loss
         if self.alpha_from_data:
             loss = self.class_loss_of(labels)
-        loss_cls = dense_loss_sum(loss, logits, targets, self.num_classes, normalizers.reciprocal())
+        loss_cls = dense_loss_sum(loss, logits, levels, self.num_classes, normalizers.reciprocal())
         losses = {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
         return losses, {"num_pos_anchors": len(positives.image) / len(labels)}
 
@@ -171,13 +165,13 @@ class Criterion(nn.Module):
         return self.classification_loss.with_alpha(alpha)
 
     def _with_quality(
-        self, targets: list[LevelTargets], positives: Positives, pred_deltas: Tensor
+        self, levels: list[LevelTargets], positives: Positives, pred_deltas: Tensor
     ) -> list[LevelTargets]:
         """With the IoU of each positive anchor's decoded box with its ground truth."""
         boxes = self.box2box_transform.apply_deltas(pred_deltas.float(), positives.anchors)
         quality = matched_pairwise_iou(Boxes(boxes), Boxes(positives.gt_boxes)).clamp(0, 1)
-        per_level = quality.split([len(level.classes) for level in targets])
-        return [level._replace(quality=own) for level, own in zip(targets, per_level, strict=True)]
+        per_level = quality.split([len(level.classes) for level in levels])
+        return [level._replace(quality=own) for level, own in zip(levels, per_level, strict=True)]
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, *rest
@@ -188,59 +182,6 @@ class Criterion(nn.Module):
         )
         if f"{prefix}loss_normalizer" in missing_keys:
             missing_keys.remove(f"{prefix}loss_normalizer")
-
-
-def level_targets(labels: Tensor, logits: list[Tensor], num_classes: int) -> list[LevelTargets]:
-    """What is not background, per level.
-
-    Args:
-        labels: (N, R) in {-1, 0, ..., K}.
-        logits: (N, A x K, Hi, Wi) per level, for their shapes.
-        num_classes: K.
-    """
-    shapes = [(*x.shape[-2:], x.shape[1] // num_classes) for x in logits]
-    # A level's anchors are numbered by row, column and anchor of the cell.
-    levels = labels.split([math.prod(shape) for shape in shapes], 1)
-    masks = [(label >= 0) & (label < num_classes) for label in levels]
-    masks += [label < 0 for label in levels]
-    places = places_where(
-        [mask.unflatten(1, shape) for mask, shape in zip(masks, 2 * shapes, strict=True)]
-    )
-    targets = []
-    for label, positive, ignored, (*size, num_anchors) in zip(
-        levels, places, places[len(levels) :], shapes, strict=False
-    ):
-        classes = label[positive.image, positive.numbers(num_anchors, size)]
-        targets.append(LevelTargets(positive, classes, ignored))
-    return targets
-
-
-def _positives(
-    anchors: list[Boxes],
-    matched_idxs: Tensor,
-    gt_instances: list[Instances],
-    maps: list[Tensor],
-    places: list[Places],
-) -> Positives:
-    """The boxes of the positive anchors, as they stand and as they should be.
-
-    Args:
-        maps: (N, ..., Hi, Wi) per level, for their sizes.
-        places: of the positive anchors, per level.
-    """
-    boxes_per_image = [x.gt_boxes.tensor for x in gt_instances]
-    gt_boxes = torch.cat(boxes_per_image).to(matched_idxs.device, non_blocking=True)
-    counts = [0] + [len(x) for x in boxes_per_image[:-1]]
-    first_box = torch.tensor(counts).cumsum(0)  # row of each image's first box in gt_boxes
-    first_box = first_box.to(matched_idxs.device, non_blocking=True)
-    numbers, first = [], 0
-    for level, x, place in zip(anchors, maps, places, strict=True):
-        size = x.shape[-2:]
-        numbers.append(first + place.numbers(len(level.tensor) // math.prod(size), size))
-        first += len(level.tensor)
-    image, number = torch.cat([place.image for place in places]), torch.cat(numbers)
-    box = first_box[image] + matched_idxs[image, number]
-    return Positives(image, torch.cat([level.tensor for level in anchors])[number], gt_boxes[box])
 
 
 def _check_loss(loss: DenseLoss, alpha_from_data: bool, sampler: HardExampleSampler | None) -> None:

@@ -74,9 +74,15 @@ class _DenseLossSum(torch.autograd.Function):
             torch.empty_like(x) if needs_grad and ctx.one_pass else None
             for x, needs_grad in zip(logits, ctx.needs_input_grad[4:], strict=True)
         ]
-        for x, grad, target in zip(logits, grads, targets, strict=True):
-            _add_level(loss, x, target, num_classes, weights, sums, grad)
-        ctx.save_for_backward(*(grads if ctx.one_pass else (weights, *logits)))
+        # A CPU has a level in its cache; a device launches as much for one as for all.
+        parts = [slice(i, i + 1) for i in range(len(logits))] if ctx.one_pass else [slice(None)]
+        for own in parts:
+            for x, grad in zip(logits[own], grads[own], strict=True):
+                _add_background(loss, x, weights, sums, grad)
+            derivative = _correct_sums(loss, logits[own], targets[own], num_classes, sums)
+            if ctx.one_pass:
+                _correct_grads(grads[own], targets[own], derivative, num_classes, weights)
+        ctx.save_for_backward(*(grads if ctx.one_pass else (weights, derivative, *logits)))
         return sums.mul_(weights).sum().to(torch.promote_types(logits[0].dtype, torch.float32))
 
     @staticmethod
@@ -94,58 +100,84 @@ class _DenseLossSum(torch.autograd.Function):
                 grads = [None if grad is None else grad * grad_output for grad in grads]
             return None, None, None, None, *grads
         loss, targets, num_classes = ctx.arguments
-        weights, *logits = ctx.saved_tensors
+        weights, derivative, *logits = ctx.saved_tensors
         weights, grads = weights * grad_output, []
-        for x, needs_grad, target in zip(logits, ctx.needs_input_grad[4:], targets, strict=True):
+        for x, needs_grad in zip(logits, ctx.needs_input_grad[4:], strict=True):
             grads.append(torch.empty_like(x) if needs_grad else None)
             if needs_grad:
-                _add_level(loss, x, target, num_classes, weights, None, grads[-1])
+                _add_background(loss, x, weights, None, grads[-1])
+        _correct_grads(grads, targets, derivative, num_classes, weights)
         return None, None, None, None, *grads
 
 
-def _add_level(
+def _correct_sums(
     loss: DenseLoss,
-    logits: Tensor,
-    targets: LevelTargets,
+    logits: Sequence[Tensor],
+    targets: Sequence[LevelTargets],
     num_classes: int,
-    weights: Tensor,
-    sums: Tensor | None,
-    grad: Tensor | None,
-) -> None:
-    """Add each image's loss on one level to `sums`, and write the weighted gradient to `grad`.
+    sums: Tensor,
+) -> Tensor:
+    """The true term in place of the background's where `targets` says, or nothing in its place.
 
     Args:
-        logits: (N, A x K, Hi, Wi), contiguous or channels_last.
-        weights: (N,).
-        sums: (N,) fp64, or None.
-        grad: as `logits`, in the same memory order, or None.
+        logits: (N, A x K, Hi, Wi) per level.
+        sums: (N,) fp64 of each image's loss.
+    Returns:
+        (P,) derivatives of the positive terms by their logits, level by level.
     """
-    version, dtype = logits._version, torch.promote_types(logits.dtype, torch.float32)
-    _add_background(loss, logits, weights, sums, grad)
-    # Both corrections: the true term instead of the background's, or nothing instead.
-    positive, classes, ignored, quality = targets
-    element = positive.image, positive.anchor, classes, positive.row, positive.column
-    x = logits.unflatten(1, (-1, num_classes))[element].to(dtype)
-    soft_target = () if quality is None else (quality,)
+    positive, ignored = [], []
+    for x, target in zip(logits, targets, strict=True):
+        positive.append(x.unflatten(1, (-1, num_classes))[_element(target)])
+        ignored.append(target.ignored.of_map(x, num_classes))
+    dtype = torch.promote_types(logits[0].dtype, torch.float32)
+    x = torch.cat(positive).to(dtype)
+    soft_target = [] if targets[0].quality is None else [torch.cat([y.quality for y in targets])]
     value, derivative = loss(x, True, *soft_target)
-    if sums is not None:
-        sums.index_add_(0, positive.image, (value - loss(x, False)[0]).double())
-        excess, _ = loss(ignored.of_map(logits, num_classes).to(dtype), False)
-        sums.index_add_(0, ignored.image, -excess.double().sum(1))
-    if grad is not None:
-        per_class = grad.unflatten(1, (-1, num_classes))
-        per_class[element] = (derivative * weights[positive.image]).to(grad.dtype)
-        per_class[ignored.image, ignored.anchor, :, ignored.row, ignored.column] = 0
-    if logits._version != version:
-        raise UserError(
-            f"the class loss {loss} changed the logits in place; let it compute new tensors"
-        )
+    image = torch.cat([target.positive.image for target in targets])
+    sums.index_add_(0, image, (value - loss(x, False)[0]).double())
+    excess, _ = loss(torch.cat(ignored).to(dtype), False)
+    image = torch.cat([target.ignored.image for target in targets])
+    sums.index_add_(0, image, -excess.double().sum(1))
+    return derivative
+
+
+def _correct_grads(
+    grads: Sequence[Tensor | None],
+    targets: Sequence[LevelTargets],
+    derivative: Tensor,
+    num_classes: int,
+    weights: Tensor,
+) -> None:
+    """The same for the gradients, in place; `derivative` is from `_correct_sums`."""
+    derivative = derivative * weights[torch.cat([target.positive.image for target in targets])]
+    own = derivative.split([len(target.classes) for target in targets])
+    for grad, target, values in zip(grads, targets, own, strict=True):
+        if grad is not None:
+            per_class = grad.unflatten(1, (-1, num_classes))
+            per_class[_element(target)] = values.to(grad.dtype)
+            image, anchor, row, column = target.ignored
+            # A tensor: a number would be copied to a device, and the host would wait.
+            per_class[image, anchor, :, row, column] = grad.new_zeros(())
+
+
+def _element(target: LevelTargets) -> tuple[Tensor, ...]:
+    """The logits (N, A, K, Hi, Wi) of the positive anchors' own classes."""
+    image, anchor, row, column = target.positive
+    return image, anchor, target.classes, row, column
 
 
 def _add_background(
     loss: DenseLoss, logits: Tensor, weights: Tensor, sums: Tensor | None, grad: Tensor | None
 ) -> None:
-    """`_add_level` as if all were background."""
+    """Add each image's loss on one level, as if all were background, and write the gradient.
+
+    Args:
+        logits: (N, A x K, Hi, Wi), contiguous or channels_last.
+        weights: (N,), which the gradient is multiplied by.
+        sums: (N,) fp64, or None.
+        grad: as `logits`, in the same memory order, or None.
+    """
+    version = logits._version
     # Rows in memory order, whichever of the two layouts that is.
     shape, strides = (len(logits), logits[0].numel()), (logits[0].numel(), 1)
     rows = logits.as_strided(shape, strides)
@@ -173,3 +205,7 @@ def _add_background(
                 sums[own] += value.sum(1)
             if grad is not None:
                 torch.mul(derivative, weights[own, None], out=grad_rows[chunk])
+    if logits._version != version:
+        raise UserError(
+            f"the class loss {loss} changed the logits in place; let it compute new tensors"
+        )

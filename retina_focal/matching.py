@@ -1,6 +1,7 @@
-"""Exact matching of anchors to boxes without an anchors x boxes matrix.
+"""Exact matching of anchors to boxes in bounded memory, never the whole anchors x boxes matrix.
 
-Anchors of one shape stand on a grid, so those that reach a given IoU with a box are a window of it.
+`match_batch` looks at all pairs, block by block. `match_on_grid`, on a CPU, looks at few of them:
+anchors of one shape stand on a grid, so those that reach a given IoU with a box are a window of it.
 The window has to reach the lowest threshold or, where that is lower, the best IoU of the box, which
 the anchor nearest to the box's centre shows for each shape.
 """
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-# IoUs that `match_dense` holds at a time.
+# Pairs of an anchor and a box that `match_batch` looks at together: what stays in the cache of a
+# CPU, and what keeps a device busy.
 MAX_PAIRS = 1 << 20
+MAX_PAIRS_ON_DEVICE = 1 << 24
 # Boxes that `match_on_grid` takes at a time. A box has from tens of pairs to, as a line across the
 # whole image, tens of thousands.
 MAX_BOXES = 64
@@ -34,6 +37,14 @@ class Matches(NamedTuple):
     is_best: Tensor  # (P,) bool: no anchor overlaps some box better (ties included)
 
 
+class BatchMatches(NamedTuple):
+    """Every anchor of N images, with its best box among all M boxes of the batch."""
+
+    ious: Tensor  # (N, R) the highest IoU with any box of the image
+    box_idxs: Tensor  # (N, R) int64 that box, the first of equals; 0 where the IoU is 0
+    is_best: Tensor  # (N, R) bool: no anchor overlaps some box of the image better (ties included)
+
+
 class AnchorGrid(NamedTuple):
     """R anchors as C shapes (those of all levels), each on a grid of its own.
 
@@ -52,36 +63,50 @@ class AnchorGrid(NamedTuple):
     stride: Tensor  # (C, 2) int64 from column to column, from row to row
 
 
-def match_dense(anchors: Tensor, gt_boxes: Tensor) -> Matches:
-    """All anchors by their highest IoU, in blocks of boxes so that memory stays bounded.
+def match_batch(anchors: Tensor, gt_boxes: Tensor, num_boxes: Tensor) -> BatchMatches:
+    """All anchors of all images by their highest IoU, whatever the anchors are.
+
+    Nothing here makes the host wait for a device, and the number of operations grows with the
+    blocks, not with the images. A block takes up to 18 bytes per pair: 300 MB on a device.
 
     Args:
-        anchors: (R, 4) XYXY.
-        gt_boxes: (M, 4) XYXY.
+        anchors: (R, 4) XYXY, those of every image.
+        gt_boxes: (M, 4) XYXY, of the N images one after another.
+        num_boxes: (N,) int64, how many of them each image has; M in all.
     """
-    ious = anchors.new_zeros(len(anchors))
-    box_idxs = torch.zeros_like(ious, dtype=torch.int64)
-    is_best = torch.zeros_like(ious, dtype=torch.bool)
+    size, device = (len(num_boxes), len(anchors)), anchors.device
+    limit = MAX_PAIRS if device.type == "cpu" else MAX_PAIRS_ON_DEVICE
+    # An IoU is not negative, so its bits order as it does: one maximum finds the highest IoU and,
+    # of equals, the first box.
+    packed = torch.full(size, INT32_MAX, device=device)
+    is_best = torch.zeros(size, dtype=torch.uint8, device=device)
+    image = torch.repeat_interleave(num_boxes, output_size=len(gt_boxes))  # of each box
+    low_bits = INT32_MAX - torch.arange(len(gt_boxes), device=device)
     sides = anchors.t().contiguous()[:, None]
-    first = 0
-    for boxes in gt_boxes.split(max(1, MAX_PAIRS // max(1, len(anchors)))):
-        block = iou_of_pairs(sides[0::2], sides[1::2], boxes.t()[:, :, None])  # (boxes, R)
-        block_ious, block_idxs = block.max(dim=0)
-        better = block_ious > ious
-        ious = torch.where(better, block_ious, ious)
-        box_idxs = torch.where(better, block_idxs + first, box_idxs)
-        best_of_box = block.amax(dim=1, keepdim=True)
-        is_best |= ((block == best_of_box) & (best_of_box > 0)).any(dim=0)
-        first += len(boxes)
-    return Matches(torch.arange(len(anchors), device=ious.device), ious, box_idxs, is_best)
+    per_block = max(1, limit // max(1, len(anchors)))
+    for boxes, row, low in zip(
+        *(x.split(per_block) for x in (gt_boxes, image, low_bits)), strict=True
+    ):
+        ious = iou_of_pairs(sides[0::2], sides[1::2], boxes.t()[:, :, None])  # (boxes, R)
+        row = row[:, None].expand_as(ious)
+        best_of_box = ious.amax(1, keepdim=True)
+        best_of_box.masked_fill_(best_of_box == 0, torch.inf)  # a best anchor overlaps its box
+        is_best.scatter_reduce_(0, row, (ious == best_of_box).view(torch.uint8), "amax")
+        rank = ious.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(low[:, None])
+        packed.scatter_reduce_(0, row, rank, "amax")
+    return BatchMatches(*_unpack(packed), is_best.bool())
 
 
 def match_on_grid(grid: AnchorGrid, gt_boxes: Tensor, min_iou: float) -> Matches:
-    """The same for anchors on a grid, without those that overlap no box by `min_iou` or best."""
+    """The anchors of one image that overlap some box by `min_iou` or best.
+
+    Args:
+        grid: of R anchors, on a CPU: windows have sizes that the host must know.
+        gt_boxes: (M, 4) XYXY.
+        min_iou: above 0.
+    """
     num_anchors = sum(len(level) for level in grid.levels)
-    # An IoU is not negative, so its bits order as it does: one maximum finds the highest IoU and,
-    # of equals, the first box.
-    packed = torch.zeros(num_anchors, dtype=torch.int64)
+    packed = torch.zeros(num_anchors, dtype=torch.int64)  # as in `match_batch`
     is_best = torch.zeros(num_anchors, dtype=torch.bool)
     first = 0
     for boxes in gt_boxes.split(MAX_BOXES):
@@ -93,14 +118,19 @@ def match_on_grid(grid: AnchorGrid, gt_boxes: Tensor, min_iou: float) -> Matches
         first += len(boxes)
     anchor_idxs = packed.nonzero().squeeze(1)
     packed, is_best = packed[anchor_idxs], is_best[anchor_idxs]
-    ious = (packed >> 32).int().view(torch.float32)
-    box_idxs = INT32_MAX - (packed & INT32_MAX)
+    ious, box_idxs = _unpack(packed)
     # A low-quality match may overlap another box more, though that box has no use for it.
     low = (is_best & (ious < min_iou)).nonzero().squeeze(1)
     if len(low):
-        exact = match_dense(torch.cat(grid.levels)[anchor_idxs[low]], gt_boxes)
-        ious[low], box_idxs[low] = exact.ious, exact.box_idxs
+        anchors = torch.cat(grid.levels)[anchor_idxs[low]]
+        exact = match_batch(anchors, gt_boxes, torch.tensor([len(gt_boxes)]))
+        ious[low], box_idxs[low] = exact.ious[0], exact.box_idxs[0]
     return Matches(anchor_idxs, ious, box_idxs, is_best)
+
+
+def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """IoUs and indices of boxes, out of (IoU's bits, `INT32_MAX` - index)."""
+    return (packed >> 32).int().view(torch.float32), INT32_MAX - (packed & INT32_MAX)
 
 
 def _overlapping_pairs(

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -28,25 +27,6 @@ class Places(NamedTuple):
             size: (Hi, Wi).
         """
         return (self.row * size[1] + self.column) * num_anchors + self.anchor
-
-
-def places_where(masks: Sequence[Tensor]) -> list[Places]:
-    """The anchors at which masks (N, Hi, Wi, A) are True, in the order of the masks.
-
-    The host of a GPU waits for every number that decides a size: here once for all masks.
-    """
-    counts = torch.stack([mask.sum() for mask in masks]).tolist()
-    found = []
-    for mask, count in zip(masks, counts, strict=True):
-        # As nonzero, which would wait: the n-th True writes its index to the n-th element of the
-        # result, each False to one element more, which is cut off.
-        is_true = mask.flatten()
-        rank = (is_true.cumsum(0) - 1).where(is_true, count)
-        index = torch.arange(len(rank), device=rank.device)
-        index = rank.new_empty(count + 1).scatter_(0, rank, index)[:count]
-        image, row, column, anchor = torch.unravel_index(index, mask.shape)
-        found.append(Places(image, anchor, row, column))
-    return found
 
 
 def places_of_elements(

@@ -6,12 +6,14 @@ from typing import NamedTuple
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import batched_nms, nms
+from detectron2.modeling import detector_postprocess
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from retina_focal.box_tower import PendingDeltas, deltas_at
 from retina_focal.places import Places, places_of_elements
+from retina_focal.transfer import to_device
 
 # Half precision rounds a threshold by less, between scores of 1e-6 and 1 - 1e-6.
 MARGIN = 0.1
@@ -70,6 +72,7 @@ class Postprocessor:
         logits: list[Tensor],
         deltas: list[Tensor] | PendingDeltas,
         image_sizes: list[tuple[int, int]],
+        output_sizes: list[tuple[int, int]] | None = None,
     ) -> list[Instances]:
         """
         Args:
@@ -77,17 +80,29 @@ class Postprocessor:
             logits: (N, A x K, Hi, Wi) per level.
             deltas: (N, A x 4, Hi, Wi) per level, read at the candidates.
             image_sizes: (height, width) of each image before padding, pixels.
+            output_sizes: those to return boxes in, clipped, and without boxes that have no area
+                then; default: as they are, in `image_sizes`.
         Returns:
             N Instances with `pred_boxes`, `scores` (falling), `pred_classes`.
         """
-        found = self.detect([level.tensor for level in anchors], logits, deltas)
-        return [
+        sizes, resizing = image_sizes, None
+        if output_sizes is not None and not _may_read(logits[0]):
+            sizes, resizing = output_sizes, _resizing(image_sizes, output_sizes, logits[0].device)
+        found = self.detect([level.tensor for level in anchors], logits, deltas, resizing)
+        results = [
             Instances(size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
-            for size, (_, boxes, scores, classes) in zip(image_sizes, found, strict=True)
+            for size, (_, boxes, scores, classes) in zip(sizes, found, strict=True)
         ]
+        if output_sizes is None or resizing is not None:
+            return results
+        return [detector_postprocess(x, *y) for x, y in zip(results, output_sizes, strict=True)]
 
     def detect(
-        self, anchors: list[Tensor], logits: list[Tensor], deltas: list[Tensor] | PendingDeltas
+        self,
+        anchors: list[Tensor],
+        logits: list[Tensor],
+        deltas: list[Tensor] | PendingDeltas,
+        resizing: "Resizing | None" = None,
     ) -> list["Detections"]:
         """The same in tensors alone.
 
@@ -97,8 +112,10 @@ class Postprocessor:
         Args:
             anchors: (Hi x Wi x A, 4) per level.
             logits, deltas: as of `__call__`.
+            resizing: of the boxes; only for a device.
         """
-        candidates = self._passing if _is_on_cpu(logits[0]) else self._top
+        may_read = _may_read(logits[0])
+        candidates = self._passing if may_read else self._top
         places, scores, classes = zip(*map(candidates, logits), strict=True)
         own_anchors = [
             level[place.numbers(x.shape[1] // self.num_classes, x.shape[-2:])]
@@ -109,12 +126,9 @@ class Postprocessor:
         )
         image = torch.cat([place.image for place in places])
         found = Detections(image, boxes, torch.cat(scores), torch.cat(classes))
-        if not _is_on_cpu(logits[0]):
-            found = found.at((found.scores > self.score_thresh).nonzero().squeeze(1))
-        return [
-            found.at(rows[: self.max_detections_per_image])
-            for rows in self._suppress(found, len(logits[0]))
-        ]
+        if may_read:
+            return self._suppress_each(found, len(logits[0]))
+        return self._suppress_all(found, len(logits[0]), resizing)
 
     def _passing(self, logits: Tensor) -> tuple[Places, Tensor, Tensor]:
         """The top candidates of one level among those that pass, image by image.
@@ -148,25 +162,40 @@ class Postprocessor:
         places = Places(*(x.flatten() for x in (image, anchor, row, column)))
         return places, top.float().sigmoid().flatten(), classes.flatten()
 
-    def _suppress(self, found: "Detections", num_images: int) -> list[Tensor]:
-        """Rows that non-maximum suppression per class leaves of each image, by falling score."""
-        if _is_on_cpu(found.boxes):
-            kept = []
-            for i in range(num_images):
-                own = (found.image == i).nonzero().squeeze(1)
-                _, boxes, scores, classes = found.at(own)
-                kept.append(own[batched_nms(boxes, scores, classes, self.nms_thresh)])
-            return kept
-        # All images at once: those of two images or classes are moved so far apart that none
-        # overlap. In fp64, which moves them without rounding that matters.
+    def _suppress_each(self, found: "Detections", num_images: int) -> list["Detections"]:
+        """What non-maximum suppression per class leaves of each image, by falling score."""
+        kept = []
+        for i in range(num_images):
+            own = found.at((found.image == i).nonzero().squeeze(1))
+            rows = batched_nms(own.boxes, own.scores, own.classes, self.nms_thresh)
+            kept.append(own.at(rows[: self.max_detections_per_image]))
+        return kept
+
+    def _suppress_all(
+        self, found: "Detections", num_images: int, resizing: "Resizing | None"
+    ) -> list["Detections"]:
+        """The same with three waits for all images: what passes, what NMS leaves, what is kept."""
+        found = found.at((found.scores > self.score_thresh).nonzero().squeeze(1))
+        # Boxes of two images or classes are moved so far apart that none overlap. In fp64, which
+        # moves them without rounding that matters.
         boxes = found.boxes.double()
         extent = boxes.amax() - boxes.amin() + 1 if len(boxes) else 1
         group = found.image * self.num_classes + found.classes
-        kept = nms(boxes + (group * extent)[:, None], found.scores.double(), self.nms_thresh)
-        images = torch.arange(num_images, device=kept.device)
-        image = found.image[kept]
-        counts = (image[:, None] == images).sum(0).tolist()
-        return list(kept[image.argsort(stable=True)].split(counts))
+        rows = nms(boxes + (group * extent)[:, None], found.scores.double(), self.nms_thresh)
+        found = found.at(rows[found.image[rows].argsort(stable=True)])
+
+        images = torch.arange(num_images, device=rows.device)
+        rank = torch.arange(len(rows), device=rows.device)
+        rank -= torch.searchsorted(found.image, images)[found.image]  # within the image
+        is_kept = rank < self.max_detections_per_image
+        if resizing is not None:
+            boxes = found.boxes * resizing.scale[found.image]
+            boxes = torch.minimum(boxes.clamp(min=0), resizing.size[found.image])
+            is_kept &= (boxes[:, 2:] > boxes[:, :2]).all(1)
+            found = found._replace(boxes=boxes)
+        counts = (is_kept[:, None] & (found.image[:, None] == images)).sum(0).tolist()
+        found = found.at(is_kept.nonzero_static(size=sum(counts)).squeeze(1))
+        return [Detections(*x) for x in zip(*(y.split(counts) for y in found), strict=True)]
 
 
 class Detections(NamedTuple):
@@ -181,8 +210,27 @@ class Detections(NamedTuple):
         return Detections(*(field[rows] for field in self))
 
 
-def _is_on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"
+class Resizing(NamedTuple):
+    """How boxes of N images become those of other sizes."""
+
+    scale: Tensor  # (N, 4) factors of XYXY
+    size: Tensor  # (N, 4) width, height, width, height to clip to, pixels
+
+
+def _resizing(
+    image_sizes: list[tuple[int, int]], output_sizes: list[tuple[int, int]], device: torch.device
+) -> Resizing:
+    old, new = (torch.tensor(x, dtype=torch.float64).flip(1) for x in (image_sizes, output_sizes))
+    tables = [x.repeat(1, 2).float() for x in (new / old, new)]
+    return Resizing(*to_device(tables, device))
+
+
+def _may_read(x: Tensor) -> bool:
+    """Whether sizes may depend on values: the host of a device waits for these.
+
+    A trace would keep what the host has read, such as the number of detections of an image.
+    """
+    return x.device.type == "cpu" or torch.jit.is_tracing()
 
 
 def logit(score: float) -> float:

@@ -1,10 +1,12 @@
 """FocalRetinaNet: the meta-architecture, and the surface that detectron2 scripts rely on."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data.detection_utils import convert_image_to_rgb
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, detector_postprocess
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
@@ -16,9 +18,12 @@ from retina_focal.config import check_choice, retina_focal_node
 from retina_focal.criterion import Criterion
 from retina_focal.errors import UserError
 from retina_focal.folding import fold_frozen_norms
+from retina_focal.ground_truth import ground_truth
 from retina_focal.head import build_dense_head
 from retina_focal.postprocess import Postprocessor
 from retina_focal.precision import PRECISIONS, computation
+from retina_focal.targets import Targets, find_targets
+from retina_focal.transfer import to_device
 
 # Highest-scoring predictions drawn beside the ground truth every VIS_PERIOD iterations.
 VIS_MAX_BOXES = 20
@@ -139,19 +144,28 @@ class FocalRetinaNet(nn.Module):
             In training {"loss_cls", "loss_box_reg"}; otherwise a dict with `instances` an image.
         """
         images = self.preprocess_image(batched_inputs)
+        if self.training:
+            gt_instances = ground_truth(batched_inputs, self.num_classes, self.device)
+            # Before the network runs: the host of a device waits here, and not for the network.
+            sizes = self._feature_sizes(images.tensor.shape[-2:])
+            anchors, labels, matched_idxs, targets = self._match(gt_instances, sizes)
         autocast, layout = computation(self.precision, images.tensor.device.type, self.training)
         with autocast:
             features = self.backbone(images.tensor.to(memory_format=layout))
             features = [features[name] for name in self.head_in_features]
             logits, deltas = self.head(features)
-        anchors = self.anchor_generator(features)
         if not self.training:
-            results = self.postprocessor(anchors, logits, deltas, images.image_sizes)
-            return _rescale(results, batched_inputs)
-        gt_instances = _ground_truth(batched_inputs, self.criterion.num_classes)
-        labels, matched_idxs = self.assigner(anchors, gt_instances)
+            anchors = self.anchor_generator(features)
+            sizes = images.image_sizes
+            outputs = self.postprocessor(
+                anchors, logits, deltas, sizes, _output_sizes(batched_inputs, sizes)
+            )
+            return [{"instances": instances} for instances in outputs]
+        found = [tuple(feature.shape[-2:]) for feature in features]
+        if found != sizes:  # a backbone that rounds otherwise
+            anchors, labels, matched_idxs, targets = self._match(gt_instances, found)
         losses, statistics = self.criterion(
-            anchors, logits, deltas, labels, matched_idxs, gt_instances, normalizers
+            anchors, logits, deltas, labels, matched_idxs, gt_instances, normalizers, targets
         )
         if has_event_storage():
             storage = get_event_storage()
@@ -159,16 +173,24 @@ class FocalRetinaNet(nn.Module):
                 storage.put_scalar(name, value)
             if self.vis_period > 0 and storage.iter % self.vis_period == 0:
                 first = [x[:1] for x in logits], first_image(deltas), images.image_sizes[:1]
-                result = self.postprocessor(anchors, *first)[0]
+                result = self.postprocessor(anchors, *first, images.image_sizes[:1])[0]
                 storage.put_image(*_draw_training(batched_inputs[0], result, self.input_format))
         return losses
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise, pad and batch the images: (N, C, H, W) of the largest size, zero-padded."""
-        # To the tensor, not to its device: a trace would keep that as a constant.
-        images = [x["image"].to(self.pixel_mean) for x in batched_inputs]
-        images = [(x - self.pixel_mean) / self.pixel_std for x in images]
-        return ImageList.from_tensors(images, **self.padding)
+        images = [x["image"] for x in batched_inputs]
+        if torch.jit.is_tracing():
+            # To the tensor, not to its device: a trace would keep that as a constant.
+            images = [(x.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std for x in images]
+            return ImageList.from_tensors(images, **self.padding)
+        padded = ImageList.from_tensors([x[:0] for x in images], **self.padding)
+        size = padded.tensor.shape[-2:]
+        # They cross as they are, uint8 from a loader. The mean becomes the zeros around them.
+        batch = self.pixel_mean.expand(len(images), -1, *size).contiguous()
+        for own, image in zip(batch, to_device(images, self.device), strict=True):
+            own[:, : image.shape[-2], : image.shape[-1]].copy_(image)
+        return ImageList(batch.sub_(self.pixel_mean).div_(self.pixel_std), padded.image_sizes)
 
     def label_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
@@ -179,15 +201,29 @@ class FocalRetinaNet(nn.Module):
     @torch.no_grad()
     def count_positives(self, batched_inputs: list[dict]) -> Tensor:
         """(N,) positive anchors of each image, as a training step finds them, network not run."""
-        sizes = [torch.empty(x["image"].shape, device="meta") for x in batched_inputs]
-        images = ImageList.from_tensors(sizes, **self.padding)
+        images = ImageList.from_tensors([x["image"][:0] for x in batched_inputs], **self.padding)
+        gt_instances = ground_truth(batched_inputs, self.num_classes, self.device)
+        anchors = self._anchors(self._feature_sizes(images.tensor.shape[-2:]))
+        labels, _ = self.assigner(anchors, gt_instances)
+        return ((labels >= 0) & (labels < self.num_classes)).sum(1)
+
+    def _feature_sizes(self, size: Sequence[int]) -> list[tuple[int, int]]:
+        """(Hi, Wi) per level, of padded images of this (height, width)."""
         shapes = self.backbone.output_shape()
         strides = [shapes[name].stride for name in self.head_in_features]
-        height, width = images.tensor.shape[-2:]
-        features = [torch.empty(1, 1, -(-height // s), -(-width // s)) for s in strides]
-        gt_instances = _ground_truth(batched_inputs, self.num_classes)
-        labels, _ = self.assigner(self.anchor_generator(features), gt_instances)
-        return ((labels >= 0) & (labels < self.num_classes)).sum(1)
+        return [tuple(-(-length // stride) for length in size) for stride in strides]
+
+    def _anchors(self, sizes: Sequence[Sequence[int]]) -> list[Boxes]:
+        return self.anchor_generator([torch.empty(1, 0, *x, device=self.device) for x in sizes])
+
+    def _match(
+        self, gt_instances: list[Instances], sizes: Sequence[Sequence[int]]
+    ) -> tuple[list[Boxes], Tensor, Tensor, Targets]:
+        """Anchors of feature maps, their labels and matched indices, and what follows of these."""
+        anchors = self._anchors(sizes)
+        labels, matched_idxs = self.assigner(anchors, gt_instances)
+        arguments = anchors, labels, matched_idxs, gt_instances
+        return *arguments[:3], find_targets(*arguments, sizes, self.num_classes)
 
     def _check_num_classes(self, num_classes: int | None) -> None:
         found = {
@@ -216,49 +252,14 @@ def _check_in_features(in_features: list[str], available: list[str]) -> None:
         )
 
 
-def _ground_truth(batched_inputs: list[dict], num_classes: int) -> list[Instances]:
-    """Ground truth as it lies on the host, checked before the loss turns into NaN or crashes."""
-    for index, record in enumerate(batched_inputs):
-        if "instances" not in record:
-            raise UserError(
-                f"{_record_name(record, index)} has no 'instances', but the model is in training "
-                "mode; for inference call model.eval() first"
-            )
-        instances = record["instances"]
-        boxes, classes = instances.gt_boxes.tensor, instances.gt_classes
-        bad = ~boxes.isfinite().all(1) | (boxes[:, 2:] < boxes[:, :2]).any(1)
-        if bad.any():
-            box = int(bad.nonzero()[0])
-            raise UserError(
-                f"{_record_name(record, index)}: box {box} is {boxes[box].tolist()}; expected "
-                "finite XYXY pixels with x0 <= x1 and y0 <= y1: correct or remove that annotation"
-            )
-        bad = (classes < 0) | (classes >= num_classes)
-        if bad.any():
-            box = int(bad.nonzero()[0])
-            raise UserError(
-                f"{_record_name(record, index)}: box {box} has class {int(classes[box])}, but the "
-                f"model has {num_classes} classes, 0 to {num_classes - 1}; set "
-                "MODEL.RETINANET.NUM_CLASSES to the dataset's"
-            )
-    return [record["instances"] for record in batched_inputs]
-
-
-def _record_name(record: dict, index: int) -> str:
-    """What an error message calls one element of a batch."""
-    return (
-        f"image '{record['file_name']}'" if "file_name" in record else f"image {index} of the batch"
-    )
-
-
-def _rescale(results: list[Instances], batched_inputs: list[dict]) -> list[dict]:
-    """Boxes in the resolution that each input asks for, clipped to the image."""
-    rescaled = []
-    for instances, record in zip(results, batched_inputs, strict=True):
-        height = record.get("height", instances.image_size[0])
-        width = record.get("width", instances.image_size[1])
-        rescaled.append({"instances": detector_postprocess(instances, height, width)})
-    return rescaled
+def _output_sizes(
+    batched_inputs: list[dict], image_sizes: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """(height, width) of each image that its boxes are to be in, in pixels."""
+    return [
+        (x.get("height", height), x.get("width", width))
+        for x, (height, width) in zip(batched_inputs, image_sizes, strict=True)
+    ]
 
 
 def _draw_training(record: dict, result: Instances, input_format: str) -> tuple[str, np.ndarray]:
@@ -266,10 +267,9 @@ def _draw_training(record: dict, result: Instances, input_format: str) -> tuple[
     from detectron2.utils.visualizer import Visualizer
 
     image = convert_image_to_rgb(record["image"].permute(1, 2, 0), input_format)
-    prediction = detector_postprocess(result, *image.shape[:2])
     panels = [
         Visualizer(image, None).overlay_instances(boxes=boxes.tensor.detach().cpu().numpy())
-        for boxes in (record["instances"].gt_boxes, prediction.pred_boxes[:VIS_MAX_BOXES])
+        for boxes in (record["instances"].gt_boxes, result.pred_boxes[:VIS_MAX_BOXES])
     ]
     picture = np.vstack([panel.get_image() for panel in panels])
     name = f"Top: ground truth; bottom: {VIS_MAX_BOXES} highest-scoring predictions"

@@ -90,7 +90,7 @@ def test_without_a_base_options_count_more_than_the_file(tmp_path, base):
 def test_a_row_that_is_no_config_is_refused_by_name(tmp_path, base, content):
     path = tmp_path / "mine.yaml"
     path.write_text(content)
-    with pytest.raises(SystemExit, match=r"mine\.yaml is no YAML file of KEY: VALUE"):
+    with pytest.raises(SystemExit, match=r"mine\.yaml(, line 1:| is no YAML file of KEY: VALUE)"):
         ablate.main([str(path), "--base", str(base)])
 
 

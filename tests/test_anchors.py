@@ -5,6 +5,7 @@ import torch
 from detectron2.config import get_cfg as detectron2_get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, build_anchor_generator
+from pretend import Counting, to_device
 
 from retina_focal import OctaveAnchorGenerator, get_cfg
 
@@ -95,3 +96,26 @@ def test_no_scale_at_all_is_refused():
     cfg.MODEL.RETINA_FOCAL.ANCHORS.SCALES_PER_OCTAVE = 0
     with pytest.raises(ValueError, match="SCALES_PER_OCTAVE is 0"):
         build_anchor_generator(cfg, SHAPES)
+
+
+def test_anchors_are_made_on_the_device_once_for_a_size():
+    generator = build_anchor_generator(octave_cfg(), SHAPES)
+    expected = [level.tensor for level in generator(FEATURES)]
+    to_device(generator)
+    with Counting() as counted:
+        found = generator(FEATURES)
+    assert not counted.waits and counted.operations
+    assert all(torch.equal(x.tensor.held, y) for x, y in zip(found, expected, strict=True))
+    with Counting() as counted:
+        again = generator(FEATURES)
+        others = generator([x[..., 1:, :] for x in FEATURES])
+    assert not counted.waits
+    assert all(x.tensor is y.tensor for x, y in zip(again, found, strict=True))
+    assert len(others[0]) == len(found[0]) // 41 * 40
+
+
+def test_inference_mode_leaves_anchors_that_training_can_use():
+    generator = build_anchor_generator(octave_cfg(), SHAPES)
+    with torch.inference_mode():
+        generator(FEATURES)
+    assert not any(level.tensor.is_inference() for level in generator(FEATURES))

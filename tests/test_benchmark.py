@@ -159,14 +159,15 @@ def test_a_wrong_argument_is_refused_in_words(argv, message, capsys):
 def test_a_config_needs_no_dataset_and_no_weights():
     argv = ["--config-file", "quick_start/bccd.yaml", "--classes", "1,3", "--boxes", "1,20"]
     argv += ["--image-size", "64x96"]
-    settings = benchmark.settings_of(benchmark.parse_args(argv))
+    args = benchmark.parse_args(argv)
+    settings = benchmark.settings_of(args, benchmark.config_of(args))
     assert [(x.classes, x.boxes) for x in settings] == [(1, 1), (1, 20), (3, 1), (3, 20)]
     run_once(cases.training_step, settings[0], ["stock", "ours"])
 
 
 def test_precision_is_that_of_our_model_alone():
     args = benchmark.parse_args(["--precision", "fp32,bf16", *SMALL, "MODEL.DEVICE", "cpu"])
-    settings = benchmark.settings_of(args)
+    settings = benchmark.settings_of(args, benchmark.config_of(args))
     assert [setting.precision for setting in settings] == ["fp32", "bf16"]
     dtypes = []
     for setting in settings:

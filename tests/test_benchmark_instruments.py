@@ -130,7 +130,32 @@ def test_fp32_that_is_not_ieee_is_refused(monkeypatch):
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
     with pytest.raises(ValueError, match="ONEDNN_DEFAULT_FPMATH_MODE is 'BF16'"):
         instruments.check_fp32("cpu")
-    # torch's default on a GPU.
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    with pytest.raises(ValueError, match="NVIDIA_TF32_OVERRIDE=0"):
+
+
+def test_on_a_gpu_the_rows_choose_tf32_unless_a_variable_does(monkeypatch):
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    instruments.check_fp32("cuda")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    with pytest.raises(ValueError, match=r"NVIDIA_TF32_OVERRIDE is '0'; unset the variable"):
         instruments.check_fp32("cuda")
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_what_it_was_after_a_row(allowed):
+    def flags() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = flags()
+    with pytest.raises(KeyboardInterrupt), instruments.tf32(allowed):
+        assert flags() == (allowed, allowed)
+        raise KeyboardInterrupt
+    assert flags() == before
+
+
+def test_a_likeness_knows_how_much_memory_it_spans():
+    for x in (torch.ones(2, 3, 4, 5), torch.ones(2, 3, 4)[:, 1:, ::2], torch.ones(0, 3)):
+        like = instruments.Likeness(x.shape, x.stride(), x.dtype, x.device)
+        assert torch.ones(like.length()).as_strided(x.shape, x.stride()).shape == x.shape
+        if x.numel():
+            with pytest.raises(RuntimeError):
+                torch.ones(like.length() - 1).as_strided(x.shape, x.stride())

@@ -57,7 +57,7 @@ def test_a_header_declares_no_difference_that_is_not_there(path, tmp_path):
     reference = fidelity.declaration(path).reference
     alone = tmp_path / "header.yaml"  # without the declarations of its bases
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    alone.write_text("\n".join(header))
+    alone.write_text("\n".join([*header, "VERSION: 2"]))
     assert fidelity.declaration(alone).differences <= differences(load(path), reference)
 
 
@@ -259,7 +259,9 @@ def test_words_of_the_settings_are_text():
 
 
 def test_differences_from_another_reference_are_not_inherited(tmp_path):
-    (tmp_path / "base.yaml").write_text("# Follows: detectron2\n# Differs in: gamma, alpha\n")
+    (tmp_path / "base.yaml").write_text(
+        "# Follows: detectron2\n# Differs in: gamma, alpha\nVERSION: 2\n"
+    )
     (tmp_path / "same.yaml").write_text("# Differs in: prior\n_BASE_: base.yaml\n")
     (tmp_path / "other.yaml").write_text("# Follows: paper\n_BASE_: 'base.yaml'\n")
     assert fidelity.declaration(tmp_path / "same.yaml") == (

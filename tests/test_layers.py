@@ -13,10 +13,19 @@ PACKAGE = Path(retina_focal.__file__).parent
 # From the ground up: a module imports from its own layer or one below. A folder is one room.
 LAYERS = [
     {"errors", "kernels"},
-    {"config", "files"},
-    {"places", "losses", "box_losses", "matching", "precision", "folding", "normalizers"},
-    {"dense_sum", "sampling", "anchors", "assigner", "box_tower", "backbone"},
-    {"atss", "head"},
+    {"config", "files", "safe_yaml"},
+    {
+        "places",
+        "losses",
+        "box_losses",
+        "matching",
+        "precision",
+        "folding",
+        "normalizers",
+        "transfer",
+    },
+    {"dense_sum", "sampling", "anchors", "assigner", "box_tower", "backbone", "ground_truth"},
+    {"atss", "head", "targets"},
     {"criterion", "postprocess"},
     {"retinanet", "proposals"},
     {"data", "weights"},

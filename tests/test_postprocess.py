@@ -75,7 +75,7 @@ def by_loops(anchors, logits, deltas, i, thresh, topk, nms_thresh, max_detection
 def test_detections_equal_those_of_loops(
     monkeypatch, on_cpu, thresh, topk, nms_thresh, max_detections
 ):
-    monkeypatch.setattr(postprocess, "_is_on_cpu", lambda x: on_cpu)
+    monkeypatch.setattr(postprocess, "_may_read", lambda x: on_cpu)
     arguments = case()
     results = postprocessor(
         score_thresh=thresh,

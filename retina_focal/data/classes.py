@@ -13,7 +13,7 @@ SHOWN = 8  # names that a line shows
 logger = logging.getLogger(__name__)
 
 
-def classes_of(datasets: Sequence[str]) -> list[str] | None:
+def class_names(datasets: Sequence[str]) -> list[str] | None:
     """Class names of the first of these datasets that tells its own, in order."""
     return next((x for x in map(_classes, datasets) if x is not None), None)
 
@@ -41,7 +41,7 @@ def match_classes(
         UserError: the names differ, or only the order of a dataset that is registered by others.
     """
     if classes is None:
-        classes = classes_of(datasets)
+        classes = class_names(datasets)
         whose = f"dataset '{datasets[0]}'" if datasets else ""
     for name in dict.fromkeys(datasets):
         metadata, own = MetadataCatalog.get(name), _classes(name)
@@ -78,7 +78,7 @@ def match_checkpoint(datasets: Sequence[str], checkpoint: Mapping[str, object], 
     Raises:
         UserError: the names differ.
     """
-    names, found = checkpoint.get("classes"), classes_of(datasets)
+    names, found = checkpoint.get("classes"), class_names(datasets)
     if names is None:
         if found is not None:
             logger.warning(

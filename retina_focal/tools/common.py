@@ -37,6 +37,7 @@ from retina_focal.data.registration import (
 from retina_focal.errors import UserError
 from retina_focal.training.assembly import plain_values
 from retina_focal.training.processes import available_device
+from retina_focal.training.resume import saved_seed, with_seed
 
 Item = TypeVar("Item")
 REGISTRIES = {
@@ -228,6 +229,9 @@ def set_up(
     """
     cfg = cfg or read_cfg(args)
     values = plain_values(cfg)
+    if values.SEED < 0:
+        goes_on = getattr(args, "resume", False) or args.eval_only
+        cfg = with_seed(cfg, saved_seed(values.OUTPUT_DIR) if goes_on else None)
     trained_on = () if args.eval_only else values.DATASETS.TRAIN
     names = [*trained_on, *values.DATASETS.TEST]
     if isinstance(cfg, DictConfig):

@@ -17,7 +17,11 @@ from retina_focal.tools.common import add_dataset_argument, command, read_cfg, s
 from retina_focal.training.assembly import evaluate, fit, plain_values
 from retina_focal.training.launchers import World, is_restarted, start, world_of
 from retina_focal.training.peers import joined
-from retina_focal.training.processes import closed_process_group, share_cores
+from retina_focal.training.processes import (
+    closed_process_group,
+    die_with_parent,
+    share_cores,
+)
 from retina_focal.training.signals import handled_signals
 
 EPILOG = """
@@ -37,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.resume = args.resume or is_restarted(os.environ)
     world = world_of(args, os.environ)
+    if world and world.launcher == "torchrun" and os.getppid() > 1:
+        die_with_parent(os.getppid())
     starts_others = world is None and (args.num_gpus or 1) * args.num_machines > 1
     if starts_others or (world and world.rank > 0):
         logging.disable(logging.WARNING)  # the first process of the training says it

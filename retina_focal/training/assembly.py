@@ -19,8 +19,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from retina_focal.config import flatten, get_cfg, merge_options, retina_focal_node
+from retina_focal.data.classes import class_names
+from retina_focal.data.loading import build_train_loader
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import explain_missing
+from retina_focal.training.best import EarlyStop, best_checkpoint, has_ended
+from retina_focal.training.checkpoints import RunCheckpointer
 from retina_focal.training.first_step import FirstStepCheck
 from retina_focal.training.measure import (
     lazy_evaluator,
@@ -29,12 +33,16 @@ from retina_focal.training.measure import (
     yaml_evaluator,
     yaml_test_loader,
 )
-from retina_focal.training.peers import in_words
 from retina_focal.training.processes import distribute, keep_freed_memory
+from retina_focal.training.resume import (
+    ExactResume,
+    options_of_the_config,
+    with_seed,
+)
 from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader
 from retina_focal.training.steps import training_steps
 from retina_focal.training.trouble import Trouble
-from retina_focal.weights.load import Checkpointer
+from retina_focal.training.words import words_only
 
 # What a LazyConfig has of MODEL.RETINA_FOCAL, in lower case, in `train.retina_focal`; all else is
 # an argument of one of its parts.
@@ -75,6 +83,8 @@ class Trainer(DefaultTrainer):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
                 setup_logger(name=name)
         keep_freed_memory()
+        draws_seed = plain_values(cfg).SEED < 0
+        cfg = with_seed(cfg)
         self.cfg = self.auto_scale_workers(plain_values(cfg), comm.get_world_size())
         self.parts = cfg if isinstance(cfg, DictConfig) else self.cfg
         model = self.build_model(self.parts)
@@ -84,19 +94,18 @@ class Trainer(DefaultTrainer):
         model = distribute(model, **self.lazy_options.get("ddp", {}))
         self._trainer = steps(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(self.parts, optimizer)
-        self.checkpointer = Checkpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = RunCheckpointer(
+            model,
+            self.cfg.OUTPUT_DIR,
+            keep=retina_focal_node(self.cfg).TRAIN.KEEP_CHECKPOINTS,
+            classes=class_names(self.cfg.DATASETS.TRAIN),
+            trainer=weakref.proxy(self),
+        )
         self.start_iter, self.max_iter = 0, self.cfg.SOLVER.MAX_ITER
         self._stop = StopOnSignal()
+        self.evaluated = -1  # the iteration after which the last evaluation was made
         self.register_hooks(self.build_hooks())
-
-    def train(self) -> None:
-        """To the last iteration; what ends in words is not logged with its traceback."""
-        log = logging.getLogger("detectron2.engine.train_loop")
-        log.addFilter(_is_a_fault)
-        try:
-            super().train()
-        finally:
-            log.removeFilter(_is_a_fault)
+        self._resume.draws_seed = draws_seed
 
     @property
     def lazy_options(self) -> Mapping:
@@ -106,19 +115,22 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         """In the order in which they act; the last writes what the others measured."""
         cfg, options, saver, writer = self.cfg, self.lazy_options, None, None
+        period = cfg.SOLVER.CHECKPOINT_PERIOD
         if comm.is_main_process():
-            keep = {"period": cfg.SOLVER.CHECKPOINT_PERIOD, **options.get("checkpointer", {})}
-            saver = hooks.PeriodicCheckpointer(self.checkpointer, **keep)
+            saver = hooks.PeriodicCheckpointer(self.checkpointer, period)
             writer = hooks.PeriodicWriter(self.build_writers(), options.get("log_period", 20))
+        self._resume = ExactResume(cfg.SEED, period)
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             FirstStepCheck(cfg.DATASETS.TRAIN),
             Trouble(cfg.OUTPUT_DIR, retina_focal_node(cfg).DATA.MAX_BAD_IMAGES),
             self._precise_bn(),
+            self._resume,
             saver,  # before the evaluation: should that fail, the weights are kept
             self._stop,  # before it too: it can take long
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
+            best_checkpoint(retina_focal_node(cfg).TRAIN),
             writer,
         ]
 
@@ -137,9 +149,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode | DictConfig) -> Iterable[list[dict]]:
-        if isinstance(cfg, DictConfig):
-            return instantiate(cfg.dataloader.train)
-        return super().build_train_loader(cfg)
+        """See `data.loading.build_train_loader`; of another kind it starts anew on resuming."""
+        values = plain_values(cfg)
+        max_pixels = retina_focal_node(values).DATA.MAX_PIXELS
+        return build_train_loader(cfg, values.SEED, max_pixels=max_pixels)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
@@ -163,7 +176,7 @@ class Trainer(DefaultTrainer):
         elif "evaluator" not in cfg.dataloader:
             return {}
         else:
-            max_pixels = plain_values(cfg).MODEL.RETINA_FOCAL.DATA.MAX_PIXELS
+            max_pixels = retina_focal_node(plain_values(cfg)).DATA.MAX_PIXELS
             loader = StoppableLoader(lazy_test_loader(cfg, max_pixels))
             evaluator = evaluators or lazy_evaluator(cfg)
             results = inference_on_dataset(model, loader, evaluator) or {}
@@ -178,7 +191,24 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Of a checkpoint of ours, or of detectron2's lazyconfig_train_net.py: one trainer less."""
-        super().load_state_dict({"_trainer": state_dict, **state_dict})
+        with options_of_the_config(self.optimizer, self.scheduler):
+            super().load_state_dict({"_trainer": state_dict, **state_dict})
+        self._resume.go_on()
+
+    def before_train(self) -> None:
+        super().before_train()
+        self._resume.catch_up()
+
+    def train(self) -> dict | None:
+        """To the last iteration; a run that is there already makes no step, and says so."""
+        with words_only(self.cfg.OUTPUT_DIR, self.checkpointer.get_checkpoint_file):
+            if has_ended(self):
+                return None
+            try:
+                return super().train()
+            except EarlyStop as stop:
+                logging.getLogger(__name__).info("the run ends early: %s", stop)
+                return None
 
     def _evaluate(self) -> dict:
         if self.iter + 1 == self.max_iter:  # detectron2 asks for it when the last step failed, too
@@ -188,6 +218,7 @@ class Trainer(DefaultTrainer):
         except Stop as stop:
             self._stop.save()
             raise stop
+        self.evaluated = self.iter
         return self._last_eval_results
 
     def _precise_bn(self) -> HookBase | None:
@@ -198,11 +229,6 @@ class Trainer(DefaultTrainer):
         cfg.DATALOADER.NUM_WORKERS = 0  # few images
         loader, num_iter = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
         return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
-
-
-def _is_a_fault(record: logging.LogRecord) -> bool:
-    """Not what `in_words` tells the user."""
-    return not record.exc_info or in_words(record.exc_info[1]) is None
 
 
 def fit(cfg: CfgNode | DictConfig, resume: bool) -> Trainer:
@@ -223,7 +249,7 @@ def evaluate(cfg: CfgNode | DictConfig, resume: bool) -> dict:
     keep_freed_memory()
     values = plain_values(cfg)
     model = Trainer.build_model(cfg)
-    checkpointer = Checkpointer(model, values.OUTPUT_DIR)
+    checkpointer = RunCheckpointer(model, values.OUTPUT_DIR)
     load_trained(checkpointer, values.MODEL.WEIGHTS, resume, values.DATASETS.TEST)
     return Trainer.test(cfg, model)
 
@@ -248,10 +274,12 @@ def plain_values(cfg: CfgNode | DictConfig) -> CfgNode:
     for split in ("train", "test"):
         found = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=())
         names[split.upper()] = (found,) if isinstance(found, str) else tuple(found)
+    ours.TRAIN.KEEP_CHECKPOINTS = train["checkpointer"].get("max_to_keep") or 0
     images = OmegaConf.select(cfg, "dataloader.train.total_batch_size", default=0)
     return CfgNode(
         {
             "OUTPUT_DIR": train["output_dir"],
+            "SEED": train.get("seed", -1),
             "MODEL": {"WEIGHTS": train["init_checkpoint"] or "", "RETINA_FOCAL": ours},
             "DATASETS": names,
             "SOLVER": {

@@ -237,7 +237,7 @@ def start(main: Callable, args: argparse.Namespace, timeout: float) -> None:
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, forward)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings repeat ours, with stacks
-    arguments = (main, args, worlds, ready, os.getpid())
+    arguments = (main, args, worlds, ready, os.getpid(), multiprocessing.get_start_method())
     context = start_processes(_start_worker, arguments, num_processes, join=False)
     children.extend(context.processes)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -268,8 +268,11 @@ def _start_worker(
     worlds: list[World],
     ready: list[int],
     parent: int,
+    start_method: str,
 ) -> None:
     die_with_parent(parent)
+    # A spawned process would spawn the workers of its loaders too, which each import torch anew.
+    multiprocessing.set_start_method(start_method, force=True)
     with handled_signals(speaks=worlds[local_rank].rank == 0):
         ready[local_rank] = True
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

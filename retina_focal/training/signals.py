@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -92,7 +91,7 @@ def handled_signals(speaks: bool = True) -> Iterator[None]:
     names = [x for x in SIGNALS if signal.getsignal(x) != signal.SIG_IGN]
     before = {signum: signal.signal(signum, lambda *_: None) for signum in names}
     fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    _guard_forks()
+    FORKS.guard()
     threading.Thread(target=_listen, args=(reader, names), name="signals", daemon=True).start()
     try:
         yield
@@ -111,34 +110,45 @@ def _listen(reader: socket.socket, names: list[int]) -> None:
                 STOPS.receive(number[0])
 
 
-@cache
-def _guard_forks() -> None:
-    """Let forked processes, which are the loaders' workers, leave all signals to this one."""
-    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+class _Forks:
+    """Lets forked processes, which are the loaders' workers, leave all signals to this one."""
+
+    registered = False
+
+    def guard(self) -> None:
+        if not self.registered:
+            self.registered = True
+            os.register_at_fork(
+                before=self._before, after_in_parent=self._in_parent, after_in_child=self._in_child
+            )
+
+    def _before(self) -> None:
+        self.guarded = STOPS.handled
+        if self.guarded:
+            self.parent = os.getpid()
+            # Already here: libraries that start threads in the child do it before `_in_child`.
+            self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def _in_parent(self) -> None:
+        if self.guarded:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+
+    def _in_child(self) -> None:
+        if self.guarded:
+            STOPS.handled = False
+            signal.set_wakeup_fd(-1)  # it is the parent's
+            die_with_parent(self.parent)
+            # Blocked, since torch gives its workers a handler that ends them whoever sent SIGTERM.
+            # The parent's, which ends a loader, is obeyed.
+            threading.Thread(target=self._obey, daemon=True).start()
+
+    def _obey(self) -> None:
+        while signal.sigwaitinfo(SIGNALS).si_pid != self.parent:
+            pass
+        os._exit(0)
 
 
-def _before_fork() -> None:
-    STOPS.process = os.getpid()
-
-
-def _after_fork() -> None:
-    if not STOPS.handled:
-        return
-    STOPS.handled = False
-    signal.set_wakeup_fd(-1)  # it is the parent's
-    die_with_parent(STOPS.process)
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-    # torch gives its workers a handler of SIGTERM that ends them, whoever sent it. It is blocked
-    # here, and only the parent's, which ends a loader, obeyed.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_obey, args=(STOPS.process,), daemon=True).start()
-
-
-def _obey(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+FORKS = _Forks()
 
 
 class StopOnSignal(HookBase):
@@ -148,7 +158,7 @@ class StopOnSignal(HookBase):
         STOPS.on_request = self._pass_on
 
     def after_step(self) -> None:
-        signum = agreed(STOPS.requested)  # STUB until training/steps.py
+        signum = self.trainer._trainer.stop_signal
         if signum:
             self.save()
             raise Stop(signum)

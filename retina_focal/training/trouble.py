@@ -26,6 +26,10 @@ SHOWN = 5  # files that a message names
 logger = logging.getLogger(__name__)
 
 
+class BadLoss(UserError):
+    """A loss that is not finite."""
+
+
 class Trouble(HookBase):
     """Keeps what a dump of a bad loss needs, and counts the pictures that could not be used.
 
@@ -96,7 +100,7 @@ def stop_for_bad_loss(
         iteration: the first is 0.
         processes: whose losses are not finite, rising; every process calls this.
     Raises:
-        UserError: in the first process of every machine.
+        BadLoss: in the first process of every machine.
         SystemExit: in the others.
     """
     model = step.model.module if isinstance(step.model, DistributedDataParallel) else step.model
@@ -119,7 +123,7 @@ def stop_for_bad_loss(
     images = len(step.batch) * comm.get_world_size()
     where = f" in process {processes[0]}" if comm.get_world_size() > 1 else ""
     kept = f"; the batch, the weights and the random state are in '{path}'" if path else ""
-    raise UserError(
+    raise BadLoss(
         f"the loss is not finite at iteration {iteration}{where} ({numbers}; learning rate "
         f"{rate:.4g}; {images} images per step). {said}{kept}. {_remedy(model, rate, images)}"
     )

@@ -15,15 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 from detectron2.config import CfgNode
 
 from retina_focal.config import config_path, flatten, get_cfg, merge_options
 from retina_focal.errors import UserError
 from retina_focal.files import write_whole
+from retina_focal.safe_yaml import BASE_KEY, read_text, read_yaml
 from retina_focal.tools.common import ignore_deprecations, load_cfg, set_up
 from retina_focal.training.assembly import Trainer
 from retina_focal.training.processes import available_device
+from retina_focal.training.trouble import BadLoss
 
 METRICS = ("AP", "AP50", "AP75", "AR@100")
 PAPER_AP = re.compile(r"^# The paper's AP, AP50, AP75: ([\d.]+), ([\d.]+), ([\d.]+)", re.MULTILINE)
@@ -62,13 +63,9 @@ def read_row(name: str) -> Row:
         UserError: neither exists, or the file is no YAML.
     """
     path = Path(name if Path(name).is_file() else config_path(f"ablations/{name}.yaml"))
-    try:
-        text = path.read_text()
-        keys = flatten(yaml.safe_load(text))
-    except (AttributeError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no YAML file of KEY: VALUE ({error})") from error
-    keys.pop("_BASE_", None)
-    paper = PAPER_AP.search(text)
+    keys = flatten(read_yaml(path))
+    keys.pop(BASE_KEY, None)
+    paper = PAPER_AP.search(read_text(path))
     return Row(path.stem, keys, tuple(map(float, paper.groups())) if paper else (), str(path))
 
 
@@ -206,7 +203,7 @@ def _train(cfg: CfgNode) -> dict:
     result = {"seed": cfg.SEED, "outcome": "ok", "iterations": cfg.SOLVER.MAX_ITER}
     try:
         trainer.train()
-    except FloatingPointError:
+    except BadLoss:
         result.update(outcome="nan", iterations=trainer.iter)
         measured = {}
     else:

@@ -21,10 +21,12 @@ from torchvision.ops import box_iou
 
 from retina_focal.assigner import Assigner
 from retina_focal.config import retina_focal_node
-from retina_focal.criterion import Criterion
+from retina_focal.criterion import Criterion, level_targets
+from retina_focal.dense_sum import dense_loss_sum
 from retina_focal.tools.benchmark.inputs import (
     anchors_per_level,
     arguments,
+    images_for,
     pictures,
     random_outputs,
     realistic_logits,
@@ -36,14 +38,19 @@ from retina_focal.tools.benchmark.instruments import (
     Run,
     Stopwatch,
     after_head,
+    graph_of,
 )
 from retina_focal.tools.benchmark.models import Setting, build, calibrate
+
+# A column of the rows of a GPU.
+DENSE_SUM = "dense sum"
 
 
 def classification_loss(setting: Setting, names: Sequence[str]) -> dict[str, Run]:
     """From the raw logits of each level to their gradients, over the number of positives.
 
-    Ours includes what the box loss shares with it: finding and gathering the positives.
+    Ours includes what the box loss shares with it: finding and gathering the positives. `DENSE_SUM`
+    is ours without that.
     """
     cfg = setting.cfg.clone()
     cfg.defrost()
@@ -60,6 +67,8 @@ def classification_loss(setting: Setting, names: Sequence[str]) -> dict[str, Run
     logits, deltas = random_outputs(setting, std=1.0)
     for level in logits:
         level.requires_grad_()
+    dense_targets = level_targets(labels, logits, setting.classes)
+    weights = torch.ones(setting.batch, device=setting.device)
 
     def flat_logits() -> Tensor:
         return torch.cat([permute_to_N_HWA_K(x, setting.classes) for x in logits], dim=1)
@@ -69,7 +78,7 @@ def classification_loss(setting: Setting, names: Sequence[str]) -> dict[str, Run
         num_positives = (valid & (labels != setting.classes)).sum().item()
         one_hot = F.one_hot(labels[valid], setting.classes + 1)[:, :-1]
         loss = sigmoid_focal_loss_jit(
-            flat_logits()[valid], one_hot.to(torch.float32), alpha, gamma, reduction="sum"
+            flat_logits()[valid], one_hot.to(logits[0].dtype), alpha, gamma, reduction="sum"
         )
         return loss / max(num_positives, 1)
 
@@ -81,11 +90,15 @@ def classification_loss(setting: Setting, names: Sequence[str]) -> dict[str, Run
         losses, _ = criterion(anchors, logits, deltas, labels, matched_idxs, gt_instances)
         return losses["loss_cls"]
 
+    def dense_sum() -> Tensor:
+        loss = criterion.classification_loss
+        return dense_loss_sum(loss, logits, dense_targets, setting.classes, weights)
+
     def with_gradient(loss: Callable[[], Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         value = loss()
         return value.detach(), torch.autograd.grad(value, logits)
 
-    losses = {"stock": stock, "torchvision": torchvision, "ours": ours}
+    losses = {"stock": stock, "torchvision": torchvision, "ours": ours, DENSE_SUM: dense_sum}
     part = "loss and gradient"
     return {name: _one_part(part, partial(with_gradient, losses[name])) for name in names}
 
@@ -122,19 +135,21 @@ def _one_part(part: str, compute: Callable[[], object]) -> Run:
 def training_step(setting: Setting, names: Sequence[str]) -> dict[str, Run]:
     """Forward and backward of the whole model; the optimizer's step is left out."""
     batch = pictures(setting)
+    in_fp16 = setting.amp and setting.half == torch.float16
+    scaler = torch.amp.GradScaler(torch.device(setting.device).type, enabled=in_fp16)
 
     def run_of(name: str) -> Run:
         model = build(name, setting).train()
-        inputs = arguments(name, batch, setting.device)
 
         def run(stopwatch: Stopwatch) -> dict[str, Tensor]:
-            model.zero_grad()
             with EventStorage(), after_head(model, lambda _: stopwatch.mark("network, forward")):
                 stopwatch.start()
-                losses = model(*inputs)
+                with setting.autocast:
+                    losses = model(*arguments(name, batch, setting.device))
                 stopwatch.mark("matching and loss")
-                sum(losses.values()).backward()
+                scaler.scale(sum(losses.values())).backward()
                 stopwatch.mark("backward")
+            model.zero_grad()
             return losses
 
         return run
@@ -160,7 +175,6 @@ def inference(setting: Setting, names: Sequence[str], realistic: bool = False) -
         else:
             model.load_state_dict(calibrated)
         model.eval()
-        images = arguments(name, batch, setting.device)[0]
 
         @torch.no_grad()
         def run(stopwatch: Stopwatch) -> object:
@@ -180,7 +194,8 @@ def inference(setting: Setting, names: Sequence[str], realistic: bool = False) -
 
             with after_head(model, replace):
                 stopwatch.start()
-                detections = model(images)
+                with setting.autocast:
+                    detections = model(images_for(name, batch, setting.device))
                 stopwatch.mark("postprocessing")
             return detections
 
@@ -211,6 +226,8 @@ def convolutions(setting: Setting, names: Sequence[str]) -> dict[str, Run]:
             function(*tensors)
             stopwatch.mark("convolutions")
 
+    if torch.device(setting.device).type == "cuda":
+        replay = graph_of(recorder.calls)
     return {"convolutions": replay, "ours": step}
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
@@ -11,8 +13,10 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from retina_focal.config import retina_focal_node
+from retina_focal.errors import UserError
 from retina_focal.files import write_whole
 from retina_focal.precision import PRECISIONS
+from retina_focal.tools.benchmark import gpu, gpu_report
 from retina_focal.tools.benchmark.cases import INDEPENDENT_OF, MEMORY, TIMED
 from retina_focal.tools.benchmark.instruments import Probe, check_fp32, memory_probes, timing_probes
 from retina_focal.tools.benchmark.models import MODELS, Setting, torchvision_has
@@ -28,10 +32,13 @@ from retina_focal.tools.common import (
 from retina_focal.tools.reports import origin
 
 WHAT = (*TIMED, "memory")
+# Of steps on a GPU between two synchronisations.
+STEPS_SECONDS = 0.25
 EPILOG = """
 Boxes have sides from 8 px to half the image's, log-uniform, at uniform places. Weights are random.
-The precision is that of our model; the others compute in fp32. Ctrl-C ends in a table of the rounds
-that are finished.
+On a CPU the precision is that of our model, and the others compute in fp32. On a GPU all models
+compute in the same, but for ours-bf16: PRECISION bf16. Ctrl-C ends in a table of what is finished;
+on a GPU the same command then goes on from there.
 
 Examples:
   %(prog)s --what loss,matching --boxes 20,500,2000
@@ -46,16 +53,57 @@ def main(argv: list[str]) -> None:
     """``retina-focal benchmark``: measure, then print and write the table."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    settings = settings_of(args)
-    device = settings[0].device
+    cfg = config_of(args)
+    device = cfg.MODEL.DEVICE
     check_fp32(device)
     report = {**origin("benchmark", argv, device), "rounds": args.rounds, "rows": []}
+    if args.gpu_rows or gpu.on_gpu(device):
+        measure_on_gpu(args, cfg, report)
+    else:
+        measure_on_cpu(args, cfg, report)
+
+
+def measure_on_gpu(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None:
+    """Fill the report with what `gpu.jobs` names, and write it after each."""
+    deadline = time.monotonic() + args.seconds
+    what = _expected("--what", args.what, gpu.WHAT, "a GPU")
+    precisions = _expected("--precision", args.precision, [*gpu.PRECISIONS], "a GPU")
+    classes = _only("--classes", args.classes, cfg.MODEL.RETINANET.NUM_CLASSES, "a GPU")
+    cfg = _with(cfg, classes, retina_focal_node(cfg).PRECISION)
+    batches = args.batch or [1, 2, 16]
+    todo = [*gpu.jobs(cfg, what, args.image_size, batches, args.boxes, precisions)]
+    report |= {"source": gpu_report.source_digest(), "left_out": 0, "finished": False}
+    report = gpu_report.started(args.output / "results.json", report)
+    if report["rows"]:
+        print(f"going on from the {len(report['rows'])} rows of a run that was interrupted")
+
+    def save() -> None:
+        write_whole(args.output / "results.json", json.dumps(report, indent=1))
+
+    profiles = args.output / "profile.txt"
+    if not report["rows"]:
+        profiles.unlink(missing_ok=True)
+    try:
+        gpu.measure(todo, report, args.rounds, STEPS_SECONDS, deadline, profiles, save)
+        report["finished"] = not report["left_out"]
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was measured before:")
+    if report["rows"]:
+        print(f"{gpu_report.write(report, args.output)}\nwritten to {args.output}")
+    else:
+        print("no row was finished")
+
+
+def measure_on_cpu(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None:
+    """Fill the report with rows of rounds, and write it after each."""
+    what = _expected("--what", args.what, WHAT, "a CPU")
+    settings = settings_of(args, cfg)
 
     def save() -> None:
         write_whole(args.output / "results.json", json.dumps(report, indent=1))
 
     try:
-        benchmark(settings, args.what, args.rounds, report["rows"], save)
+        benchmark(settings, what, args.rounds, report["rows"], save)
     except KeyboardInterrupt:
         print("\ninterrupted; what was measured before:")
     if not report["rows"]:
@@ -71,36 +119,50 @@ def main(argv: list[str]) -> None:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = tool_parser("benchmark", __doc__, EPILOG, has_folder=True)
     add = partial(parser.add_argument, metavar="X")
-    what = {"type": partial(_names, choices=WHAT), "default": list(WHAT)}
-    add("--what", **what, help=f"some of {','.join(WHAT)}; default: all")
+    choices = [*dict.fromkeys([*WHAT, *gpu.WHAT])]
+    help_ = f"some of {','.join(choices)}; default: all (memory on a CPU, profile on a GPU)"
+    add("--what", type=partial(_names, choices=choices), help=help_)
     add("--config-file", default="COCO-Detection/retinanet_R_50_FPN_1x.yaml", help="as of train")
     add("--image-size", type=_size, default=(800, 1216), help="HxW in pixels; default: 800x1216")
-    add("--batch", type=number(), default=1, help="images; default: %(default)s")
+    add("--batch", type=listed(number()), help="images; default: 1, on a GPU 1,2,16")
     add("--classes", type=listed(number()), help="default: the config's; several: 1,80,1203")
     boxes = "per image; default: 20; several: 20,500,2000"
     add("--boxes", type=listed(number()), default=[20], help=boxes)
-    precision = "of our model; default: the config's; several: fp32,bf16"
-    add("--precision", type=partial(_names, choices=PRECISIONS), help=precision)
+    precision = (
+        f"CPU: {','.join(PRECISIONS)}, default the config's; GPU: {','.join(gpu.PRECISIONS)}"
+    )
+    both = partial(_names, choices=[*PRECISIONS, *gpu.PRECISIONS])
+    add("--precision", type=both, help=precision)
     add("--rounds", type=number(), default=5, help="times each model is run; default: %(default)s")
     add("--threads", type=number(), default=torch.get_num_threads(), help="default: %(default)s")
     add("--device", help="cpu or cuda; default: the config's")
+    gpu_rows = "the rows of a GPU on a CPU too, to try them"
+    parser.add_argument("--gpu-rows", action="store_true", help=gpu_rows)
+    seconds = "on a GPU no row is begun after as many; default: no limit"
+    add("--seconds", type=number(float, 0), default=math.inf, help=seconds)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     return parser.parse_args(argv)
 
 
-def settings_of(args: argparse.Namespace) -> list[Setting]:
-    """One for each combination of number of classes, number of boxes and precision.
-
+def config_of(args: argparse.Namespace) -> CfgNode:
+    """
     Raises:
         UserError: the config is not one of our model's.
     """
     device = ["MODEL.DEVICE", args.device] if args.device else []
     cfg = load_cfg(args.config_file, [*args.opts, *device])
     expect_focal_retinanet(cfg, "from which stock's is derived")
+    return cfg
+
+
+def settings_of(args: argparse.Namespace, cfg: CfgNode) -> list[Setting]:
+    """On a CPU: one for each combination of number of classes, number of boxes and precision."""
     classes = args.classes or [cfg.MODEL.RETINANET.NUM_CLASSES]
     precisions = args.precision or [retina_focal_node(cfg).PRECISION]
+    _expected("--precision", precisions, PRECISIONS, "a CPU")
+    batch = _only("--batch", args.batch, 1, "a CPU")
     return [
-        Setting(_with(cfg, k, precision), args.image_size, args.batch, boxes)
+        Setting(_with(cfg, k, precision), args.image_size, batch, boxes)
         for k, boxes, precision in product(classes, args.boxes, precisions)
     ]
 
@@ -156,6 +218,22 @@ def _with(cfg: CfgNode, classes: int, precision: str) -> CfgNode:
     retina_focal_node(cfg).PRECISION = precision
     cfg.freeze()
     return cfg
+
+
+def _expected(
+    flag: str, names: Sequence[str] | None, choices: Sequence[str], where: str
+) -> Sequence[str]:
+    """The names, by default all choices; UserError where one is for another device."""
+    unknown = [name for name in names or () if name not in choices]
+    if unknown:
+        raise UserError(f"{flag} {unknown[0]} is not for {where}; expected {','.join(choices)}")
+    return names or choices
+
+
+def _only(flag: str, numbers: Sequence[int] | None, default: int, where: str) -> int:
+    if numbers and len(numbers) > 1:
+        raise UserError(f"{flag} has {len(numbers)} numbers, {numbers}; on {where} give one")
+    return numbers[0] if numbers else default
 
 
 def _names(text: str, choices: Sequence[str]) -> list[str]:

@@ -39,17 +39,27 @@ def pictures(setting: Setting) -> list[dict]:
 
 
 def arguments(name: str, batch: list[dict], device: str) -> tuple:
-    """The batch as the model wants it, which `pictures` made."""
+    """The batch of `pictures` as the model wants it in training."""
+    images = images_for(name, batch, device)
     if name != "torchvision":
-        return (batch,)
-    images = [record["image"].to(device) / 255 for record in batch]
+        return (images,)
     return images, torchvision_targets([record["instances"] for record in batch], device)
+
+
+def images_for(name: str, batch: list[dict], device: str) -> list[dict] | list[Tensor]:
+    """The same in inference. torchvision's model leaves it to others to copy the images."""
+    if name != "torchvision":
+        return batch
+    return [record["image"].to(device, non_blocking=True) / 255 for record in batch]
 
 
 def torchvision_targets(gt_instances: list[Instances], device: str) -> list[dict[str, Tensor]]:
     """Ground truth as torchvision's RetinaNet wants it: `boxes` (M, 4) and `labels` (M,)."""
     return [
-        {"boxes": x.gt_boxes.tensor.to(device), "labels": x.gt_classes.to(device)}
+        {
+            "boxes": x.gt_boxes.tensor.to(device, non_blocking=True),
+            "labels": x.gt_classes.to(device, non_blocking=True),
+        }
         for x in gt_instances
     ]
 
@@ -73,16 +83,27 @@ def anchors_per_level(setting: Setting) -> tuple[list[Boxes], list[torch.Size]]:
 
 
 def random_outputs(setting: Setting, std: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits N(prior, std) and deltas N(0, 0.1) as a head gives them."""
+    """Logits N(prior, std) and deltas N(0, 0.1) as a head gives them.
+
+    In half precision they are in channels_last, as our head's are.
+    """
     torch.manual_seed(SEED)
     bias = prior_bias(setting.cfg.MODEL.RETINANET.PRIOR_PROB)
     logits, deltas = [], []
     for n, a, height, width in anchors_per_level(setting)[1]:
         size = (n, a * setting.classes, height, width)
-        logits.append(torch.empty(size, device=setting.device).normal_(bias, std))
+        logits.append(
+            _as_head(torch.empty(size, device=setting.device).normal_(bias, std), setting)
+        )
         size = (n, a * 4, height, width)
-        deltas.append(torch.empty(size, device=setting.device).normal_(0, 0.1))
+        deltas.append(_as_head(torch.empty(size, device=setting.device).normal_(0, 0.1), setting))
     return logits, deltas
+
+
+def _as_head(outputs: Tensor, setting: Setting) -> Tensor:
+    if setting.half is None:
+        return outputs
+    return outputs.to(setting.half, memory_format=torch.channels_last)
 
 
 def realistic_logits(setting: Setting) -> list[Tensor]:
@@ -95,6 +116,7 @@ def realistic_logits(setting: Setting) -> list[Tensor]:
     for level in logits:
         level.clamp_(max=threshold - 1)
     for level in logits[:3]:
-        passing = torch.rand_like(level) < PASSING_FRACTION
-        level[passing] = threshold + 6 * torch.rand(int(passing.sum()), device=level.device) + 0.01
+        passing = torch.rand_like(level, dtype=torch.float32) < PASSING_FRACTION
+        scores = threshold + 6 * torch.rand(int(passing.sum()), device=level.device) + 0.01
+        level[passing] = scores.to(level.dtype)
     return logits

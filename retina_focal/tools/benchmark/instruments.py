@@ -69,6 +69,16 @@ class Stopwatch:
         return parts
 
 
+class Unwatched(Stopwatch):
+    """Neither times nor synchronises, so that runs follow one another as steps of a training do."""
+
+    def start(self) -> None:
+        pass
+
+    def mark(self, part: str | None) -> None:
+        pass
+
+
 Run = Callable[[Stopwatch], object]
 Probe = Callable[[], dict[str, float]]  # part of a row to seconds or bytes
 
@@ -96,6 +106,11 @@ class Likeness:
         empty = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
         return empty.uniform_()
 
+    def length(self) -> int:
+        """Elements from the first to behind the last."""
+        last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        return max(last, 0) + 1
+
 
 class ConvolutionRecorder(TorchDispatchMode):
     """Notes the arguments of each convolution and matrix product, forward and backward, inside it.
@@ -115,6 +130,60 @@ class ConvolutionRecorder(TorchDispatchMode):
             )
             self.calls.append((func, likenesses))
         return func(*args, **(kwargs or {}))
+
+
+def graph_of(calls: Sequence[tuple[Callable, tuple]]) -> Run:
+    """The recorded products as one CUDA graph: the GPU's own time, without the host's.
+
+    What they read are parts of one buffer for each position and dtype, filled with noise: zeros
+    would compute faster, since they cost less power.
+    """
+    buffers: dict[tuple, Tensor] = {}
+
+    def buffer(position: int, like: Likeness, length: int) -> Tensor:
+        found = buffers.get((position, like.dtype))
+        if found is None or len(found) < length:
+            found = torch.empty(length, dtype=like.dtype, device=like.device).uniform_()
+            buffers[position, like.dtype] = found
+        return found
+
+    def arguments_of(likenesses: tuple) -> tuple:
+        return tuple(
+            buffer(i, x, x.length()).as_strided(x.shape, x.stride) if isinstance(x, Likeness) else x
+            for i, x in enumerate(likenesses)
+        )
+
+    def compute() -> None:
+        for function, likenesses in calls:
+            function(*arguments_of(likenesses))
+
+    compute()  # chooses algorithms, and makes the buffers
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        compute()
+
+    def replay(stopwatch: Stopwatch) -> None:
+        stopwatch.start()
+        graph.replay()
+        stopwatch.mark("convolutions")
+        assert buffers  # the graph reads them
+
+    return replay
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether a GPU may compute fp32 products in TF32, inside; then what held before."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = allowed
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
 
 
 def timing_probes(case: Callable, setting: Setting, names: Sequence[str]) -> dict[str, Probe]:
@@ -143,7 +212,7 @@ def memory_probes(case: Callable, setting: Setting, names: Sequence[str]) -> dic
             growth = pool.submit(memory_growth, case, setting, name, torch.get_num_threads())
             try:
                 return {"memory": growth.result()}
-            except (BrokenExecutor, torch.OutOfMemoryError):
+            except BrokenExecutor:
                 tqdm.write(f"{name} was killed or found no memory; left out")
                 return {}
 
@@ -151,16 +220,11 @@ def memory_probes(case: Callable, setting: Setting, names: Sequence[str]) -> dic
 
 
 def memory_growth(case: Callable, setting: Setting, name: str, threads: int) -> int:
-    """Bytes by which the first run raises the peak of this process, or of its GPU memory."""
+    """Bytes by which the first run raises the peak of this process."""
     import resource  # which Windows lacks
 
     torch.set_num_threads(threads)
     run = case(setting, [name])[name]
-    if torch.device(setting.device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(Stopwatch(setting.device))
-        return torch.cuda.max_memory_allocated() - before
 
     def peak() -> int:
         unit = 1 if platform.system() == "Darwin" else 1024
@@ -187,27 +251,22 @@ def _resident() -> float:
 
 
 def check_fp32(device: str) -> None:
-    """That fp32 means IEEE fp32 for all models.
+    """That fp32 means what the rows say: IEEE fp32 for all models, or on a GPU `tf32`'s choice.
 
     Raises:
-        UserError: torch may compute it in TF32 or bf16.
+        UserError: something else decides.
     """
-    found = {}
+    found, remedy = {}, "unset the variable, or set torch's to 'ieee'"
     if torch.device(device).type == "cuda":
-        if os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
-            for name in ("cudnn", "cuda.matmul"):
-                if attrgetter(name)(torch.backends).allow_tf32:
-                    found[f"torch.backends.{name}.allow_tf32"] = True
-        remedy = "put NVIDIA_TF32_OVERRIDE=0 before the command"
+        found["NVIDIA_TF32_OVERRIDE"] = os.environ.get("NVIDIA_TF32_OVERRIDE")
     else:
         found["ONEDNN_DEFAULT_FPMATH_MODE"] = os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE")
         for name in ("", "mkldnn.", "mkldnn.conv.", "mkldnn.matmul."):
             with suppress(AttributeError):  # older torch has no such
                 value = attrgetter(f"{name}fp32_precision")(torch.backends)
                 found[f"torch.backends.{name}fp32_precision"] = value
-        ieee = (None, "", "none", "ieee", "STRICT")
-        found = {name: value for name, value in found.items() if value not in ieee}
-        remedy = "unset the variable, or set torch's to 'ieee'"
+    ieee = (None, "", "none", "ieee", "STRICT")
+    found = {name: value for name, value in found.items() if value not in ieee}
     if found:
         values = ", ".join(f"{name} is {value!r}" for name, value in found.items())
         raise UserError(f"fp32 would not be IEEE fp32 on {device}: {values}; {remedy}")

@@ -1,5 +1,6 @@
 """The three RetinaNets that `retina-focal benchmark` compares, of one config and one shape."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ class Setting:
     image_size: tuple[int, int]  # height, width in pixels
     batch: int  # images
     boxes: int  # per image
+    half: torch.dtype | None = None  # of the head's outputs, where they are not fp32
+    amp: bool = False  # every model is called inside an autocast to `half`, as SOLVER.AMP has it
 
     @property
     def classes(self) -> int:
@@ -40,6 +43,11 @@ class Setting:
     @property
     def device(self) -> str:
         return self.cfg.MODEL.DEVICE
+
+    @property
+    def autocast(self) -> AbstractContextManager:
+        """Around the forward pass of every model."""
+        return torch.autocast(torch.device(self.device).type, self.half, enabled=self.amp)
 
 
 def build(name: str, setting: Setting) -> nn.Module:

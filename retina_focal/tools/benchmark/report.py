@@ -75,7 +75,7 @@ def markdown(report: dict) -> str:
 def _cells(row: dict, names: Sequence[str], others: Sequence[str]) -> list[object]:
     """One line of a table: what, the setting, medians of `names` and ratios of `others`."""
     title = row["what"] if row["part"] == WHOLE else f"- {row['part']}"
-    medians = [_quantity(row["median"][name], row["unit"]) for name in names]
+    medians = [quantity(row["median"][name], row["unit"]) for name in names]
     ratios = [
         "{median:.2f} ({min:.2f} to {max:.2f})".format(**row["ratio"][name])
         if name in row["ratio"]
@@ -113,8 +113,8 @@ def plot(rows: Sequence[dict], path: Path) -> None:
         axes.set_xlabel("ratio of times, or of memory")
 
 
-def _quantity(value: float, unit: str) -> str:
-    """Three digits and a unit that fits."""
+def quantity(value: float, unit: str) -> str:
+    """Three digits of seconds ("s"), or megabytes ("bytes"), with a unit that fits."""
     if unit == "bytes":
         return f"{value / 1e6:,.0f} MB"
     scale, name = (1, "s") if value >= 1 else (1000, "ms")

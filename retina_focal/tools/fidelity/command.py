@@ -1,9 +1,7 @@
 """Where a config differs from the paper, Detectron and the zoo: `retina-focal fidelity`."""
 
 import argparse
-import logging
 import math
-import re
 from functools import cache, partial
 from itertools import takewhile
 from pathlib import Path
@@ -12,8 +10,16 @@ from typing import NamedTuple
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from retina_focal.config import config_path, flatten, get_cfg, merge_file, merge_options
+from retina_focal.config import (
+    config_path,
+    flatten,
+    get_cfg,
+    merge_file,
+    merge_options,
+    package_config,
+)
 from retina_focal.errors import UserError
+from retina_focal.safe_yaml import bases, read_text, read_yaml
 from retina_focal.tools.common import command, tool_parser
 from retina_focal.tools.fidelity.settings import SETTINGS, Choice, Setting, frozen
 
@@ -156,16 +162,9 @@ def zoo() -> tuple[CfgNode, ...]:
     # Not at the top: it warns of deprecations, which `command` has silenced by now.
     from detectron2 import model_zoo
 
-    # They compute the anchor sizes in YAML, of which each load would warn.
-    logger = logging.getLogger("fvcore.common.config")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        cfgs = tuple(get_cfg() for _ in ZOO)
-        for cfg, name in zip(cfgs, ZOO, strict=True):
-            cfg.merge_from_file(model_zoo.get_config_file(f"COCO-Detection/{name}.yaml"))
-    finally:
-        logger.setLevel(level)
+    cfgs = tuple(get_cfg() for _ in ZOO)
+    for cfg, name in zip(cfgs, ZOO, strict=True):
+        merge_file(cfg, model_zoo.get_config_file(f"COCO-Detection/{name}.yaml"))
     return cfgs
 
 
@@ -199,8 +198,7 @@ def declaration(path: str | Path) -> Declaration:
     Raises:
         UserError: a header follows what is none of REFERENCES.
     """
-    path = Path(path)
-    lines = path.read_text().splitlines()
+    lines = read_text(path).splitlines()
     header = [line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), lines)]
     own = [x.removeprefix("Follows:").strip() for x in header if x.startswith("Follows:")]
     if own and own[0] not in REFERENCES:
@@ -209,21 +207,13 @@ def declaration(path: str | Path) -> Declaration:
         )
     names = ",".join(x.partition(":")[2] for x in header if x.startswith("Differs in:"))
     differences = frozenset(name.strip() for name in names.split(",") if name.strip())
-    base = _base(path, lines)
-    inherited = declaration(base) if base else Declaration(None, frozenset())
+    inherited = Declaration(None, frozenset())
+    for base in bases(path, read_yaml(path), package_config):  # the last one's keys count
+        inherited = declaration(base)
     reference = own[0] if own else inherited.reference
     if reference == inherited.reference:
         differences |= inherited.differences
     return Declaration(reference, differences)
-
-
-def _base(path: Path, lines: list[str]) -> Path | None:
-    """The file that ``_BASE_`` names."""
-    # Not parsed as YAML: detectron2's configs need a loader that runs code.
-    for line in lines:
-        if match := re.match(r"""_BASE_:\s*["']?([^"'#\s]+)""", line):
-            return path.parent / Path(match[1]).expanduser()
-    return None
 
 
 def _show(value: object) -> str:

@@ -1,0 +1,160 @@
+"""The training's data loader: a batch is a function of (seed, iteration)."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from detectron2.config import CfgNode, instantiate
+from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data.build import _train_loader_from_config
+from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import comm
+from detectron2.utils.registry import locate
+from detectron2.utils.serialize import PicklableWrapper
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader, Dataset
+
+from retina_focal.data.images import MAX_PIXELS, BadPicture, naming
+from retina_focal.data.sampler import BatchSampler, seeded
+from retina_focal.errors import UserError
+
+# Images that are tried for one place of a batch, where those before can't be used.
+MAX_REPLACEMENTS = 100
+# What is drawn, beside the seed and the position.
+ORDER, SAMPLE = 0, 1
+
+logger = logging.getLogger(__name__)
+
+
+class TrainLoader:
+    """As detectron2's loader, and the same batches from any `first_batch` on.
+
+    Neither the number of workers nor that of processes, nor what else draws random numbers, changes
+    what a step sees.
+    """
+
+    def __init__(
+        self,
+        dataset: list[dict] | Dataset,
+        *,
+        seed: int,
+        mapper: Callable[[dict], dict],
+        sampler: TrainingSampler,
+        total_batch_size: int,
+        aspect_ratio_grouping: bool = True,
+        collate_fn: Callable[[list[dict]], object] | None = None,
+        max_pixels: int = MAX_PIXELS,
+        **options: object,
+    ):
+        """
+        Args:
+            dataset: records, with "width" and "height" where images are grouped.
+            seed: not negative.
+            mapper: makes a record the model's input; it may draw random numbers, and returns None
+                where another image shall be taken.
+            sampler: of detectron2.
+            total_batch_size: images of all processes.
+            aspect_ratio_grouping: a batch has either wide images or others.
+            collate_fn: default: a batch is a list of what `mapper` returns.
+            max_pixels: of the largest picture that is decoded.
+            options: of torch's `DataLoader`, such as `num_workers`.
+        Raises:
+            UserError: the images can't be shared among the processes.
+        """
+        if total_batch_size < 1 or total_batch_size % comm.get_world_size():
+            raise UserError(
+                f"SOLVER.IMS_PER_BATCH is {total_batch_size}, for {comm.get_world_size()} "
+                "processes; set it to a multiple of their number (in a LazyConfig: "
+                "dataloader.train.total_batch_size)"
+            )
+        groups = None
+        if aspect_ratio_grouping:
+            groups = [record["width"] > record["height"] for record in dataset]
+        self.seed, self.num_images = seed, len(dataset)
+        if isinstance(dataset, list):
+            dataset = DatasetFromList(dataset, copy=False)
+        self._samples = _Samples(dataset, naming(mapper, max_pixels), seed)
+        # detectron2's samplers are a process's part of this order.
+        self._batches = BatchSampler(sampler._infinite_indices, total_batch_size, groups)
+        self._options = {"collate_fn": collate_fn or _as_list, **options}
+
+    @property
+    def total_batch_size(self) -> int:
+        return self._batches.total_batch_size
+
+    @property
+    def first_batch(self) -> int:
+        """The batch that the next iterator starts with; set it to go on."""
+        return self._batches.start
+
+    @first_batch.setter
+    def first_batch(self, number: int) -> None:
+        self._batches.start = number
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        # torch draws a seed for the workers; not from the generator that the model draws from.
+        generator = torch.Generator().manual_seed(self.seed)
+        options = {"generator": generator, **self._options}
+        return iter(DataLoader(self._samples, batch_sampler=self._batches, **options))
+
+
+class _Samples(Dataset):
+    """What the mapper makes of (position, index), the same in whichever process."""
+
+    def __init__(self, dataset: Dataset, mapper: Callable[[dict], dict], seed: int):
+        self.dataset, self.mapper, self.seed = dataset, PicklableWrapper(mapper), seed
+
+    def __getitem__(self, place: tuple[int, int]) -> dict:
+        position, index = place
+        skipped: list[tuple[str, str]] = []
+        for attempt in range(MAX_REPLACEMENTS):
+            with seeded(SAMPLE, self.seed, position, attempt):
+                if attempt:
+                    index = int(torch.randint(len(self.dataset), ()))
+                try:
+                    sample = self.mapper(self.dataset[index])
+                except BadPicture as error:
+                    skipped.append((error.file_name, str(error)))
+                    continue
+            if sample is not None:
+                return {**sample, "skipped": skipped} if skipped else sample
+        raise UserError(
+            f"none of {MAX_REPLACEMENTS} images that were tried for one place of a batch can be "
+            f"used; the last: {skipped[-1][1] if skipped else 'the mapper returned None'}"
+        )
+
+
+def _as_list(batch: list[dict]) -> list[dict]:
+    return batch
+
+
+def build_train_loader(cfg: CfgNode | DictConfig, seed: int, **options: object) -> Iterable:
+    """The loader of a config's training images, for both kinds of config.
+
+    Args:
+        seed: not negative.
+        options: of torch's `DataLoader`, beside those of the config.
+    Returns:
+        A `TrainLoader`; or, for a LazyConfig's own kind of loader, an iterable dataset and another
+        sampler than detectron2's, what the config says, which no run can go on with exactly.
+    """
+    with seeded(ORDER, seed):  # samplers draw their seed
+        if isinstance(cfg, DictConfig):
+            loader = cfg.dataloader.train
+            target = loader["_target_"]
+            target = locate(target) if isinstance(target, str) else target
+            if target is not build_detection_train_loader:
+                return instantiate(loader)
+            arguments = {key: instantiate(x) for key, x in loader.items() if key != "_target_"}
+        else:
+            arguments = _train_loader_from_config(cfg)
+        dataset = arguments["dataset"]
+        if arguments.get("sampler") is None and not isinstance(
+            dataset, torch.utils.data.IterableDataset
+        ):
+            arguments["sampler"] = TrainingSampler(len(dataset))
+    if not hasattr(arguments.get("sampler"), "_infinite_indices"):
+        return build_detection_train_loader(**arguments)
+    if not arguments.get("num_workers"):
+        options.pop("timeout", None)
+    return TrainLoader(**{**options, **arguments}, seed=seed)

@@ -1,0 +1,129 @@
+"""The best checkpoint by a metric, and the early stop of a run that gets no better."""
+
+import logging
+import math
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
+from retina_focal.errors import UserError
+from retina_focal.training.checkpoints import BEST
+from retina_focal.training.resume import FollowsEvaluation, results_in_metrics
+
+logger = logging.getLogger(__name__)
+
+
+class EarlyStop(BaseException):
+    """Ends a training in all processes at once; no fault, so that no traceback is logged."""
+
+
+class BestCheckpoint(FollowsEvaluation):
+    """Saves `model_best.pth` after an evaluation that beats all before; stops a run without them.
+
+    It stands behind the hook that evaluates, in every process.
+    """
+
+    def __init__(self, metric: str, patience: int = 0):
+        """
+        Args:
+            metric: more is better; named as in `metrics.json`, such as "bbox/AP".
+            patience: evaluations without a better one after which the run ends; 0: none.
+        """
+        self.metric, self.patience = metric, patience
+        self.best, self.best_iteration, self.num_worse, self.judged = -math.inf, -1, 0, -1
+
+    @property
+    def has_stopped(self) -> bool:
+        return 0 < self.patience <= self.num_worse
+
+    def after_step(self) -> None:
+        trainer = self.trainer
+        if trainer.evaluated != trainer.iter or self.judged == trainer.iter:
+            return
+        self._judge()
+        if self.has_stopped:
+            trainer.checkpointer.save("model_final", iteration=trainer.iter)
+            raise EarlyStop(
+                f"no {self.metric} above {self.best:.4g}, of iteration {self.best_iteration}, in "
+                f"{self.num_worse} evaluations (TRAIN.PATIENCE)"
+            )
+
+    def after_train(self) -> None:
+        if self.trainer.evaluated == self.trainer.iter != self.judged:
+            self._judge()
+
+    def _judge(self) -> None:
+        trainer = self.trainer
+        latest = {name: x for name, (x, i) in trainer.storage.latest().items() if i == trainer.iter}
+        # The main process alone has results.
+        value, names = comm.all_gather((latest.get(self.metric), sorted(latest)))[0]
+        if value is None:
+            raise UserError(
+                f"TRAIN.BEST is '{self.metric}', which the evaluation doesn't give; expected one "
+                f"of: {', '.join(name for name in names if '/AP' in name) or 'none was measured'}"
+            )
+        self.judged = trainer.iter
+        if not value > self.best:  # NaN is not
+            self.num_worse += 1
+            return
+        self.best, self.best_iteration, self.num_worse = value, trainer.iter, 0
+        logger.info("%s %.4g is the best so far", self.metric, value)
+        trainer.checkpointer.save(BEST, iteration=trainer.iter)
+
+    def state_dict(self) -> dict:
+        names = ("best", "best_iteration", "num_worse", "judged")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.__dict__.update(state_dict)
+
+
+def best_checkpoint(train: CfgNode) -> BestCheckpoint | None:
+    """What ``MODEL.RETINA_FOCAL.TRAIN`` asks for.
+
+    Raises:
+        UserError: the run shall wait for a metric that is not named.
+    """
+    if train.PATIENCE and not train.BEST:
+        raise UserError(
+            f"TRAIN.PATIENCE is {train.PATIENCE}, without the metric that it waits for; add: "
+            "MODEL.RETINA_FOCAL.TRAIN.BEST bbox/AP"
+        )
+    return BestCheckpoint(train.BEST, train.PATIENCE) if train.BEST else None
+
+
+def has_ended(trainer: DefaultTrainer) -> bool:
+    """Whether a resumed run has no step to make: then say so, with its results in `trainer`.
+
+    A last evaluation that was interrupted is made.
+    """
+    best = next((x for x in trainer._hooks if isinstance(x, BestCheckpoint)), None)
+    stopped = best is not None and best.has_stopped
+    if trainer.start_iter < trainer.max_iter and not stopped:
+        return False
+    folder, end = trainer.cfg.OUTPUT_DIR, trainer.max_iter
+    results = results_in_metrics(Path(folder, "metrics.json"), trainer.start_iter)
+    results = comm.all_gather(results)[0]
+    if results is None and trainer.start_iter == end and not stopped:
+        trainer.iter = end - 1
+        with EventStorage(trainer.iter) as trainer.storage:
+            trainer.before_train()
+            trainer.iter = end
+            trainer.after_train()
+    elif results is not None:
+        trainer._last_eval_results = results
+    more = "TRAIN.PATIENCE 0" if stopped else f"SOLVER.MAX_ITER {2 * trainer.start_iter}"
+    logger.warning(
+        "the run in %s has ended, after iteration %d; to train on, type for example --resume %s "
+        "(in a LazyConfig: train.%s); to evaluate: --eval-only --resume",
+        folder,
+        trainer.start_iter,
+        more,
+        more.replace("SOLVER.MAX_ITER ", "max_iter=").replace(
+            "TRAIN.PATIENCE ", "retina_focal.train.patience="
+        ),
+    )
+    return True

@@ -1,0 +1,181 @@
+"""Files of checkpoints: written whole or not at all, and looked through before use."""
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from retina_focal.errors import UserError
+from retina_focal.files import whole_file
+
+TAG = "last_checkpoint"
+PERIODIC = re.compile(r"model_(\d{7})\.pth")
+BLOCK = 2**22
+
+
+def write_checkpoint(path: Path, content: dict) -> None:
+    """`torch.save` to a file that replaces `path` when it lies on the disk, and its hash.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    for folder in path.parent.glob(".writing-*"):  # of a process that was killed
+        shutil.rmtree(folder, ignore_errors=True)
+    with durable_file(path) as file:
+        hashed = _HashedFile(file)
+        try:
+            torch.save(content, hashed)
+        except RuntimeError:  # torch hides why it couldn't write
+            raise hashed.error or hashed.unknown from None
+        # A hash beside another file's content would condemn it; without one its own CRCs count.
+        hash_file(path).unlink(missing_ok=True)
+    with durable_file(hash_file(path)) as file:
+        file.write(f"{hashed.hash.hexdigest()}  {path.name}\n".encode())
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[BinaryIO]:
+    """`whole_file`, on the disk when the block ends: a power cut leaves it, or the one before."""
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class _HashedFile:
+    """Takes what `torch.save` writes, in order."""
+
+    unknown = OSError(None, "torch gives no reason")
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.hash, self.error = file, hashlib.sha256(), None
+
+    def write(self, content: bytes) -> int:
+        try:
+            self.hash.update(content)
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def checkpoints_of(folder: str | Path) -> list[Path]:
+    """A run's checkpoints in the order in which resuming tries them: tagged, then newest."""
+    found = [x for x in Path(folder).glob("model_*.pth") if is_regular(x)]
+    tagged = [path for path in (tagged_checkpoint(folder),) if path and is_regular(path)]
+    others = sorted(set(found) - set(tagged), key=lambda x: (_iteration(x), x.name), reverse=True)
+    return tagged + others
+
+
+def tagged_checkpoint(folder: str | Path) -> Path | None:
+    """What `last_checkpoint` names, unless that is no `.pth` in the folder itself."""
+    tag = Path(folder, TAG)
+    if not is_regular(tag):
+        return None
+    with tag.open("rb") as file:
+        name = file.read(256).decode(errors="replace").strip()
+    is_inside = name == os.path.basename(name) and name.endswith(".pth")
+    return tag.with_name(name) if is_inside and "\0" not in name else None
+
+
+def _iteration(path: Path) -> int:
+    number = number_of(path)
+    if number is not None:
+        return number
+    content = peek(path)
+    return content["iteration"] if isinstance(content.get("iteration"), int) else -1
+
+
+def number_of(path: Path) -> int | None:
+    """The iteration in the name of a periodic checkpoint, None for another file."""
+    match = PERIODIC.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def peek(path: Path) -> Mapping:
+    """What a checkpoint holds, without reading its tensors; empty where it isn't whole."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # half a file may raise anything
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint that is whole and whose weights are finite.
+
+    Raises:
+        UserError: it is neither; the file is named.
+    """
+    try:
+        _check_content(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling half a file may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"'{path}' is not a whole checkpoint ({reason})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"'{path}' holds no weights under 'model'")
+    wrong = not_finite(content["model"])
+    if wrong:
+        raise UserError(f"'{path}' has weights that are not finite: {wrong}")
+    return content
+
+
+def _check_content(path: Path) -> None:
+    """By the hash beside it; without one by the file's own CRCs, which torch doesn't look at."""
+    beside = hash_file(path)
+    if is_regular(beside):
+        found = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                found.update(block)
+        expected = beside.read_text(errors="replace").split()[:1]
+        if [found.hexdigest()] != expected:
+            raise UserError(f"its SHA-256 isn't that of {beside.name}")
+    elif zipfile.is_zipfile(path):  # a file of torch before 1.6 is none
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+        if wrong:
+            raise UserError(f"its part {wrong} is damaged")
+
+
+def hash_file(path: Path) -> Path:
+    """Where a file's SHA-256 stands, as `sha256sum --check` reads it."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def not_finite(weights: Mapping[str, object]) -> str:
+    """The name of a floating point tensor that has a NaN or an infinity, or "".
+
+    The host waits for a device once.
+    """
+    floats = [(k, x) for k, x in weights.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    if not floats:
+        return ""
+    finite = torch.stack([x.isfinite().all().to(floats[0][1].device) for _, x in floats]).tolist()
+    return next((name for (name, _), ok in zip(floats, finite, strict=True) if not ok), "")
+
+
+def is_regular(path: Path) -> bool:
+    """Whether it is a regular file, or a link to one: no FIFO is waited for."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False

@@ -1,0 +1,191 @@
+"""Checkpoints of a run: which are kept, which one it goes on from, and with which model."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from detectron2.utils import comm
+from torch import nn
+
+from retina_focal.errors import UserError
+from retina_focal.training.checkpoint_files import (
+    TAG,
+    checkpoints_of,
+    durable_file,
+    hash_file,
+    not_finite,
+    number_of,
+    read_checkpoint,
+    tagged_checkpoint,
+    write_checkpoint,
+)
+from retina_focal.weights.load import Checkpointer
+
+BEST = "model_best"
+
+
+class RunCheckpointer(Checkpointer):
+    """`Checkpointer` of a run's folder, whose files detectron2's own reads as well."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        keep: int = 0,
+        classes: list[str] | None = None,
+        **checkpointables: object,
+    ):
+        """
+        Args:
+            model: distributed or not.
+            keep: the newest `model_<iteration>.pth` that stay in the folder; 0: all.
+            classes: names that are saved with the weights, and compared on resuming.
+            checkpointables: have a `state_dict` and are saved under these names.
+        """
+        super().__init__(model, save_dir, **checkpointables)
+        self.keep, self.classes = keep, classes
+        self._last: str | None = None
+        self._read: dict[str, dict] = {}
+        self._resumes = False
+
+    def save(self, name: str, **extra: object) -> None:
+        """Write ``name.pth``, its SHA-256 beside it, and then the tag ``last_checkpoint``.
+
+        Raises:
+            UserError: a weight is not finite, or the folder can't be written to; what was there
+                before is as it was.
+        """
+        if not (self.save_dir and self.save_to_disk):
+            return
+        content = {"model": self.model.state_dict()}
+        wrong = not_finite(content["model"])
+        if wrong:
+            raise UserError(
+                f"{wrong} is not finite, so that {name}.pth is not written; "
+                f"{self._whole_one()}: go on from it with a lower learning rate: --resume "
+                "SOLVER.BASE_LR ... (in a LazyConfig: optimizer.lr=...)"
+            )
+        content |= {key: x.state_dict() for key, x in self.checkpointables.items()}
+        content |= extra | ({} if self.classes is None else {"classes": self.classes})
+        path = Path(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        try:
+            write_checkpoint(path, content)
+            if name != BEST:  # which may be older than the last
+                self.tag_last_checkpoint(path.name)
+        except UserError as error:
+            raise UserError(f"{error}; {self._whole_one()}") from error
+        self._last = str(path)
+        self._discard(extra.get("iteration", -1))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with durable_file(Path(self.save_dir, TAG)) as file:
+            file.write(last_filename_basename.encode())
+
+    def has_checkpoint(self) -> bool:
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """The checkpoint that was saved or resumed from last, else the folder's newest, or ""."""
+        if self._last is None:
+            return next((str(path) for path in checkpoints_of(self.save_dir)), "")
+        return self._last
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
+        """With `resume`, from the newest whole checkpoint, where the folder holds any; else `path`.
+
+        Raises:
+            UserError: the folder holds checkpoints but none is whole and finite; or the one found
+                is of another model.
+        """
+        self._last = self._newest_whole() if resume else ""
+        if not self._last:
+            return self.load(path, checkpointables=[])
+        self._resumes = True
+        try:
+            return self.load(self._last)
+        finally:
+            self._resumes = False
+
+    def _newest_whole(self) -> str:
+        """The path, the same in all processes, of which the main one looks for it."""
+        found, error = "", None
+        if comm.is_main_process():
+            try:
+                found = self._first_whole(checkpoints_of(self.save_dir))
+            except UserError as wrong:
+                error = str(wrong)
+        found, error = comm.all_gather((found, error))[0]
+        if error:
+            raise UserError(error)
+        return found
+
+    def _first_whole(self, paths: list[Path]) -> str:
+        tag, tagged = Path(self.save_dir, TAG), tagged_checkpoint(self.save_dir)
+        if os.path.lexists(tag) and tagged not in paths:
+            wrong = f"names {tagged}, which isn't there" if tagged else "names no .pth beside it"
+            self.logger.warning("%s %s", tag, wrong)
+        for path in paths:
+            try:
+                self._read = {str(path): read_checkpoint(path)}
+                return str(path)
+            except UserError as error:
+                self.logger.warning("%s; it is skipped", error)
+        if paths or os.path.lexists(tag):
+            names = ", ".join(path.name for path in paths) or f"only {TAG}"
+            raise UserError(
+                f"no checkpoint in '{self.save_dir}' can be used (there: {names}); to start again, "
+                "leave out --resume, or name another folder: OUTPUT_DIR ANOTHER (in a LazyConfig: "
+                "train.output_dir=...)"
+            )
+        return ""
+
+    def _load_file(self, filename: str) -> dict:
+        read = self._read.pop(filename, None)
+        return super()._load_file(filename) if read is None else read
+
+    def _load_model(self, checkpoint: dict):
+        incompatible = super()._load_model(checkpoint)
+        if self._resumes:
+            self._expect_same_model(checkpoint.get("classes"), incompatible)
+        return incompatible
+
+    def _expect_same_model(self, classes: list[str] | None, incompatible) -> None:
+        """Refuse (UserError) to go on with another architecture or other classes."""
+        # A criterion's buffers come and go with the normaliser.
+        names = [*incompatible.missing_keys, *incompatible.unexpected_keys]
+        names = [name for name in names if not name.startswith("criterion.")]
+        reason = None
+        if classes is not None and self.classes is not None and classes != self.classes:
+            reason = f"the classes {_listed(classes)}, and the config {_listed(self.classes)}"
+        elif incompatible.incorrect_shapes:
+            name, there, here = incompatible.incorrect_shapes[-1]
+            reason = f"'{name}' of shape {there}, and the config one of {here}"
+        elif names:
+            there = "is" if names[0] in incompatible.unexpected_keys else "isn't"
+            reason = f"another architecture ('{names[0]}' {there} among its weights)"
+        if reason:
+            raise UserError(
+                f"{self._last} has {reason}; --resume goes on with the same model. To start "
+                f"another from its weights, leave out --resume and type: MODEL.WEIGHTS "
+                f"{self._last} OUTPUT_DIR ANOTHER (in a LazyConfig: train.init_checkpoint=... "
+                "train.output_dir=...)"
+            )
+
+    def _whole_one(self) -> str:
+        path = self.get_checkpoint_file()
+        return f"the last checkpoint is {path}" if path else "there is no checkpoint before it"
+
+    def _discard(self, iteration: int) -> None:
+        """Delete what `keep` leaves over; later iterations are of a run that was given up."""
+        found = {path: number_of(path) for path in Path(self.save_dir).glob("model_*.pth")}
+        old = sorted((n, path) for path, n in found.items() if n is not None and n <= iteration)
+        for _, path in old[: -self.keep] if self.keep else ():
+            for file in (path, hash_file(path)):
+                with suppress(OSError):
+                    file.unlink()
+
+
+def _listed(classes: list[str]) -> str:
+    return f"{len(classes)} ({', '.join(map(str, classes[:5]))}{', ...' if classes[5:] else ''})"

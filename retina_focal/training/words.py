@@ -1,0 +1,54 @@
+"""What a user can put right ends a training in words: a full disk, a closed folder."""
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from retina_focal.errors import UserError
+from retina_focal.training.peers import in_words
+
+FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@contextmanager
+def words_only(folder: str, last_checkpoint: Callable[[], str]) -> Iterator[None]:
+    """In the block no traceback of them is logged; errors of the output folder are UserErrors.
+
+    Args:
+        folder: that the training writes to.
+        last_checkpoint: its path, or "".
+    """
+
+    def is_told(error: BaseException | None) -> bool:
+        if isinstance(error, OSError):
+            return error.errno in FULL_OR_CLOSED or _is_inside(error.filename, folder)
+        return error is not None and in_words(error) is not None
+
+    def without_traceback(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and is_told(record.exc_info[1]))
+
+    logger = logging.getLogger("detectron2.engine.train_loop")
+    logger.addFilter(without_traceback)
+    # log.txt can't be written to either: each line would bring a traceback.
+    raises, logging.raiseExceptions = logging.raiseExceptions, False
+    try:
+        yield
+    except OSError as error:
+        if not is_told(error):
+            raise
+        path = last_checkpoint()
+        raise UserError(
+            f"can't write to '{folder}': {error.strerror}; free space on the disk, or open the "
+            f"folder, and type --resume; the last checkpoint is {path or 'none'}"
+        ) from error
+    finally:
+        logging.raiseExceptions = raises
+        logger.removeFilter(without_traceback)
+
+
+def _is_inside(path: str | bytes | int | None, folder: str) -> bool:
+    if not isinstance(path, str):
+        return False
+    return os.path.abspath(path).startswith(os.path.abspath(folder) + os.sep)
