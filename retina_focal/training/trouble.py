@@ -42,10 +42,16 @@ class Trouble(HookBase):
         self.bad: dict[str, str] = {}  # file name to reason, of all processes
         self._new: dict[str, str] = {}  # what the others do not know yet
 
+    def before_train(self) -> None:
+        buffers = _single(self.trainer.model).named_buffers()
+        # What a forward pass changes and the losses depend on.
+        self._normalizers = {k: x for k, x in buffers if k.endswith("loss_normalizer")}
+
     def before_step(self) -> None:
-        # As `stop_for_bad_loss` finds them: a forward pass may draw numbers before it fails.
-        self.trainer._trainer.output_dir = self.output_dir
-        self.trainer._trainer.random_state = random_state()
+        # As `stop_for_bad_loss` finds them: the forward pass that fails changes them.
+        step = self.trainer._trainer
+        step.output_dir, step.random_state = self.output_dir, random_state()
+        step.normalizers = {k: x.detach().clone() for k, x in self._normalizers.items()}
 
     def after_step(self) -> None:
         for sample in self.trainer._trainer.batch:
@@ -103,7 +109,7 @@ def stop_for_bad_loss(
         BadLoss: in the first process of every machine.
         SystemExit: in the others.
     """
-    model = step.model.module if isinstance(step.model, DistributedDataParallel) else step.model
+    model = _single(step.model)
     rate = step.optimizer.param_groups[0]["lr"]
     folder = getattr(step, "output_dir", None)
     path, said = None, ""
@@ -176,11 +182,15 @@ def _write_dump(
         "iteration": iteration,
         "losses": {name: float(value) for name, value in losses.items()},
         "batch": batch,
-        "model": model.state_dict(),
+        "model": {**model.state_dict(), **getattr(step, "normalizers", {})},
         "random_state": getattr(step, "random_state", None),
     }
     with whole_file(path) as temporary:
         torch.save(content, temporary)
+
+
+def _single(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _of_batch(batch: Sequence[Mapping]) -> str:
@@ -206,8 +216,8 @@ def _remedy(model: nn.Module, rate: float, images: int) -> str:
     usual = REFERENCE_LR[0] * images / REFERENCE_LR[1]
     lower = usual if rate > 1.5 * usual else rate / 10
     return (
-        f"Try SOLVER.BASE_LR {lower:.2g} (linear scaling: {REFERENCE_LR[0]} for "
-        f"{REFERENCE_LR[1]} images is {usual:.2g} for {images}; in a LazyConfig: optimizer.lr), a "
+        f"Try SOLVER.BASE_LR {lower:.3g} (linear scaling: {REFERENCE_LR[0]} for "
+        f"{REFERENCE_LR[1]} images is {usual:.3g} for {images}; in a LazyConfig: optimizer.lr), a "
         "longer SOLVER.WARMUP_ITERS, SOLVER.CLIP_GRADIENTS.ENABLED True, or, with AMP, "
         "MODEL.RETINA_FOCAL.PRECISION bf16 in its place"
     )
