@@ -116,14 +116,14 @@ class Assigner:
             or not all(map(torch.equal, self.grid.levels, levels))
         ):
             self.grid = find_grid(levels)
+        if self.grid is None and any(map(len, gt_instances)):
+            return self._match_batch(torch.cat(levels), gt_instances)
         size = (len(gt_instances), sum(len(x) for x in levels))
         labels = torch.full(size, self._unmatched, device=device)
         matched_idxs = torch.zeros_like(labels)
-        if self.grid is None and any(map(len, gt_instances)):
-            return self._match_batch(torch.cat(levels), gt_instances)
         for i, instances in enumerate(gt_instances):
-            gt_boxes = instances.gt_boxes.tensor.to(device)
-            if len(gt_boxes) > 0:
+            if len(instances) > 0:
+                gt_boxes = instances.gt_boxes.tensor.to(device)
                 matches = match_on_grid(self.grid, gt_boxes, self.iou_thresholds[0])
                 gt_classes = instances.gt_classes.to(device)[matches.box_idxs]
                 labels[i, matches.anchor_idxs] = self._label(matches, gt_classes)

@@ -18,6 +18,7 @@ from retina_focal.errors import UserError
 from retina_focal.folding import fold_frozen_norms
 from retina_focal.ground_truth import ground_truth
 from retina_focal.head import build_dense_head
+from retina_focal.padding import size_of_step
 from retina_focal.postprocess import Postprocessor
 from retina_focal.precision import PRECISIONS, computation
 from retina_focal.targets import find_targets
@@ -132,17 +133,24 @@ class FocalRetinaNet(nn.Module):
         return self.criterion.num_classes
 
     def forward(
-        self, batched_inputs: list[dict], normalizers: Tensor | None = None
+        self,
+        batched_inputs: list[dict],
+        normalizers: Tensor | None = None,
+        padded_size: tuple[int, int] | None = None,
     ) -> dict[str, Tensor] | list[dict]:
         """
         Args:
             batched_inputs: from `DatasetMapper`: `image` (C, H, W), `instances` in training, and
                 for inference optionally the `height` and `width` to return boxes in.
             normalizers: see `Criterion.forward`; only in training.
+            padded_size: of `padded_size`, where these images are a part of a step; only in
+                training.
         Returns:
             In training {"loss_cls", "loss_box_reg"}; otherwise a dict with `instances` an image.
         """
-        images = self.preprocess_image(batched_inputs)
+        if self.training and padded_size is None:
+            padded_size = self.padded_size(batched_inputs)
+        images = self.preprocess_image(batched_inputs, padded_size)
         if self.training:
             # Before the network runs: the host of a device waits here, and not for the network.
             expected = self._empty_features(images.tensor)
@@ -183,15 +191,29 @@ class FocalRetinaNet(nn.Module):
                 storage.put_image(*_draw_training(batched_inputs[0], result, self.input_format))
         return losses
 
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise, pad and batch the images: (N, C, H, W) of the largest size, zero-padded."""
+    def padded_size(self, batched_inputs: list[dict]) -> tuple[int, int]:
+        """(H, W) that a step pads its images to; `batched_inputs` is this process's part of it."""
+        normalizer = getattr(self.criterion, "normalizer", None)
+        exchange = getattr(normalizer, "one_step_of_all_processes", False)
+        return size_of_step(
+            [x["image"].shape[-2:] for x in batched_inputs], exchange, **self.padding
+        )
+
+    def preprocess_image(
+        self, batched_inputs: list[dict], padded_size: tuple[int, int] | None = None
+    ) -> ImageList:
+        """Normalise, pad and batch the images: (N, C, H, W), zero-padded.
+
+        Args:
+            padded_size: (H, W) of the result; default: detectron2's, of the largest image.
+        """
         images = [x["image"] for x in batched_inputs]
         if torch.jit.is_tracing():
             # To the tensor, not to its device: a trace would keep that as a constant.
             images = [(x.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std for x in images]
             return ImageList.from_tensors(images, **self.padding)
         padded = ImageList.from_tensors([x[:0] for x in images], **self.padding)
-        size = padded.tensor.shape[-2:]
+        size = padded_size or padded.tensor.shape[-2:]
         # They cross as they are, uint8 from a loader. The mean becomes the zeros around them.
         batch = self.pixel_mean.expand(len(images), -1, *size).contiguous()
         for own, image in zip(batch, to_device(images, batch.device), strict=True):
@@ -205,11 +227,14 @@ class FocalRetinaNet(nn.Module):
         return self.assigner(anchors, gt_instances)
 
     @torch.no_grad()
-    def count_positives(self, batched_inputs: list[dict]) -> Tensor:
+    def count_positives(
+        self, batched_inputs: list[dict], padded_size: tuple[int, int] | None = None
+    ) -> Tensor:
         """(N,) positive anchors of each image, as a training step finds them, network not run."""
-        images = ImageList.from_tensors([x["image"][:0] for x in batched_inputs], **self.padding)
+        height, width = padded_size or self.padded_size(batched_inputs)
+        images = self.pixel_mean.new_empty(0, height, width)
         gt_instances = ground_truth(batched_inputs, self.num_classes, self.device)
-        anchors = self.anchor_generator(self._empty_features(images.tensor))
+        anchors = self.anchor_generator(self._empty_features(images))
         labels, _ = self.assigner(anchors, gt_instances)
         return ((labels >= 0) & (labels < self.num_classes)).sum(1)
 
