@@ -24,6 +24,7 @@ from retina_focal.safe_yaml import BASE_KEY, read_text, read_yaml
 from retina_focal.tools.common import ignore_deprecations, load_cfg, set_up
 from retina_focal.training.assembly import Trainer
 from retina_focal.training.processes import available_device
+from retina_focal.training.trouble import BadLoss
 
 METRICS = ("AP", "AP50", "AP75", "AR@100")
 PAPER_AP = re.compile(r"^# The paper's AP, AP50, AP75: ([\d.]+), ([\d.]+), ([\d.]+)", re.MULTILINE)
@@ -202,7 +203,7 @@ def _train(cfg: CfgNode) -> dict:
     result = {"seed": cfg.SEED, "outcome": "ok", "iterations": cfg.SOLVER.MAX_ITER}
     try:
         trainer.train()
-    except FloatingPointError:
+    except BadLoss:
         result.update(outcome="nan", iterations=trainer.iter)
         measured = {}
     else:
