@@ -234,6 +234,11 @@ def _default_node() -> CfgNode:
     node.TRAIN.PATIENCE = 0
     # Which images and boxes are read, and the dataset that choices are made on.
     node.DATA = CfgNode()
+    # Pictures that a training may skip, as they can't be used, before it stops: 0 stops at the
+    # first. Each is counted once and named.
+    node.DATA.MAX_BAD_IMAGES = 0
+    # Pixels of the largest picture that is decoded; the file tells them beforehand.
+    node.DATA.MAX_PIXELS = 50_000_000
     # Whether pictures may lie outside of their dataset's image folder, by ".." or an absolute path
     # in the annotations. Of the command line alone: a config file can't set it.
     node.DATA.ALLOW_OUTSIDE = False

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 
 from retina_focal import get_cfg, register_datasets
 from retina_focal.config import merge_options
-from retina_focal.data.classes import ClassNames, match_checkpoint, match_classes
+from retina_focal.data.classes import match_checkpoint, match_classes
 from retina_focal.data.registration import (
     check_datasets,
     check_num_classes,
@@ -219,14 +219,6 @@ def test_the_classes_of_a_checkpoint_number_those_of_the_datasets(row, caplog):
     caplog.clear()
     match_checkpoint([row[0]], {}, "c.pth")
     assert "'c.pth' does not name its classes" in caplog.text
-
-
-def test_a_resumed_checkpoint_has_the_classes_of_the_training(row):
-    register_coco_json(*row)
-    names = ClassNames([row[0]])
-    names.load_state_dict(names.state_dict())
-    with pytest.raises(UserError, match="second, first, and the training data have first, second"):
-        names.load_state_dict(["second", "first"])
 
 
 def test_a_missing_image_folder_is_named(row):

@@ -56,7 +56,9 @@ def map_record(
         BadPicture: the picture is missing, can't be decoded, has too many pixels or another size
             than the record says, or would reach the network changed.
     """
-    name = record["file_name"]
+    name = record.get("file_name")
+    if name is None:  # the mapper takes its picture from elsewhere
+        return mapper(record)
     _check_header(name, max_pixels)
     try:
         return mapper(record)

@@ -14,7 +14,7 @@ from detectron2.utils.serialize import PicklableWrapper
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
 
-from retina_focal.data.images import BadPicture, map_record
+from retina_focal.data.images import MAX_PIXELS, BadPicture, naming
 from retina_focal.data.sampler import BatchSampler, seeded
 from retina_focal.errors import UserError
 
@@ -43,6 +43,7 @@ class TrainLoader:
         total_batch_size: int,
         aspect_ratio_grouping: bool = True,
         collate_fn: Callable[[list[dict]], object] | None = None,
+        max_pixels: int = MAX_PIXELS,
         **options: object,
     ):
         """
@@ -55,6 +56,7 @@ class TrainLoader:
             total_batch_size: images of all processes.
             aspect_ratio_grouping: a batch has either wide images or others.
             collate_fn: default: a batch is a list of what `mapper` returns.
+            max_pixels: of the largest picture that is decoded.
             options: of torch's `DataLoader`, such as `num_workers`.
         Raises:
             UserError: the images can't be shared among the processes.
@@ -71,7 +73,7 @@ class TrainLoader:
         self.seed, self.num_images = seed, len(dataset)
         if isinstance(dataset, list):
             dataset = DatasetFromList(dataset, copy=False)
-        self._samples = _Samples(dataset, mapper, seed)
+        self._samples = _Samples(dataset, naming(mapper, max_pixels), seed)
         # detectron2's samplers are a process's part of this order.
         self._batches = BatchSampler(sampler._infinite_indices, total_batch_size, groups)
         self._options = {"collate_fn": collate_fn or _as_list, **options}
@@ -110,7 +112,7 @@ class _Samples(Dataset):
                 if attempt:
                     index = int(torch.randint(len(self.dataset), ()))
                 try:
-                    sample = map_record(self.mapper, self.dataset[index])
+                    sample = self.mapper(self.dataset[index])
                 except BadPicture as error:
                     skipped.append((error.file_name, str(error)))
                     continue

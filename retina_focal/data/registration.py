@@ -11,7 +11,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
 from retina_focal.config import retina_focal_node
-from retina_focal.data.classes import classes_of, listed, match_classes
+from retina_focal.data.classes import class_names, listed, match_classes
 from retina_focal.data.coco import coco_file, read_coco
 from retina_focal.errors import UserError
 
@@ -143,7 +143,7 @@ def check_num_classes(
         UserError: they differ.
     """
     for name in names:
-        classes = classes_of(name)
+        classes = class_names([name])
         if classes is not None and len(classes) != num_classes:
             raise UserError(
                 f"dataset '{name}' has {len(classes)} classes ({listed(classes)}) but "

@@ -26,10 +26,12 @@ from retina_focal.config import (
     merge_file,
     merge_options,
 )
+from retina_focal.data.classes import match_classes
 from retina_focal.data.registration import (
     check_datasets,
     check_num_classes,
     register_coco_json,
+    report_datasets,
     use_datasets,
 )
 from retina_focal.errors import UserError
@@ -241,14 +243,17 @@ def set_up(
     if values.SEED < 0:
         goes_on = getattr(args, "resume", False) or args.eval_only
         cfg = with_seed(cfg, saved_seed(values.OUTPUT_DIR) if goes_on else None)
-    names = [*(() if args.eval_only else values.DATASETS.TRAIN), *values.DATASETS.TEST]
+    trained_on = () if args.eval_only else values.DATASETS.TRAIN
+    names = [*trained_on, *values.DATASETS.TEST]
     if isinstance(cfg, DictConfig):
-        check_datasets(names)
+        check_datasets(names, trained_on)
         num_classes = OmegaConf.select(cfg, "model.num_classes")
         if num_classes is not None:
             check_num_classes(names, num_classes, setting="model.num_classes=")
+        match_classes(names)
     else:
-        use_datasets(cfg, names)
+        use_datasets(cfg, names, trained_on)
     default_setup(cfg, args)
     setup_logger(values.OUTPUT_DIR, comm.get_rank(), name="retina_focal")
+    report_datasets(names, trained_on)
     return cfg

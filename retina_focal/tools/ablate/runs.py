@@ -30,6 +30,7 @@ from retina_focal.tools.common import (
 )
 from retina_focal.training.assembly import Trainer
 from retina_focal.training.processes import available_device
+from retina_focal.training.trouble import BadLoss
 
 METRICS = ("AP", "AP50", "AP75", "AR@100")
 PAPER_AP = re.compile(r"^# The paper's AP, AP50, AP75: ([\d.]+), ([\d.]+), ([\d.]+)", re.MULTILINE)
@@ -210,7 +211,7 @@ def _train(cfg: CfgNode) -> dict:
     result = {"seed": cfg.SEED, "outcome": "ok", "iterations": cfg.SOLVER.MAX_ITER}
     try:
         trainer.train()
-    except FloatingPointError:
+    except BadLoss:
         result.update(outcome="nan", iterations=trainer.iter)
         measured = {}
     else:
