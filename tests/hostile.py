@@ -41,7 +41,7 @@ def _files() -> dict[str, tuple[Callable[[Path], object], str]]:
 
     def spoil(path: Path) -> None:
         data = bytearray(encoded(path, colour, "b.png"))
-        data[41:43] = b"\xff\xff"  # the head of the compressed pixels
+        data[70] ^= 1  # of the compressed pixels
         path.write_bytes(data)
 
     turned = Image.Exif()
@@ -55,14 +55,14 @@ def _files() -> dict[str, tuple[Callable[[Path], object], str]]:
         "broken link": (lambda path: path.symlink_to("nowhere"), "does not exist"),
         "circle of links": (lambda path: path.symlink_to(path.name), "can't read"),
         "zero bytes": (lambda path: path.write_bytes(b""), "it is empty"),
-        "text": (lambda path: path.write_text("no image"), "it is no picture"),
-        "script": (lambda path: path.write_text("#!/bin/sh\necho"), "it is no picture"),
-        "SVG": (lambda path: path.write_text("<svg width='9'/>"), "it is no picture"),
+        "text": (lambda path: path.write_text("no image"), "it is no whole picture"),
+        "script": (lambda path: path.write_text("#!/bin/sh\necho"), "it is no whole picture"),
+        "SVG": (lambda path: path.write_text("<svg width='9'/>"), "it is no whole picture"),
         "PostScript": (save(colour, "b.eps"), "EPS, a program that would be run"),
         "half a JPEG": (save(colour, "b.jpg", slice(-200)), "it can't be decoded"),
-        "half a PNG": (save(colour, "b.png", slice(-100)), "it can't be decoded"),
-        "head of a JPEG": (save(colour, "b.jpg", slice(25)), "it is no picture"),
-        "spoilt PNG": (spoil, "it can't be decoded"),
+        "half a PNG": (save(colour, "b.png", slice(-100)), "it is no whole picture"),
+        "head of a JPEG": (save(colour, "b.jpg", slice(25)), "it is no whole picture"),
+        "spoilt PNG": (spoil, "it is no whole picture: broken PNG"),
         "bomb beyond Pillow's limit": (lambda p: p.write_bytes(png_of(60_000, 60_000)), "MAX_PIX"),
         "bomb below Pillow's limit": (
             lambda path: path.write_bytes(png_of(12_000, 12_000)),
