@@ -76,7 +76,7 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
             return super().forward(features)  # these sizes can differ in the graph's next call
         sizes = [tuple(feature.shape[-2:]) for feature in features]
-        cells = list(self.cell_anchors)
+        cells = list(self.cell_anchors.buffers())
         key = (cells[0].device, *sizes)
         if self._last is None or self._last[0] != key:
             with torch.inference_mode(False):  # training may come after inference

@@ -18,6 +18,7 @@ from retina_focal.matching import (
     match_batch,
     match_on_grid,
 )
+from retina_focal.transfer import to_device
 
 ASSIGNMENTS = ("detectron2", "detectron", "paper")
 
@@ -115,14 +116,14 @@ class Assigner:
             or not all(map(torch.equal, self.grid.levels, levels))
         ):
             self.grid = find_grid(levels)
+        if self.grid is None and any(map(len, gt_instances)):
+            return self._match_batch(torch.cat(levels), gt_instances)
         size = (len(gt_instances), sum(len(x) for x in levels))
         labels = torch.full(size, self._unmatched, device=device)
         matched_idxs = torch.zeros_like(labels)
-        if self.grid is None and any(map(len, gt_instances)):
-            return self._match_batch(torch.cat(levels), gt_instances)
         for i, instances in enumerate(gt_instances):
-            gt_boxes = instances.gt_boxes.tensor.to(device)
-            if len(gt_boxes) > 0:
+            if len(instances) > 0:
+                gt_boxes = instances.gt_boxes.tensor.to(device)
                 matches = match_on_grid(self.grid, gt_boxes, self.iou_thresholds[0])
                 gt_classes = instances.gt_classes.to(device)[matches.box_idxs]
                 labels[i, matches.anchor_idxs] = self._label(matches, gt_classes)
@@ -131,10 +132,14 @@ class Assigner:
 
     def _match_batch(self, anchors: Tensor, gt_instances: list[Instances]) -> tuple[Tensor, Tensor]:
         """All images at once, without a wait of the host for the device."""
-        to = {"device": anchors.device, "non_blocking": True}
-        num_boxes = torch.tensor([len(x) for x in gt_instances]).to(**to)
-        gt_boxes = torch.cat([x.gt_boxes.tensor for x in gt_instances]).to(**to)
-        gt_classes = torch.cat([x.gt_classes for x in gt_instances]).to(**to)
+        num_boxes, gt_boxes, gt_classes = to_device(
+            [
+                torch.tensor([len(x) for x in gt_instances]),
+                torch.cat([x.gt_boxes.tensor for x in gt_instances]),
+                torch.cat([x.gt_classes for x in gt_instances]),
+            ],
+            anchors.device,
+        )
         matches = match_batch(anchors, gt_boxes, num_boxes)
         first = (num_boxes.cumsum(0) - num_boxes)[:, None]
         labels = self._label(matches, gt_classes[matches.box_idxs])

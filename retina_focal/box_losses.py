@@ -27,7 +27,7 @@ def box_regression_loss(
     """Loss of each positive anchor's box.
 
     Args:
-        pred_deltas: (P, 4) predicted (dx, dy, dw, dh); the arithmetic is fp32.
+        pred_deltas: (P, 4) predicted (dx, dy, dw, dh); the arithmetic is at least fp32.
         anchors: (P, 4) XYXY in pixels.
         gt_boxes: (P, 4) matched ground truth, XYXY in pixels.
         loss_type: "smooth_l1" on deltas (Fast R-CNN, Eq. 3; `smooth_l1_beta` 0 is L1), or on
@@ -35,7 +35,10 @@ def box_regression_loss(
     Returns:
         (P,) losses, the four coordinates of smooth L1 summed.
     """
-    pred_deltas = pred_deltas.float()
+    pred_deltas, anchors, gt_boxes = (
+        x.to(torch.promote_types(pred_deltas.dtype, torch.float32))
+        for x in (pred_deltas, anchors, gt_boxes)
+    )
     if loss_type == "smooth_l1":
         # As get_deltas, without its check of the anchors: a GPU's host would wait for that.
         anchor_size, gt_size = anchors[:, 2:] - anchors[:, :2], gt_boxes[:, 2:] - gt_boxes[:, :2]

@@ -118,13 +118,14 @@ class Criterion(nn.Module):
             statistics: what is worth logging, numbers on the host.
         """
         if targets is None:
-            sizes = [x.shape[-2:] for x in logits]
-            arguments = anchors, labels, matched_idxs, gt_instances, sizes
+            arguments = anchors, labels, matched_idxs, gt_instances, logits
             targets = find_targets(*arguments, self.num_classes)
         levels, positives, num_positives = targets
         pred_deltas = deltas_at(deltas, [level.positive for level in levels])
         if normalizers is None:
             normalizers = self.normalizers(num_positives)
+        # fp32, but fp64 where the logits are.
+        normalizers = normalizers.to(torch.promote_types(logits[0].dtype, torch.float32))
         loss_box_reg = box_regression_loss(
             pred_deltas,
             positives.anchors,
@@ -137,7 +138,7 @@ class Criterion(nn.Module):
         if self.sampler is not None:
             labels = self.sampler(anchors, logits, labels, self.num_classes)
             levels = level_targets(labels, logits, self.num_classes)
-            normalizers = (labels >= 0).sum().clamp(min=1).float().expand_as(normalizers)
+            normalizers = (labels >= 0).sum().clamp(min=1).to(normalizers).expand_as(normalizers)
         if getattr(self.classification_loss, "soft_targets", False):
             levels = self._with_quality(levels, positives, pred_deltas.detach())
         loss = self.classification_loss
@@ -153,7 +154,7 @@ class Criterion(nn.Module):
         Args:
             num_positives: (N,) positive anchors of each image of this process's step.
         Returns:
-            (N,) fp32.
+            (N,) floats above 0.
         """
         return self.normalizer(num_positives, getattr(self, "loss_normalizer", None))
 

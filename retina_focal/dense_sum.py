@@ -127,8 +127,11 @@ def _correct_sums(
     """
     positive, ignored = [], []
     for x, target in zip(logits, targets, strict=True):
-        positive.append(x.unflatten(1, (-1, num_classes))[_element(target)])
-        ignored.append(target.ignored.of_map(x, num_classes))
+        per_class = x.unflatten(1, (-1, num_classes))
+        image, anchor, row, column = target.positive
+        positive.append(per_class[image, anchor, target.classes, row, column])
+        image, anchor, row, column = target.ignored
+        ignored.append(per_class[image, anchor, :, row, column])
     dtype = torch.promote_types(logits[0].dtype, torch.float32)
     x = torch.cat(positive).to(dtype)
     soft_target = [] if targets[0].quality is None else [torch.cat([y.quality for y in targets])]
@@ -154,16 +157,11 @@ def _correct_grads(
     for grad, target, values in zip(grads, targets, own, strict=True):
         if grad is not None:
             per_class = grad.unflatten(1, (-1, num_classes))
-            per_class[_element(target)] = values.to(grad.dtype)
+            image, anchor, row, column = target.positive
+            per_class[image, anchor, target.classes, row, column] = values.to(grad.dtype)
             image, anchor, row, column = target.ignored
             # A tensor: a number would be copied to a device, and the host would wait.
             per_class[image, anchor, :, row, column] = grad.new_zeros(())
-
-
-def _element(target: LevelTargets) -> tuple[Tensor, ...]:
-    """The logits (N, A, K, Hi, Wi) of the positive anchors' own classes."""
-    image, anchor, row, column = target.positive
-    return image, anchor, target.classes, row, column
 
 
 def _add_background(

@@ -83,7 +83,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-")
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
     with folder:
         temporary = Path(folder.name, path.name)
         try:
@@ -93,7 +93,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             # A full disk names no file; an error that names another one is of what is read.
             if error.errno is None or error.filename not in (None, str(temporary)):
                 raise
-            raise _write_error(path, error) from error
+            raise write_error(path, error) from error
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -102,7 +102,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def _write_error(path: Path, error: OSError) -> UserError:
+def write_error(path: Path, error: OSError) -> UserError:
+    """What to raise where a file can't be written."""
     return UserError(
         f"can't write '{path}': {error.strerror}; free space on the disk, or name a folder that "
         "you may write to"

@@ -1,12 +1,13 @@
 """Frozen batch norms folded into the convolutions before them.
 
 Both are linear, so conv(x, w) s + b = conv(x, w s) + b: the feature map is read and written once
-instead of three times. In training the product w s is a part of the graph. Parameters, buffers and
-their names stay those of the modules that are replaced.
+instead of three times. Where w is trained, the product w s is a part of the graph. Parameters,
+buffers and their names stay those of the modules that are replaced.
 """
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from copy import copy
 
 import torch
@@ -18,28 +19,78 @@ logger = logging.getLogger(__name__)
 
 
 class FoldedWeight:
-    """Weight and bias of a convolution with the frozen norm inside."""
+    """Weight and bias of a convolution with the frozen norm inside.
+
+    What needs no gradient is computed once: scale and shift of the norm, and the whole product of a
+    frozen convolution, or of any in inference. It is computed anew when a tensor that it comes from
+    was replaced or changed in place; a change through `tensor.data` is seen after the next `train`
+    or `eval`.
+    """
 
     def __init__(self, conv: nn.Conv2d, norm: nn.Module):
         self.conv = conv
         self.norm = norm
-        self.cache: tuple[list, tuple[Tensor, Tensor]] | None = None
+        self._scale_and_shift = Remembered()
+        self._whole = Remembered()
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        needs_graph = torch.is_grad_enabled() and self.conv.weight.requires_grad
-        if self.conv.training or needs_graph or torch.compiler.is_compiling():
-            return self.fold()
-        tensors = [*self.conv.parameters(), *self.norm.buffers()]
-        state = [(x.data_ptr(), x._version) for x in tensors]
-        if self.cache is None or self.cache[0] != state:
-            self.cache = state, self.fold()
-        return self.cache[1]
+        weight, bias, buffers = self.conv.weight, self.conv.bias, list(self.norm.buffers())
+        if torch.compiler.is_compiling():
+            return self.fold(*self.scale_and_shift())
+        parameters = [weight] if bias is None else [weight, bias]
+        is_trained = any(x.requires_grad for x in parameters)
+        if is_trained and (self.conv.training or torch.is_grad_enabled()):
+            return self.fold(*self._scale_and_shift(buffers, self.scale_and_shift))
+        return self._whole(parameters + buffers, lambda: self.fold(*self.scale_and_shift()))
 
-    def fold(self) -> tuple[Tensor, Tensor]:
-        norm, bias = self.norm, self.conv.bias
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """(C,) each: the norm is x scale + shift."""
+        norm = self.norm
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        mean = norm.running_mean if bias is None else norm.running_mean - bias
-        return self.conv.weight * scale.view(-1, 1, 1, 1), norm.bias - mean * scale
+        return scale, norm.bias - norm.running_mean * scale
+
+    def fold(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        weight, bias = self.conv.weight, self.conv.bias
+        shift = shift if bias is None else torch.addcmul(shift, bias, scale)
+        return weight * scale.view(-1, 1, 1, 1), shift
+
+    def forget(self) -> None:
+        """Compute all anew at the next call."""
+        self._scale_and_shift.forget()
+        self._whole.forget()
+
+
+class Remembered:
+    """The last results of a function of tensors, until one of these changes."""
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        self._state: list[tuple] = []
+        self._memory: list[Tensor] = []
+        self._results: tuple[Tensor, ...] = ()
+
+    def __call__(
+        self, tensors: list[Tensor], function: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """
+        Args:
+            tensors: all that the results come from.
+            function: computes the results, without gradients.
+        """
+        state = [(id(x), x.data_ptr(), x._version) for x in tensors]
+        if state != self._state:
+            # Results of inference mode could not be used in training.
+            with torch.inference_mode(False), torch.no_grad():
+                self._results = function()
+                # As long as these live, no other tensor has their identities or addresses.
+                self._memory = [*tensors, *(x.detach() for x in tensors)]
+            self._state = state
+        return self._results
+
+    def __reduce__(self) -> tuple:
+        return Remembered, ()  # a copy has tensors of its own
 
 
 class FoldedConv2d(Conv2d):
@@ -52,7 +103,7 @@ class FoldedConv2d(Conv2d):
         self.train(conv.training)
 
     def train(self, mode: bool = True) -> "FoldedConv2d":
-        self._folded.cache = None
+        self._folded.forget()
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +127,7 @@ class FoldedTimmConv2d(nn.Conv2d):
         self.train(conv.training)
 
     def train(self, mode: bool = True) -> "FoldedTimmConv2d":
-        self._folded.cache = None
+        self._folded.forget()
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:

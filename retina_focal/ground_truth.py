@@ -45,6 +45,8 @@ def ground_truth(
                 "MODEL.RETINANET.NUM_CLASSES to the dataset's"
             )
     targets = [record["instances"] for record in batched_inputs]
+    if all(x.gt_boxes.tensor.device == x.gt_classes.device == device for x in targets):
+        return targets
     boxes = to_device(
         [x.gt_boxes.tensor for x in targets] + [x.gt_classes for x in targets], device
     )

@@ -80,21 +80,27 @@ def match_batch(anchors: Tensor, gt_boxes: Tensor, num_boxes: Tensor) -> BatchMa
     # of equals, the first box.
     packed = torch.full(size, INT32_MAX, device=device)
     is_best = torch.zeros(size, dtype=torch.uint8, device=device)
-    image = torch.repeat_interleave(num_boxes, output_size=len(gt_boxes))  # of each box
-    low_bits = INT32_MAX - torch.arange(len(gt_boxes), device=device)
+    box = torch.arange(len(gt_boxes), device=device)
+    image = torch.searchsorted(num_boxes.cumsum(0), box, right=True)
+    low_bits = INT32_MAX - box
     sides = anchors.t().contiguous()[:, None]
     per_block = max(1, limit // max(1, len(anchors)))
-    for boxes, row, low in zip(
-        *(x.split(per_block) for x in (gt_boxes, image, low_bits)), strict=True
-    ):
-        ious = iou_of_pairs(sides[0::2], sides[1::2], boxes.t()[:, :, None])  # (boxes, R)
-        row = row[:, None].expand_as(ious)
-        best_of_box = ious.amax(1, keepdim=True)
-        best_of_box.masked_fill_(best_of_box == 0, torch.inf)  # a best anchor overlaps its box
-        is_best.scatter_reduce_(0, row, (ious == best_of_box).view(torch.uint8), "amax")
-        rank = ious.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(low[:, None])
-        packed.scatter_reduce_(0, row, rank, "amax")
+    for block in zip(*(x.split(per_block) for x in (gt_boxes, image, low_bits)), strict=True):
+        _match_block(sides, *block, packed, is_best)
     return BatchMatches(*_unpack(packed), is_best.bool())
+
+
+def _match_block(
+    sides: Tensor, boxes: Tensor, image: Tensor, low_bits: Tensor, packed: Tensor, is_best: Tensor
+) -> None:
+    """Update the (N, R) best matches and flags with some boxes, of these images."""
+    ious = iou_of_pairs(sides[0::2], sides[1::2], boxes.t()[:, :, None])  # (boxes, R)
+    row = image[:, None].expand_as(ious)
+    best_of_box = ious.amax(1, keepdim=True)
+    best_of_box.masked_fill_(best_of_box == 0, torch.inf)  # a best anchor overlaps its box
+    is_best.scatter_reduce_(0, row, (ious == best_of_box).view(torch.uint8), "amax")
+    rank = ious.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(low_bits[:, None])
+    packed.scatter_reduce_(0, row, rank, "amax")
 
 
 def match_on_grid(grid: AnchorGrid, gt_boxes: Tensor, min_iou: float) -> Matches:

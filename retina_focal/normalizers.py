@@ -8,9 +8,12 @@ from torch import Tensor, distributed
 NORMALIZER_REGISTRY = Registry("NORMALIZER")
 NORMALIZER_REGISTRY.__doc__ = """
 Functions of the positive anchors of each image of this process's step, (N,) integers, and of the
-criterion's state. They return what divides the loss sums of each image, (N,) fp32 above 0. The
+criterion's state. They return what divides the loss sums of each image, (N,) floats above 0. The
 state is None, or where the function has an attribute `start`, the fp32 scalar buffer
 `loss_normalizer` that starts there; the function changes it in place.
+
+Where the function has a true attribute `one_step_of_all_processes`, the mean over processes is what
+one process gives with all of their images: all are then padded to one size.
 """
 
 # detectron2's moving average: N <- 0.9 N + 0.1 max(P, 1), from N = 100.
@@ -36,6 +39,9 @@ def image(num_positives: Tensor, state: None) -> Tensor:
     return num_positives.clamp(min=1).float() * len(num_positives)
 
 
+image.one_step_of_all_processes = True
+
+
 @NORMALIZER_REGISTRY.register()
 def batch(num_positives: Tensor, state: None) -> Tensor:
     """The positives of this process, at least 1."""
@@ -44,11 +50,12 @@ def batch(num_positives: Tensor, state: None) -> Tensor:
 
 def all_processes(num_positives: Tensor, state: None) -> Tensor:
     """The positives of all W processes, at least 1, over W: what one process would divide by."""
-    total = num_positives.sum().float()
+    total = num_positives.sum().double()  # a third of it is not the same in fp32
     if comm.get_world_size() > 1:
         distributed.all_reduce(total)
     return (total.clamp(min=1) / comm.get_world_size()).expand(len(num_positives))
 
 
+all_processes.one_step_of_all_processes = True
 all_processes.__name__ = "global"  # a keyword of Python
 NORMALIZER_REGISTRY.register(all_processes)

@@ -1,7 +1,5 @@
 """FocalRetinaNet: the meta-architecture, and the surface that detectron2 scripts rely on."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
@@ -20,9 +18,10 @@ from retina_focal.errors import UserError
 from retina_focal.folding import fold_frozen_norms
 from retina_focal.ground_truth import ground_truth
 from retina_focal.head import build_dense_head
+from retina_focal.padding import size_of_step
 from retina_focal.postprocess import Postprocessor
 from retina_focal.precision import PRECISIONS, computation
-from retina_focal.targets import Targets, find_targets
+from retina_focal.targets import find_targets
 from retina_focal.transfer import to_device
 
 # Highest-scoring predictions drawn beside the ground truth every VIS_PERIOD iterations.
@@ -92,6 +91,7 @@ class FocalRetinaNet(nn.Module):
         }
         self.head = head
         self.head_in_features = head_in_features
+        self.strides = {name: shape.stride for name, shape in backbone.output_shape().items()}
         self.anchor_generator = anchor_generator
         self.assigner = assigner
         self.criterion = criterion
@@ -133,22 +133,35 @@ class FocalRetinaNet(nn.Module):
         return self.criterion.num_classes
 
     def forward(
-        self, batched_inputs: list[dict], normalizers: Tensor | None = None
+        self,
+        batched_inputs: list[dict],
+        normalizers: Tensor | None = None,
+        padded_size: tuple[int, int] | None = None,
     ) -> dict[str, Tensor] | list[dict]:
         """
         Args:
             batched_inputs: from `DatasetMapper`: `image` (C, H, W), `instances` in training, and
                 for inference optionally the `height` and `width` to return boxes in.
             normalizers: see `Criterion.forward`; only in training.
+            padded_size: of `padded_size`, where these images are a part of a step; only in
+                training.
         Returns:
             In training {"loss_cls", "loss_box_reg"}; otherwise a dict with `instances` an image.
         """
-        images = self.preprocess_image(batched_inputs)
+        if self.training and padded_size is None:
+            padded_size = self.padded_size(batched_inputs)
+        images = self.preprocess_image(batched_inputs, padded_size)
         if self.training:
-            gt_instances = ground_truth(batched_inputs, self.num_classes, self.device)
             # Before the network runs: the host of a device waits here, and not for the network.
-            sizes = self._feature_sizes(images.tensor.shape[-2:])
-            anchors, labels, matched_idxs, targets = self._match(gt_instances, sizes)
+            expected = self._empty_features(images.tensor)
+            anchors = self.anchor_generator(expected)
+            gt_instances = ground_truth(
+                batched_inputs, self.criterion.num_classes, images.tensor.device
+            )
+            matching = self.assigner(anchors, gt_instances)
+            targets = find_targets(
+                anchors, *matching, gt_instances, expected, self.criterion.num_classes
+            )
         autocast, layout = computation(self.precision, images.tensor.device.type, self.training)
         with autocast:
             features = self.backbone(images.tensor.to(memory_format=layout))
@@ -161,11 +174,12 @@ class FocalRetinaNet(nn.Module):
                 anchors, logits, deltas, sizes, _output_sizes(batched_inputs, sizes)
             )
             return [{"instances": instances} for instances in outputs]
-        found = [tuple(feature.shape[-2:]) for feature in features]
-        if found != sizes:  # a backbone that rounds otherwise
-            anchors, labels, matched_idxs, targets = self._match(gt_instances, found)
+        if any(x.shape[-2:] != y.shape[-2:] for x, y in zip(features, expected, strict=True)):
+            # A backbone that rounds otherwise.
+            anchors = self.anchor_generator(features)
+            matching, targets = self.assigner(anchors, gt_instances), None
         losses, statistics = self.criterion(
-            anchors, logits, deltas, labels, matched_idxs, gt_instances, normalizers, targets
+            anchors, logits, deltas, *matching, gt_instances, normalizers, targets
         )
         if has_event_storage():
             storage = get_event_storage()
@@ -177,18 +191,32 @@ class FocalRetinaNet(nn.Module):
                 storage.put_image(*_draw_training(batched_inputs[0], result, self.input_format))
         return losses
 
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise, pad and batch the images: (N, C, H, W) of the largest size, zero-padded."""
+    def padded_size(self, batched_inputs: list[dict]) -> tuple[int, int]:
+        """(H, W) that a step pads its images to; `batched_inputs` is this process's part of it."""
+        normalizer = getattr(self.criterion, "normalizer", None)
+        exchange = getattr(normalizer, "one_step_of_all_processes", False)
+        return size_of_step(
+            [x["image"].shape[-2:] for x in batched_inputs], exchange, **self.padding
+        )
+
+    def preprocess_image(
+        self, batched_inputs: list[dict], padded_size: tuple[int, int] | None = None
+    ) -> ImageList:
+        """Normalise, pad and batch the images: (N, C, H, W), zero-padded.
+
+        Args:
+            padded_size: (H, W) of the result; default: detectron2's, of the largest image.
+        """
         images = [x["image"] for x in batched_inputs]
         if torch.jit.is_tracing():
             # To the tensor, not to its device: a trace would keep that as a constant.
             images = [(x.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std for x in images]
             return ImageList.from_tensors(images, **self.padding)
         padded = ImageList.from_tensors([x[:0] for x in images], **self.padding)
-        size = padded.tensor.shape[-2:]
+        size = padded_size or padded.tensor.shape[-2:]
         # They cross as they are, uint8 from a loader. The mean becomes the zeros around them.
         batch = self.pixel_mean.expand(len(images), -1, *size).contiguous()
-        for own, image in zip(batch, to_device(images, self.device), strict=True):
+        for own, image in zip(batch, to_device(images, batch.device), strict=True):
             own[:, : image.shape[-2], : image.shape[-1]].copy_(image)
         return ImageList(batch.sub_(self.pixel_mean).div_(self.pixel_std), padded.image_sizes)
 
@@ -199,31 +227,22 @@ class FocalRetinaNet(nn.Module):
         return self.assigner(anchors, gt_instances)
 
     @torch.no_grad()
-    def count_positives(self, batched_inputs: list[dict]) -> Tensor:
+    def count_positives(
+        self, batched_inputs: list[dict], padded_size: tuple[int, int] | None = None
+    ) -> Tensor:
         """(N,) positive anchors of each image, as a training step finds them, network not run."""
-        images = ImageList.from_tensors([x["image"][:0] for x in batched_inputs], **self.padding)
+        height, width = padded_size or self.padded_size(batched_inputs)
+        images = self.pixel_mean.new_empty(0, height, width)
         gt_instances = ground_truth(batched_inputs, self.num_classes, self.device)
-        anchors = self._anchors(self._feature_sizes(images.tensor.shape[-2:]))
+        anchors = self.anchor_generator(self._empty_features(images))
         labels, _ = self.assigner(anchors, gt_instances)
         return ((labels >= 0) & (labels < self.num_classes)).sum(1)
 
-    def _feature_sizes(self, size: Sequence[int]) -> list[tuple[int, int]]:
-        """(Hi, Wi) per level, of padded images of this (height, width)."""
-        shapes = self.backbone.output_shape()
-        strides = [shapes[name].stride for name in self.head_in_features]
-        return [tuple(-(-length // stride) for length in size) for stride in strides]
-
-    def _anchors(self, sizes: Sequence[Sequence[int]]) -> list[Boxes]:
-        return self.anchor_generator([torch.empty(1, 0, *x, device=self.device) for x in sizes])
-
-    def _match(
-        self, gt_instances: list[Instances], sizes: Sequence[Sequence[int]]
-    ) -> tuple[list[Boxes], Tensor, Tensor, Targets]:
-        """Anchors of feature maps, their labels and matched indices, and what follows of these."""
-        anchors = self._anchors(sizes)
-        labels, matched_idxs = self.assigner(anchors, gt_instances)
-        arguments = anchors, labels, matched_idxs, gt_instances
-        return *arguments[:3], find_targets(*arguments, sizes, self.num_classes)
+    def _empty_features(self, images: Tensor) -> list[Tensor]:
+        """(1, 0, Hi, Wi) per level: the sizes that the features of these images will have."""
+        strides = [self.strides[name] for name in self.head_in_features]
+        sizes = [[-(-length // stride) for length in images.shape[-2:]] for stride in strides]
+        return [self.pixel_mean.new_empty(1, 0, *size) for size in sizes]
 
     def _check_num_classes(self, num_classes: int | None) -> None:
         found = {

@@ -36,9 +36,9 @@ class Targets(NamedTuple):
 class _Found(NamedTuple):
     """Some anchors, level by level."""
 
-    image: Tensor
-    number: Tensor  # among the R of all levels
-    counts: list[int]  # per level
+    levels: list[LevelTargets]
+    image: Tensor  # (P,) of the positive ones
+    number: Tensor  # (P,) among the R anchors of all levels
 
 
 def find_targets(
@@ -46,7 +46,7 @@ def find_targets(
     labels: Tensor,
     matched_idxs: Tensor,
     gt_instances: list[Instances],
-    sizes: Sequence[Sequence[int]],
+    features: Sequence[Tensor],
     num_classes: int,
 ) -> Targets:
     """
@@ -54,27 +54,22 @@ def find_targets(
         anchors: (Hi x Wi x A) boxes per level; R over all levels.
         labels, matched_idxs: (N, R) each, from `Assigner`.
         gt_instances: N images with `gt_boxes`, on any device.
-        sizes: (Hi, Wi) per level.
+        features: (..., Hi, Wi) per level, for their sizes.
         num_classes: K.
     """
-    shapes = [
-        (*size, len(level) // math.prod(size)) for level, size in zip(anchors, sizes, strict=True)
-    ]
+    flat, shapes = [level.tensor for level in anchors], []
+    for level, feature in zip(flat, features, strict=True):
+        height, width = feature.shape[-2:]
+        shapes.append((height, width, len(level) // (height * width)))
     boxes_per_image = [x.gt_boxes.tensor for x in gt_instances]
     first_box = [0, *accumulate(map(len, boxes_per_image))][:-1]
-    gt_boxes, first_box, table = to_device(
-        [torch.cat(boxes_per_image), torch.tensor(first_box), _table(shapes)], labels.device
+    gt_boxes, first_box = to_device(
+        [torch.cat(boxes_per_image), torch.tensor(first_box)], labels.device
     )
-    positive, ignored = _find(labels, shapes, num_classes)
-    image, number = positive.image, positive.number
+    levels, image, number = _find(labels, shapes, num_classes)
     box = first_box[image] + matched_idxs[image, number]
-    own_anchors = torch.cat([level.tensor for level in anchors])[number]
     num_positives = torch.zeros_like(first_box).scatter_add_(0, image, torch.ones_like(image))
-    return Targets(
-        _levels(labels, positive, ignored, table),
-        Positives(image, own_anchors, gt_boxes[box]),
-        num_positives,
-    )
+    return Targets(levels, Positives(image, torch.cat(flat)[number], gt_boxes[box]), num_positives)
 
 
 def level_targets(labels: Tensor, logits: list[Tensor], num_classes: int) -> list[LevelTargets]:
@@ -86,57 +81,56 @@ def level_targets(labels: Tensor, logits: list[Tensor], num_classes: int) -> lis
         num_classes: K.
     """
     shapes = [(*x.shape[-2:], x.shape[1] // num_classes) for x in logits]
-    (table,) = to_device([_table(shapes)], labels.device)
-    return _levels(labels, *_find(labels, shapes, num_classes), table)
+    return _find(labels, shapes, num_classes).levels
 
 
-def _find(labels: Tensor, shapes: Sequence[tuple], num_classes: int) -> tuple[_Found, _Found]:
-    """The positive anchors, and the ignored ones."""
-    ends = list(accumulate(map(math.prod, shapes)))
+def _find(labels: Tensor, shapes: Sequence[tuple[int, int, int]], num_classes: int) -> _Found:
+    """
+    Args:
+        shapes: (Hi, Wi, A) per level.
+    """
     masks = (labels >= 0) & (labels < num_classes), labels < 0
+    ends = list(accumulate(map(math.prod, shapes)))
+    begins = [0, *ends[:-1]]
     if labels.device.type == "cpu":
-        return tuple(_find_on_cpu(mask, ends) for mask in masks)
-    # How many there are up to the end of each level.
+        found, counts = [], []
+        for mask in masks:
+            levels = [mask[:, i:j].nonzero() for i, j in zip(begins, ends, strict=True)]
+            image, number = torch.cat(levels).t().contiguous()
+            counts.append(list(map(len, levels)))
+            number += torch.tensor(begins).repeat_interleave(torch.tensor(counts[-1]))
+            found.append((image, number))
+    else:
+        found, counts = _find_on_device(masks, ends)
+    # Each level's first anchor, the one after its last, A, and Wi.
+    table = [begins, ends, [a for _, _, a in shapes], [width for _, width, _ in shapes]]
+    (table,) = to_device([torch.tensor(table)], labels.device)
+    places = []
+    for (image, number), own in zip(found, counts, strict=True):
+        first, _, num_anchors, width = table[:, torch.bucketize(number, table[1], right=True)]
+        cell = (number - first).div(num_anchors, rounding_mode="floor")
+        row = cell.div(width, rounding_mode="floor")
+        anchor, column = number - first - cell * num_anchors, cell - row * width
+        axes = [x.split(own) for x in (image, anchor, row, column)]
+        places.append([Places(*place) for place in zip(*axes, strict=True)])
+    image, number = found[0]
+    classes = labels[image, number].split(counts[0])
+    levels = [LevelTargets(*level) for level in zip(places[0], classes, places[1], strict=True)]
+    return _Found(levels, image, number)
+
+
+def _find_on_device(
+    masks: Sequence[Tensor], ends: Sequence[int]
+) -> tuple[list[tuple[Tensor, Tensor]], list[list[int]]]:
+    """Image and number of the anchors at which (N, R) masks are True, and how many per level.
+
+    Args:
+        ends: the anchor after the last, per level.
+    """
     up_to = torch.stack([mask.sum(0) for mask in masks]).cumsum(1)
-    up_to = torch.stack([up_to[:, end - 1] for end in ends], 1).tolist()
+    up_to = torch.stack([up_to[:, end - 1] for end in ends], 1).tolist()  # here the host waits
     found = []
     for mask, own in zip(masks, up_to, strict=True):
-        number, image = mask.t().nonzero_static(size=own[-1]).unbind(1)
-        counts = [end - begin for begin, end in zip([0, *own], own, strict=False)]
-        found.append(_Found(image, number, counts))
-    return tuple(found)
-
-
-def _find_on_cpu(mask: Tensor, ends: list[int]) -> _Found:
-    begins = [0, *ends[:-1]]
-    levels = [
-        mask[:, begin:end].nonzero() + torch.tensor([0, begin])
-        for begin, end in zip(begins, ends, strict=True)
-    ]
-    image, number = torch.cat(levels).unbind(1)
-    return _Found(image, number, list(map(len, levels)))
-
-
-def _table(shapes: Sequence[tuple]) -> Tensor:
-    """(4, levels): each level's first anchor, the one after its last, A, and Wi."""
-    ends = list(accumulate(map(math.prod, shapes)))
-    return torch.tensor(
-        [[0, *ends[:-1]], ends, [a for _, _, a in shapes], [w for _, w, _ in shapes]]
-    )
-
-
-def _levels(labels: Tensor, positive: _Found, ignored: _Found, table: Tensor) -> list[LevelTargets]:
-    classes = labels[positive.image, positive.number].split(positive.counts)
-    places = [_places(found, table) for found in (positive, ignored)]
-    return [LevelTargets(*level) for level in zip(places[0], classes, places[1], strict=True)]
-
-
-def _places(found: _Found, table: Tensor) -> list[Places]:
-    level = torch.bucketize(found.number, table[1], right=True)
-    first, _, num_anchors, width = table[:, level]
-    number = found.number - first
-    cell = number.div(num_anchors, rounding_mode="floor")
-    row = cell.div(width, rounding_mode="floor")
-    anchor, column = number - cell * num_anchors, cell - row * width
-    axes = [x.split(found.counts) for x in (found.image, anchor, row, column)]
-    return [Places(*place) for place in zip(*axes, strict=True)]
+        number, image = mask.t().nonzero_static(size=own[-1]).t().contiguous()
+        found.append((image, number))
+    return found, [[j - i for i, j in zip([0, *own], own, strict=False)] for own in up_to]

@@ -1,6 +1,7 @@
 """Laws of folding: the same network, parameters and names, without the norms' passes."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from retina_focal.folding import (
     FoldedConv2d,
     FoldedTimmConv2d,
-    FoldedWeight,
     fold_frozen_norms,
     fold_timm_norms,
 )
@@ -61,20 +61,32 @@ def test_state_dict_is_the_same_folded_or_not():
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
+def replace_weight(module):
+    """By a tensor that can get the address of the old one."""
+    values = 2 * module.weight.detach()
+    module.weight.data = torch.empty(0)
+    module.weight.data = values.clone()
+
+
 CHANGES = {
     "parameter": lambda module: module.weight.mul_(2),
+    "data": replace_weight,
     "buffer": lambda module: module.norm.running_var.mul_(2),
     "checkpoint": lambda module: module.load_state_dict(conv(seed=3).state_dict()),
+    "assigned": lambda module: module.load_state_dict(conv(seed=3).state_dict(), assign=True),
     "dtype": lambda module: module.double(),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_the_cache_is_dropped_when_a_parameter_or_buffer_changes(change):
-    folded = FoldedConv2d(conv()).eval()
-    with torch.no_grad():
-        folded(image())
-        change(folded)
+@pytest.mark.parametrize("state", ["inference", "frozen", "trained"])
+def test_what_is_remembered_is_dropped_when_a_parameter_or_buffer_changes(change, state):
+    folded = FoldedConv2d(conv()).train(state != "inference")
+    folded.weight.requires_grad_(state == "trained")
+    for _ in range(3):
+        folded(image().to(folded.weight.dtype))
+        with torch.no_grad():
+            change(folded)
         x = image().to(folded.weight.dtype)
         torch.testing.assert_close(folded(x), conv_then_norm(folded, x), rtol=1e-4, atol=1e-4)
 
@@ -84,19 +96,68 @@ def conv_then_norm(module, x):
     return module.norm(y)
 
 
-def test_the_cache_is_made_in_eval_and_dropped_by_train(monkeypatch):
-    calls = []
-    fold = FoldedWeight.fold
-    monkeypatch.setattr(FoldedWeight, "fold", lambda self: calls.append(1) or fold(self))
+@pytest.mark.parametrize(
+    ("state", "operations"),
+    [
+        ("inference", ["convolution"]),
+        ("frozen", ["convolution"]),
+        # The product is a part of the graph: its gradient is one operation more.
+        ("trained", ["mul", "convolution"]),
+    ],
+)
+def test_only_what_has_a_gradient_is_computed_at_every_step(state, operations):
+    folded = FoldedConv2d(conv()).train(state != "inference")
+    folded.weight.requires_grad_(state == "trained")
+
+    def run():
+        with torch.set_grad_enabled(state != "inference"):
+            folded(image())
+
+    counts = [[name for name, _ in operators_of(run) if name in KERNELS] for _ in range(2)]
+    assert counts[1] == operations and len(counts[0]) > len(counts[1])
+    folded.train(folded.training)
+    assert [name for name, _ in operators_of(run) if name in KERNELS] == counts[0]
+
+
+KERNELS = {"mul", "add", "sub", "rsqrt", "addcmul", "convolution"}
+
+
+def test_a_step_of_a_frozen_resnet_folds_its_trained_weights_alone():
+    backbone = frozen_models()[1].backbone.train()
+    images = torch.randn(1, 3, 64, 64)
+
+    def forward():
+        backbone(images)
+
+    forward()
+    names = [name for name, _ in operators_of(forward)]
+    trained = sum(m.weight.requires_grad for m in backbone.modules() if isinstance(m, FoldedConv2d))
+    assert names.count("mul") == trained > 10 and "rsqrt" not in names
+
+
+def test_what_inference_remembers_serves_training():
+    folded = FoldedConv2d(conv()).eval()
+    folded.weight.requires_grad_(False)
+    with torch.inference_mode():
+        expected = folded(image())
+    x = image().requires_grad_()
+    y = folded(x)
+    y.sum().backward()
+    assert torch.equal(y, expected) and x.grad.abs().sum() > 0
+
+
+def test_a_copy_takes_nothing_that_is_remembered():
     folded = FoldedConv2d(conv()).eval()
     with torch.no_grad():
-        folded(image()), folded(image())
-        assert len(calls) == 1
-        folded.train().eval()
         folded(image())
-    assert len(calls) == 2
-    folded(image())  # a gradient is asked for: the product is a part of the graph
-    assert len(calls) == 3
+        other = copy.deepcopy(folded)
+        assert not other._folded._whole._memory
+        other.weight.zero_()
+        torch.testing.assert_close(other(image()), conv_then_norm(other, image()))
+    file = io.BytesIO()
+    torch.save(folded, file)
+    file.seek(0)
+    assert not torch.load(file, weights_only=False)._folded._whole._memory
 
 
 def frozen_models():

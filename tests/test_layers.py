@@ -23,6 +23,7 @@ LAYERS = [
         "folding",
         "normalizers",
         "transfer",
+        "padding",
     },
     {"dense_sum", "sampling", "anchors", "assigner", "box_tower", "backbone", "ground_truth"},
     {"atss", "head", "targets"},

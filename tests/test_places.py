@@ -1,20 +1,8 @@
-"""Laws of places: as indexing by a mask, with the names of the axes."""
+"""Laws of places: one anchor has one name in maps, labels and flattened maps."""
 
 import torch
 
-from retina_focal.places import Places, places_of_elements, places_where
-
-
-def test_places_are_found_waiting_once_as_by_nonzero():
-    generator = torch.Generator().manual_seed(0)
-    masks = [
-        torch.rand(shape, generator=generator) < fraction
-        for shape in [(2, 3, 4, 9), (1, 1, 1, 1), (3, 1, 5, 2)]
-        for fraction in (0.0, 0.1, 1.0)
-    ]
-    for mask, place in zip(masks, places_where(masks), strict=True):
-        found = place.image, place.row, place.column, place.anchor
-        torch.testing.assert_close(found, mask.nonzero(as_tuple=True), rtol=0, atol=0)
+from retina_focal.places import Places, places_of_elements
 
 
 def test_a_place_names_the_same_anchor_in_maps_and_in_labels():

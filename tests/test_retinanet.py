@@ -154,17 +154,21 @@ def entered(model: nn.Module, batch: list[dict]) -> set[tuple[str, str, int]]:
 # open to follow it. A file may come where it holds an idea of its own, a function where it has a
 # name that could be a heading; neither for plumbing.
 OF_A_STEP = {
-    "retinanet.py": 3,  # the table of contents, preprocessing, checks of the ground truth
+    "retinanet.py": 4,  # the table of contents, preprocessing, the sizes of images and features
+    "padding.py": 1,  # the size that all images of the step share
+    "transfer.py": 1,  # to a device, where there is one
+    "anchors.py": 1,
+    "ground_truth.py": 1,  # checks
+    "assigner.py": 2,
+    "matching.py": 4,  # windows, pairs, their IoU, the best of each anchor
+    "targets.py": 2,  # what is not background
     "precision.py": 1,
     "head.py": 1,
     "box_tower.py": 4,  # split at the last norm, find the cells, run there
-    "places.py": 3,  # anchors in maps and in rows of labels
-    "assigner.py": 1,
-    "matching.py": 3,  # windows, pairs, their IoU
-    "criterion.py": 4,
+    "criterion.py": 2,
     "normalizers.py": 1,
     "losses.py": 1,
-    "dense_sum.py": 5,  # forward, backward, background and corrections of a level
+    "dense_sum.py": 6,  # forward, backward, background of a level, two corrections
     "box_losses.py": 1,
 }
 
@@ -176,3 +180,14 @@ def test_a_training_step_enters_few_functions(model):
     own = Counter(Path(file).name for file, _, _ in ours if "retina_focal" in file)
     assert own == OF_A_STEP
     assert len(ours) < len(stock)
+
+
+def test_a_backbone_that_rounds_otherwise_trains_on_the_anchors_of_its_features(model):
+    """Labels come before the network. So they are for the sizes that its features should have."""
+    batch, losses = pictures([(96, 96)], [3]), []
+    with pytest.MonkeyPatch.context() as patch:
+        for strides in (model.strides, dict.fromkeys(model.strides, 32)):
+            patch.setattr(model, "strides", strides)
+            model.criterion.loss_normalizer.fill_(100)
+            losses.append(train_step(model, batch))
+    assert losses[0] == losses[1]

@@ -11,10 +11,12 @@ from collections.abc import Callable
 import numpy as np
 
 from retina_focal.data.findings import MAX_ID, Check, Finding, Section, shortened
+from retina_focal.files import leads_outside
 
 MAX_PIXEL = 1e6  # a coordinate beyond is that of no picture
 BEYOND = 2.0  # px by which a box may leave its picture unnoticed
 NUMBERS = {int, float}
+ALLOW_OUTSIDE = "MODEL.RETINA_FOCAL.DATA.ALLOW_OUTSIDE"
 SECTIONS = ("images", "annotations", "categories")
 
 
@@ -82,6 +84,12 @@ def _check_images(images: Section) -> tuple[dict[int, int], np.ndarray]:
     fit = images.expect_type("file_name", names, {str}, "the path of a picture, a text")
     wrong = [i for i in np.flatnonzero(fit) if not names[i].strip() or "\0" in names[i]]
     images.find("file_name", "error", wrong, "have no path as 'file_name'", "file_name")
+    outside = [i for i in np.flatnonzero(fit) if leads_outside(names[i])]
+    text = (
+        "lie outside the image folder, which only a command can allow: name the folder above, or "
+        f"add {ALLOW_OUTSIDE} True"
+    )
+    images.find("outside", "outside", outside, text, "file_name")
     sides = []
     for key in ("width", "height"):
         values = images.column(key)

@@ -204,8 +204,9 @@ def load_lazy_cfg(
         LazyConfig.apply_overrides(cfg, list(opts))
     except Exception as error:  # what hydra and omegaconf raise has no other base in common
         raise UserError(f"{' '.join(opts)}: {str(error).splitlines()[0]}") from error
+    allow = OmegaConf.select(cfg, "train.retina_focal.data.allow_outside", default=False)
     for row in datasets:
-        register_coco_json(*row)
+        register_coco_json(*row, allow_outside=allow)
     cfg.train.device = available_device(cfg.train.device)
     return cfg
 

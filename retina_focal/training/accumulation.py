@@ -1,7 +1,7 @@
 """Gradient accumulation that equals the big batch.
 
-The losses are divided by the positives of all images of a step. Those are known before any of the
-network runs, since labels need only boxes and image sizes.
+The losses are divided by the positives of all images of a step, and all images are padded to one
+size. Both are known before any of the network runs, since labels need only boxes and image sizes.
 """
 
 import math
@@ -37,9 +37,10 @@ def accumulate_gradients(
     inputs = [(micro_batch,) for micro_batch in micro_batches]
     detector = model.module if isinstance(model, DistributedDataParallel) else model
     if len(inputs) > 1:
-        positives = [detector.count_positives(micro_batch) for micro_batch in micro_batches]
+        padded_size = detector.padded_size(batched_inputs)
+        positives = [detector.count_positives(x, padded_size) for x in micro_batches]
         normalizers = detector.criterion.normalizers(torch.cat(positives)).split(size)
-        inputs = list(zip(micro_batches, normalizers, strict=True))
+        inputs = [(x, y, padded_size) for x, y in zip(micro_batches, normalizers, strict=True)]
     total: dict[str, Tensor] = {}
     for i, arguments in enumerate(inputs, 1):
         with nullcontext() if i == len(inputs) or model is detector else model.no_sync():

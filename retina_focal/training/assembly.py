@@ -151,12 +151,14 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode | DictConfig) -> Iterable[list[dict]]:
         """See `data.loading.build_train_loader`; of another kind it starts anew on resuming."""
         values = plain_values(cfg)
-        max_pixels = retina_focal_node(values).DATA.MAX_PIXELS
-        return build_train_loader(cfg, values.SEED, max_pixels=max_pixels)
+        node = retina_focal_node(values)
+        options = {"timeout": node.TRAIN.TIMEOUT, "max_pixels": node.DATA.MAX_PIXELS}
+        return build_train_loader(cfg, values.SEED, **options)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
-        return StoppableLoader(yaml_test_loader(cfg, dataset_name))
+        timeout = retina_focal_node(cfg).TRAIN.TIMEOUT
+        return StoppableLoader(yaml_test_loader(cfg, dataset_name), timeout)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode | DictConfig, optimizer: Optimizer) -> LRScheduler:
@@ -176,8 +178,9 @@ class Trainer(DefaultTrainer):
         elif "evaluator" not in cfg.dataloader:
             return {}
         else:
-            max_pixels = retina_focal_node(plain_values(cfg)).DATA.MAX_PIXELS
-            loader = StoppableLoader(lazy_test_loader(cfg, max_pixels))
+            node = retina_focal_node(plain_values(cfg))
+            loader = lazy_test_loader(cfg, node.DATA.MAX_PIXELS)
+            loader = StoppableLoader(loader, node.TRAIN.TIMEOUT)
             evaluator = evaluators or lazy_evaluator(cfg)
             results = inference_on_dataset(model, loader, evaluator) or {}
             print_csv_format(results)
@@ -216,6 +219,8 @@ class Trainer(DefaultTrainer):
         try:
             self._last_eval_results = self.test(self.parts, self.model)
         except Stop as stop:
+            self._trainer.stop_signal = stop.signum
+            self._resume.after_step()
             self._stop.save()
             raise stop
         self.evaluated = self.iter

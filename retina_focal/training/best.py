@@ -108,10 +108,9 @@ def has_ended(trainer: DefaultTrainer) -> bool:
     results = results_in_metrics(Path(folder, "metrics.json"), trainer.start_iter)
     results = comm.all_gather(results)[0]
     if results is None and trainer.start_iter == end and not stopped:
-        trainer.iter = end - 1
-        with EventStorage(trainer.iter) as trainer.storage:
+        trainer.iter = end
+        with EventStorage(end) as trainer.storage:
             trainer.before_train()
-            trainer.iter = end
             trainer.after_train()
     elif results is not None:
         trainer._last_eval_results = results

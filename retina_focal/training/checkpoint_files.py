@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from retina_focal.errors import UserError
-from retina_focal.files import whole_file
+from retina_focal.files import whole_file, write_error
+from retina_focal.weights.formats import read_weights
 
 TAG = "last_checkpoint"
 PERIODIC = re.compile(r"model_(\d{7})\.pth")
@@ -45,15 +46,18 @@ def write_checkpoint(path: Path, content: dict) -> None:
 @contextmanager
 def durable_file(path: Path) -> Iterator[BinaryIO]:
     """`whole_file`, on the disk when the block ends: a power cut leaves it, or the one before."""
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise write_error(path, error) from error
 
 
 class _HashedFile:
@@ -124,14 +128,8 @@ def read_checkpoint(path: Path) -> dict:
     Raises:
         UserError: it is neither; the file is named.
     """
-    try:
-        _check_content(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling half a file may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"'{path}' is not a whole checkpoint ({reason})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(f"'{path}' holds no weights under 'model'")
+    _check_content(path)
+    content = read_weights(path, "it is no checkpoint of a run")
     wrong = not_finite(content["model"])
     if wrong:
         raise UserError(f"'{path}' has weights that are not finite: {wrong}")
@@ -148,12 +146,15 @@ def _check_content(path: Path) -> None:
                 found.update(block)
         expected = beside.read_text(errors="replace").split()[:1]
         if [found.hexdigest()] != expected:
-            raise UserError(f"its SHA-256 isn't that of {beside.name}")
+            raise UserError(f"'{path}' is not whole: its SHA-256 isn't that of {beside.name}")
     elif zipfile.is_zipfile(path):  # a file of torch before 1.6 is none
-        with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                wrong = archive.testzip()
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+            wrong = str(error)
         if wrong:
-            raise UserError(f"its part {wrong} is damaged")
+            raise UserError(f"'{path}' is not whole: {wrong} is damaged")
 
 
 def hash_file(path: Path) -> Path:

@@ -242,6 +242,8 @@ def joined(world: World, timeout: float) -> Iterator[None]:
         reason = peers.explain() if peers and is_lost_peer(error) else in_words(error)
         if peers:
             peers.tell(reason or f"{type(error).__name__}: {error}")
+            if world.rank == 0:
+                time.sleep(2 * peers.period)  # for the others to read it, before the store goes
         if reason and not isinstance(error, UserError):
             raise UserError(reason) from error
         raise
@@ -260,7 +262,7 @@ def in_words(error: BaseException) -> str | None:
     if type(error) is RuntimeError and text.startswith("DataLoader "):
         if "timed out" in text:
             return f"{text} (MODEL.RETINA_FOCAL.TRAIN.TIMEOUT); is the disk or network stuck?"
-        return f"{text.splitlines()[0]} Out of memory? Try fewer: DATALOADER.NUM_WORKERS"
+        return f"{text.splitlines()[0].strip()} Out of memory? Try fewer: DATALOADER.NUM_WORKERS"
     return None
 
 

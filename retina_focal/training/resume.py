@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,34 +39,48 @@ class ExactResume(HookBase):
     hook that saves, in every process.
     """
 
-    def __init__(self, seed: int, save_period: int):
+    def __init__(self, seed: int, periods: Sequence[int]):
         """
         Args:
             seed: not negative.
-            save_period: iterations between checkpoints.
+            periods: iterations between checkpoints, and between evaluations, in which a signal may
+                ask for one; 0: none.
         """
-        self.seed, self.save_period = seed, save_period
+        self.seed, self.periods = seed, [period for period in periods if period > 0]
         self.draws_seed = False  # True: the checkpoint's seed takes the place of this one
-        self._criteria: list[dict] = []
+        self._criteria: tuple[int, list[dict]] = (-1, [])  # of which iteration, by process
+        self._metrics_begin = 0  # bytes of earlier runs in the same folder
         self._loaded: dict | None = None
+
+    @property
+    def _metrics(self) -> Path:
+        return Path(self.trainer.cfg.OUTPUT_DIR, "metrics.json")
+
+    def before_train(self) -> None:
+        path = self._metrics
+        if self.trainer.start_iter == 0 and path.is_file():
+            self._metrics_begin = path.stat().st_size
 
     def before_step(self) -> None:
         seed_everything(STEP, self.seed, self.trainer.iter, comm.get_rank())
 
     def after_step(self) -> None:
         # A moving average of positives is each process's own.
-        done = self.trainer.iter + 1
-        stops = getattr(self.trainer._trainer, "stop_signal", 0)
-        if done % self.save_period == 0 or done == self.trainer.max_iter or stops:
-            self._criteria = comm.gather(dict(_criterion_buffers(self.trainer.model)))
+        trainer, done = self.trainer, self.trainer.iter + 1
+        is_last = done == trainer.max_iter or trainer._trainer.stop_signal
+        if is_last or any(done % period == 0 for period in self.periods):
+            buffers = dict(_criterion_buffers(trainer.model))
+            self._criteria = (trainer.iter, comm.gather({k: x.cpu() for k, x in buffers.items()}))
 
     def state_dict(self) -> dict:
         trainer, loader = self.trainer, self.trainer.data_loader
+        iteration, criteria = self._criteria
         state = {
             "seed": self.seed,
             "processes": comm.get_world_size(),
-            "criteria": self._criteria,
+            "criteria": criteria if iteration == trainer.iter else [],
             "evaluated": trainer.evaluated,
+            "metrics_begin": self._metrics_begin,
             "scalars": _recent_scalars(trainer.storage),
         }
         if isinstance(loader, TrainLoader):
@@ -77,8 +91,13 @@ class ExactResume(HookBase):
     def load_state_dict(self, state_dict: dict) -> None:
         self._loaded = state_dict
 
+    def begin(self) -> None:
+        """Without a checkpoint to go on from: drop what an interrupted run has measured."""
+        if comm.is_main_process():
+            cut_metrics(self._metrics, 0)
+
     def go_on(self) -> None:
-        """Set loader and criterion to where the loaded checkpoint was made."""
+        """Set loaders and criterion to where the loaded checkpoint was made."""
         trainer, state = self.trainer, self._loaded
         if state is None:
             logger.warning("the checkpoint is not of this package: the order of images starts anew")
@@ -104,6 +123,10 @@ class ExactResume(HookBase):
                     state.get("images"),
                     loader.num_images,
                 )
+        for hook in trainer._hooks:
+            if isinstance(hook, hooks.PreciseBN) and isinstance(hook._data_loader, TrainLoader):
+                updates = (trainer.iter + 1) // hook._period if hook._period else 0
+                hook._data_loader.first_batch = updates * hook._num_iter
         processes = comm.get_world_size()
         if state["processes"] != processes:
             logger.warning(
@@ -115,7 +138,7 @@ class ExactResume(HookBase):
         elif len(state["criteria"]) == processes:
             buffers = dict(_criterion_buffers(self.trainer.model))
             for name, value in state["criteria"][comm.get_rank()].items():
-                if name in buffers:
+                if name in buffers:  # not after a change of the normaliser
                     buffers[name].copy_(value)
 
     def catch_up(self) -> None:
@@ -129,7 +152,7 @@ class ExactResume(HookBase):
         trainer, state, self._loaded = self.trainer, self._loaded, None
         storage, start = trainer.storage, trainer.iter
         trainer.iter = storage.iter = start - 1
-        trainer.evaluated = state["evaluated"]
+        trainer.evaluated, self._metrics_begin = state["evaluated"], state["metrics_begin"]
         for name, (is_smoothed, values) in state["scalars"].items():
             for value, iteration in values:
                 storage.put_scalar(name, value, is_smoothed, iteration)
@@ -138,7 +161,7 @@ class ExactResume(HookBase):
             if is_evaluation or isinstance(hook, FollowsEvaluation):
                 hook.after_step()
             elif isinstance(hook, hooks.PeriodicWriter):
-                last = cut_metrics(Path(trainer.cfg.OUTPUT_DIR, "metrics.json"), start - 1)
+                last = cut_metrics(self._metrics, start - 1, state["metrics_begin"])
                 for writer in hook._writers:
                     if isinstance(writer, (JSONWriter, TensorboardXWriter)):
                         writer._last_write = last
@@ -165,27 +188,27 @@ def _recent_scalars(storage: EventStorage) -> dict[str, tuple[bool, list[tuple[f
     }
 
 
-def cut_metrics(path: Path, iteration: int) -> int:
-    """Cut `metrics.json` off before the first line, of the last run in it, from `iteration` on.
+def cut_metrics(path: Path, iteration: int, begin: int = 0) -> int:
+    """Cut `metrics.json` off before the first line from `iteration` on, and a torn one.
 
+    Args:
+        begin: bytes of earlier runs in the same folder, which stay.
     Returns:
-        The last iteration that stays; -1 where none does.
+        The last iteration of this run that stays; -1 where none does.
     """
-    last, end, previous, is_cut, offset = -1, 0, -1, False, 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
-        offset += len(line)
+    if not path.is_file():
+        return -1
+    last, end, content = -1, begin, path.read_bytes()
+    for line in content[begin:].splitlines(keepends=True):
         try:
-            current = json.loads(line)["iteration"] if line.endswith(b"\n") else None
+            current = json.loads(line)["iteration"]
         except (ValueError, KeyError, TypeError):
-            current = None
-        if current is None:  # torn by a kill
-            continue
-        if current <= previous:  # a run that started anew in the same folder
-            last, end, is_cut = -1, offset - len(line), False
-        previous, is_cut = current, is_cut or current >= iteration
-        if not is_cut:
-            last, end = current, offset
-    if offset > end:
+            break
+        if current >= iteration or not line.endswith(b"\n"):
+            break
+        # What is written at once is in no order.
+        last, end = max(last, current), end + len(line)
+    if end < len(content):
         os.truncate(path, end)
     return last
 

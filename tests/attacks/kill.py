@@ -54,16 +54,27 @@ LAZY = """
 from detectron2.config import LazyCall as L, LazyConfig
 from detectron2.data import transforms as T
 from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import BasicStem, ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock
 from retina_focal.config import config_path
 
 cfg = LazyConfig.load(config_path("lazy/retinanet_R_50_FPN_1x.py"))
 model, optimizer, lr_multiplier = cfg.model, cfg.optimizer, cfg.lr_multiplier
 train, dataloader = cfg.train, cfg.dataloader
-stages = model.backbone.bottom_up.stages
-stages.depth, model.backbone.bottom_up.freeze_at = 18, 0
-stages.norm = model.backbone.bottom_up.stem.norm = "GN"
-del stages["stride_in_1x1"]
-model.backbone.top_block.in_channels, model.backbone.out_channels = 512, 32
+bottom_up = model.backbone.bottom_up
+bottom_up.freeze_at, bottom_up.stem = 0, L(BasicStem)(in_channels=3, out_channels=32, norm="GN")
+bottom_up.stages = [  # a block with a stride needs another number of channels
+    L(ResNet.make_stage)(
+        block_class=BasicBlock,
+        num_blocks=1,
+        stride_per_block=[stride],
+        in_channels=channels,
+        out_channels=out_channels,
+        norm="GN",
+    )
+    for stride, channels, out_channels in [(1, 32, 32), (2, 32, 64), (2, 64, 32), (2, 32, 64)]
+]
+model.backbone.top_block.in_channels, model.backbone.out_channels = 64, 32
 model.head.input_shape, model.head.conv_dims = [ShapeSpec(channels=32)] * 5, [32]
 model.num_classes, model.postprocessor.score_thresh = 3, 0.0
 for split in ("train", "test"):
