@@ -48,6 +48,9 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         UserError: see `read_yaml_with_bases`; or it has an unknown key or a value of another type.
     """
     loaded = CfgNode(read_yaml_with_bases(path, package_config))
+    for key, value in loaded.items():
+        if isinstance(cfg.get(key), CfgNode) and not isinstance(value, CfgNode):
+            raise UserError(f"{path}: {key} is {value!r}; expected KEY: VALUE below it")
     try:
         version = loaded.get("VERSION") or guess_version(loaded, path)
         if version == cfg.VERSION:
@@ -60,18 +63,12 @@ def merge_file(cfg: CfgNode, path: str) -> None:
             cfg.update(new)
         else:
             raise UserError(f"VERSION is {version}; expected at most {cfg.VERSION}")
-    # yacs asserts; a text in a value may look like Python and be none.
-    except (
-        AssertionError,
-        KeyError,
-        MemoryError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (AssertionError, KeyError, TypeError, ValueError) as error:  # yacs asserts
         # The text of a KeyError has quotes around it.
         message = error.args[0] if isinstance(error, KeyError) else error
-        raise UserError(f"{path}: {message or type(error).__name__}") from error
+        raise UserError(f"{path}: {message}") from error
+    except (MemoryError, RecursionError) as error:  # yacs reads a text as Python writes a value
+        raise UserError(f"{path}: a value is nested too deeply") from error
     if "RETINA_FOCAL" in cfg.MODEL:
         # Whoever wrote the file may have written the dataset: only who types a command decides.
         cfg.MODEL.RETINA_FOCAL.DATA.ALLOW_OUTSIDE = False
@@ -237,6 +234,11 @@ def _default_node() -> CfgNode:
     node.TRAIN.PATIENCE = 0
     # Which images and boxes are read, and the dataset that choices are made on.
     node.DATA = CfgNode()
+    # Pictures that a training may skip, as they can't be used, before it stops: 0 stops at the
+    # first. Each is counted once and named.
+    node.DATA.MAX_BAD_IMAGES = 0
+    # Pixels of the largest picture that is decoded; the file tells them beforehand.
+    node.DATA.MAX_PIXELS = 50_000_000
     # Whether pictures may lie outside of their dataset's image folder, by ".." or an absolute path
     # in the annotations. Of the command line alone: a config file can't set it.
     node.DATA.ALLOW_OUTSIDE = False

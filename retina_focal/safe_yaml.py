@@ -63,8 +63,9 @@ def read_yaml(path: str | Path) -> dict:
         UserError: see `read_text`; it is no YAML of KEY: VALUE, has a tag other than YAML's own, a
             key twice, or is larger or deeper than any config.
     """
+    text = read_text(path)
     try:
-        loaded = _Loader(read_text(path)).get_single_data()
+        loaded = _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: {error.problem or error.context}") from error
@@ -160,6 +161,7 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str):
         super().__init__(text)
         self.depth = 0
+        self.num_nodes = 0
         self.sizes: dict[int, int] = {}  # values of a node, those of its aliases included
 
     def compose_node(self, parent: Node | None, index: object) -> Node:
@@ -170,8 +172,11 @@ class _Loader(yaml.SafeLoader):
                 raise _error("an alias stands inside of what it repeats", event)
             return node
         self.depth += 1
+        self.num_nodes += 1
         if self.depth > MAX_DEPTH:
             raise _error(f"nodes and lists are nested deeper than {MAX_DEPTH}", event)
+        if self.num_nodes > MAX_VALUES:
+            raise _error(f"there are more than {MAX_VALUES:,} values", event)
         node = super().compose_node(parent, index)
         self.depth -= 1
         self._check(node)

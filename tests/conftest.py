@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import resource
+import signal
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -138,3 +140,39 @@ def data(tmp_path_factory) -> Path:
     content = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
     (folder / "a.json").write_text(json.dumps(content))
     return folder
+
+
+class Canary:
+    """Pickled it writes `path` when it is loaded by a program that runs what it loads."""
+
+    path = ""
+
+    def __reduce__(self) -> tuple:
+        return open, (self.path, "w")
+
+
+@pytest.fixture
+def attacked(tmp_path, monkeypatch) -> Path:
+    """A folder for hostile files. Afterwards nothing has run, and nothing took a GB or a minute.
+
+    The limit is of address space, so that memory that is asked for and not used counts too.
+    """
+    monkeypatch.setattr(Canary, "path", str(tmp_path / "canary"))
+    folder = tmp_path / "attack"
+    folder.mkdir()
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+
+    def too_slow(*_) -> None:
+        pytest.fail("a minute has passed")  # no Exception, which the reader might name
+
+    handler = signal.signal(signal.SIGALRM, too_slow)
+    signal.alarm(60)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 10**9, before[1]))
+    try:
+        yield folder
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+    assert not (tmp_path / "canary").exists(), "code of a file has run"

@@ -259,9 +259,8 @@ def test_words_of_the_settings_are_text():
 
 
 def test_differences_from_another_reference_are_not_inherited(tmp_path):
-    (tmp_path / "base.yaml").write_text(
-        "# Follows: detectron2\n# Differs in: gamma, alpha\nVERSION: 2\n"
-    )
+    header = "# Follows: detectron2\n# Differs in: gamma, alpha\n"
+    (tmp_path / "base.yaml").write_text(f"{header}VERSION: 2\n")
     (tmp_path / "same.yaml").write_text("# Differs in: prior\n_BASE_: base.yaml\n")
     (tmp_path / "other.yaml").write_text("# Follows: paper\n_BASE_: 'base.yaml'\n")
     assert fidelity.declaration(tmp_path / "same.yaml") == (

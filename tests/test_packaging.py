@@ -126,11 +126,36 @@ def write_data_set(folder: Path) -> None:
     (folder / "squares.json").write_text(json.dumps(coco))
 
 
+def pins(path: Path) -> list[str]:
+    """name==version of each requirement of a file."""
+    lines = path.read_text().replace("\\\n", " ").splitlines()
+    return [line.split()[0].rstrip(";") for line in lines if line.strip() and line[0] != "#"]
+
+
+def test_every_file_that_make_setup_fetches_is_known_by_its_hash():
+    for path in ROOT.glob("requirements*.txt"):
+        lines = path.read_text().replace("\\\n", " ").splitlines()
+        assert all("--hash=sha256:" in line for line in lines if line.strip() and line[0] != "#")
+    commands = (ROOT / "Makefile").read_text().replace("\\\n", " ").splitlines()
+    fetching = [line for line in commands if "$(PIP) install" in line]
+    assert len(fetching) == 5
+    for line in fetching:
+        assert "--require-hashes" in line or "--no-deps --no-build-isolation --editable ." in line
+
+
+def test_the_hashes_are_of_the_versions_that_are_asked_for():
+    locked = set(pins(ROOT / "requirements.txt"))
+    assert set(pins(ROOT / "requirements.in")) <= locked
+    (opencv,) = (x for x in locked if x.startswith("opencv-python"))
+    headless = opencv.replace("opencv-python", "opencv-python-headless")
+    assert pins(ROOT / "requirements-opencv-headless.txt") == [headless]
+
+
 @pytest.fixture
 def fresh_machine(tmp_path) -> Path:
     """A clone without .venv, with programs that stand for Pythons of three versions."""
-    for name in ("Makefile", "requirements.txt", "requirements-detectron2.txt"):
-        shutil.copy(ROOT / name, tmp_path)
+    for path in (ROOT / "Makefile", *ROOT.glob("requirements*.txt")):
+        shutil.copy(path, tmp_path)
     for version in ("3.9", "3.10", "3.13"):
         write_program(tmp_path / f"python{version}", f'[ "$1" = -c ] && echo {version} || echo $@')
     write_program(tmp_path / "broken", "exit 127")

@@ -10,7 +10,8 @@ from detectron2.data.datasets import register_coco_instances
 from pycocotools.coco import COCO
 
 from retina_focal import get_cfg, register_datasets
-from retina_focal.data.classes import ClassNames, match_checkpoint, match_classes
+from retina_focal.config import merge_options
+from retina_focal.data.classes import match_checkpoint, match_classes
 from retina_focal.data.registration import (
     check_datasets,
     check_num_classes,
@@ -220,14 +221,6 @@ def test_the_classes_of_a_checkpoint_number_those_of_the_datasets(row, caplog):
     assert "'c.pth' does not name its classes" in caplog.text
 
 
-def test_a_resumed_checkpoint_has_the_classes_of_the_training(row):
-    register_coco_json(*row)
-    names = ClassNames([row[0]])
-    names.load_state_dict(names.state_dict())
-    with pytest.raises(UserError, match="second, first, and the training data have first, second"):
-        names.load_state_dict(["second", "first"])
-
-
 def test_a_missing_image_folder_is_named(row):
     with pytest.raises(UserError, match="image folder 'nowhere'"):
         register_coco_json(row[0], row[1], "nowhere")
@@ -267,3 +260,29 @@ def test_a_registered_dataset_without_its_file_names_detectron2s_folder(row, mon
     monkeypatch.setenv("DETECTRON2_DATASETS", "/data")
     with pytest.raises(UserError, match=f"{row[1]}.*DETECTRON2_DATASETS names, now '/data'"):
         check_datasets([row[0]])
+
+
+def test_pictures_outside_of_their_folder_are_refused_until_a_command_allows_them(row, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "elsewhere.png")
+    row[2] = str(folder)
+    cfg = get_cfg()
+    cfg.DATASETS.COCO_JSON, cfg.DATASETS.TRAIN = [row], (row[0],)
+    for name in ("../a.png", "b/../../a.png", str(tmp_path / "a.png")):
+        images = [{**CONTENT["images"][0], "file_name": name}]
+        Path(row[1]).write_text(json.dumps({**CONTENT, "images": images}))
+        with pytest.raises(
+            UserError, match=r"outside the image folder.*ALLOW_OUTSIDE True .images\[0\]"
+        ):
+            register_datasets(cfg)
+    merge_options(cfg, ["MODEL.RETINA_FOCAL.DATA.ALLOW_OUTSIDE", "True"])
+    register_datasets(cfg)
+    assert DatasetCatalog.get(row[0])[0]["file_name"] == str(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", ["a.png", "b/a.png", "./a..png", "..a/b.png", "link.png"])
+def test_pictures_inside_of_their_folder_and_links_are_taken(name, row):
+    images = [{**CONTENT["images"][0], "file_name": name}]
+    Path(row[1]).write_text(json.dumps({**CONTENT, "images": images}))
+    register_coco_json(*row)

@@ -154,7 +154,8 @@ def entered(model: nn.Module, batch: list[dict]) -> set[tuple[str, str, int]]:
 # open to follow it. A file may come where it holds an idea of its own, a function where it has a
 # name that could be a heading; neither for plumbing.
 OF_A_STEP = {
-    "retinanet.py": 3,  # the table of contents, preprocessing, the sizes that features will have
+    "retinanet.py": 4,  # the table of contents, preprocessing, the sizes of images and features
+    "padding.py": 1,  # the size that all images of the step share
     "transfer.py": 1,  # to a device, where there is one
     "anchors.py": 1,
     "ground_truth.py": 1,  # checks

@@ -24,12 +24,12 @@ SMALL = """
 SMALL = ["" if word == '""' else word for word in SMALL]
 
 
-def start_train(
+def train_command(
     data: Path, output: Path, *arguments: str, opts: Sequence[str] = (), script: Path | None = None
-) -> subprocess.CompletedProcess:
-    """`train_net.py`, or another script, in a process of its own."""
+) -> tuple[list[str], dict[str, str]]:
+    """`train_net.py`, or another script, behind the interpreter; and its environment."""
     command = [
-        sys.executable, "-W", "ignore", str(script or ROOT / "train_net.py"),
+        str(script or ROOT / "train_net.py"),
         "--config-file", "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
         "--dataset", "rectangles", str(data / "a.json"), str(data), *arguments,
         "DATASETS.TRAIN", "('rectangles',)", "DATASETS.TEST", "('rectangles',)",
@@ -40,6 +40,15 @@ def start_train(
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
+    return command, environment
+
+
+def start_train(
+    data: Path, output: Path, *arguments: str, **options
+) -> subprocess.CompletedProcess:
+    """A training in a process of its own."""
+    command, environment = train_command(data, output, *arguments, **options)
+    command = [sys.executable, "-W", "ignore", *command]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 

@@ -11,10 +11,12 @@ from collections.abc import Callable
 import numpy as np
 
 from retina_focal.data.findings import MAX_ID, Check, Finding, Section, shortened
+from retina_focal.files import leads_outside
 
 MAX_PIXEL = 1e6  # a coordinate beyond is that of no picture
 BEYOND = 2.0  # px by which a box may leave its picture unnoticed
 NUMBERS = {int, float}
+ALLOW_OUTSIDE = "MODEL.RETINA_FOCAL.DATA.ALLOW_OUTSIDE"
 SECTIONS = ("images", "annotations", "categories")
 
 
@@ -82,6 +84,12 @@ def _check_images(images: Section) -> tuple[dict[int, int], np.ndarray]:
     fit = images.expect_type("file_name", names, {str}, "the path of a picture, a text")
     wrong = [i for i in np.flatnonzero(fit) if not names[i].strip() or "\0" in names[i]]
     images.find("file_name", "error", wrong, "have no path as 'file_name'", "file_name")
+    outside = [i for i in np.flatnonzero(fit) if leads_outside(names[i])]
+    text = (
+        "lie outside the image folder, which only a command can allow: name the folder above, or "
+        f"add {ALLOW_OUTSIDE} True"
+    )
+    images.find("outside", "outside", outside, text, "file_name")
     sides = []
     for key in ("width", "height"):
         values = images.column(key)
@@ -126,9 +134,9 @@ def _check_annotations(
     annotations.find("ignore", "error", ignored, text, "ignore")
     _check_segmentations(annotations)
     boxes = _boxes(annotations)
-    if boxes is None or is_crowd is None:
-        return
     _check_areas(annotations)
+    if boxes is None or is_crowd is None or check.of("error"):
+        return
     empty = (boxes[:, 2:] == 0).any(axis=1)
     width, height = sizes[place].T
     x0, y0, x1, y1 = *boxes[:, :2].T, *(boxes[:, :2] + boxes[:, 2:]).T
@@ -207,7 +215,7 @@ def _boxes(annotations: Section) -> np.ndarray | None:
     try:
         array = np.array(flat, dtype=np.float64).reshape(-1, 4)
     except OverflowError:  # an int that float64 can't hold
-        array = np.array([min(x, 1e300) for x in flat], dtype=np.float64).reshape(-1, 4)
+        array = np.array([max(-1e300, min(x, 1e300)) for x in flat]).reshape(-1, 4)
     infinite = ~(np.abs(array) < MAX_PIXEL).all(axis=1)
     text = f"have a bbox that is not finite, or beyond {MAX_PIXEL:.0e} px; expected {expected}"
     annotations.find("box-infinite", "error", np.flatnonzero(infinite), text, "bbox")
@@ -256,7 +264,7 @@ def _is_whole_side(x: float) -> bool:
 
 
 def _is_area(x: object) -> bool:
-    return type(x) in NUMBERS and 0 <= x < math.inf
+    return type(x) in NUMBERS and 0 <= x < MAX_PIXEL**2
 
 
 def _is_flag(x: object) -> bool:

@@ -13,40 +13,12 @@ SHOWN = 8  # names that a line shows
 logger = logging.getLogger(__name__)
 
 
-class ClassNames:
-    """What a checkpoint holds as "classes": the names of the training's classes, in order.
-
-    For `Checkpointer(model, folder, classes=ClassNames(...))`; a checkpoint that is resumed must
-    have the same.
-    """
-
-    def __init__(self, datasets: Sequence[str]):
-        self.names = class_names(datasets)
-
-    def state_dict(self) -> list[str] | None:
-        return self.names
-
-    def load_state_dict(self, names: list[str] | None) -> None:
-        """Compare with the checkpoint's.
-
-        Raises:
-            UserError: they differ.
-        """
-        if names is not None and self.names is not None and list(names) != self.names:
-            raise UserError(
-                f"the checkpoint was trained with the classes {listed(names)}, and the training "
-                f"data have {listed(self.names)}; leave out --resume to train others, or number "
-                "the categories of the annotations in that order"
-            )
-
-
 def class_names(datasets: Sequence[str]) -> list[str] | None:
-    """In the model's order: of the first dataset that tells its classes."""
-    return next((x for x in map(classes_of, datasets) if x is not None), None)
+    """Class names of the first of these datasets that tells its own, in order."""
+    return next((x for x in map(_classes, datasets) if x is not None), None)
 
 
-def classes_of(dataset: str) -> list[str] | None:
-    """Class names of a registered dataset, in order; None where it does not tell them."""
+def _classes(dataset: str) -> list[str] | None:
     names = MetadataCatalog.get(dataset).get("thing_classes")
     if names is None:  # detectron2 sets them when it reads the records
         file = coco_file(dataset)
@@ -72,7 +44,7 @@ def match_classes(
         classes = class_names(datasets)
         whose = f"dataset '{datasets[0]}'" if datasets else ""
     for name in dict.fromkeys(datasets):
-        metadata, own = MetadataCatalog.get(name), classes_of(name)
+        metadata, own = MetadataCatalog.get(name), _classes(name)
         if own is None or own == list(classes):
             continue
         reason = ""

@@ -33,16 +33,18 @@ class CocoFile:
     check: Check
     mended: str  # the file that is to be read: `path`, or a mended copy of it
 
-    def refuse(self, name: str, trained_on: bool) -> None:
+    def refuse(self, name: str, trained_on: bool, allow_outside: bool = True) -> None:
         """Refuse what can't be used.
 
         Args:
             name: of the dataset.
             trained_on: else it is only measured with.
+            allow_outside: whether pictures may lie outside the image folder.
         Raises:
             UserError: with all findings that forbid the use, and their first records.
         """
-        findings = self.check.of("error", *(["training"] if trained_on else ()))
+        forbidden = {"error": True, "training": trained_on, "outside": not allow_outside}
+        findings = self.check.of(*(severity for severity, x in forbidden.items() if x))
         if findings:
             text = "; ".join(map(str, findings))
             raise UserError(f"dataset '{name}': {self.path} can't be used: {text}")

@@ -8,8 +8,9 @@ from typing import Literal
 import numpy as np
 
 # "error": nothing can be done with the dataset; "training": it can be measured with, not trained
-# on; "warning": it is used as it is; "mended": it is used as the text says.
-Severity = Literal["error", "training", "warning", "mended"]
+# on; "outside": who types the command must allow it; "warning": it is used as it is; "mended": it
+# is used as the text says.
+Severity = Literal["error", "training", "outside", "warning", "mended"]
 SHOWN = 3  # records of a finding that its line shows
 MAX_ID = 2**53  # the evaluator keeps ids as float64
 TEXT = 60  # characters of a value that a line shows

@@ -14,7 +14,7 @@ from detectron2.utils.serialize import PicklableWrapper
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
 
-from retina_focal.data.images import BadPicture, map_record
+from retina_focal.data.images import MAX_PIXELS, BadPicture, naming
 from retina_focal.data.sampler import BatchSampler, seeded
 from retina_focal.errors import UserError
 
@@ -43,6 +43,7 @@ class TrainLoader:
         total_batch_size: int,
         aspect_ratio_grouping: bool = True,
         collate_fn: Callable[[list[dict]], object] | None = None,
+        max_pixels: int = MAX_PIXELS,
         **options: object,
     ):
         """
@@ -55,6 +56,7 @@ class TrainLoader:
             total_batch_size: images of all processes.
             aspect_ratio_grouping: a batch has either wide images or others.
             collate_fn: default: a batch is a list of what `mapper` returns.
+            max_pixels: of the largest picture that is decoded.
             options: of torch's `DataLoader`, such as `num_workers`.
         Raises:
             UserError: the images can't be shared among the processes.
@@ -71,7 +73,7 @@ class TrainLoader:
         self.seed, self.num_images = seed, len(dataset)
         if isinstance(dataset, list):
             dataset = DatasetFromList(dataset, copy=False)
-        self._samples = _Samples(dataset, mapper, seed)
+        self._samples = _Samples(dataset, naming(mapper, max_pixels), seed)
         # detectron2's samplers are a process's part of this order.
         self._batches = BatchSampler(sampler._infinite_indices, total_batch_size, groups)
         self._options = {"collate_fn": collate_fn or _as_list, **options}
@@ -110,7 +112,7 @@ class _Samples(Dataset):
                 if attempt:
                     index = int(torch.randint(len(self.dataset), ()))
                 try:
-                    sample = map_record(self.mapper, self.dataset[index])
+                    sample = self.mapper(self.dataset[index])
                 except BadPicture as error:
                     skipped.append((error.file_name, str(error)))
                     continue
@@ -126,12 +128,12 @@ def _as_list(batch: list[dict]) -> list[dict]:
     return batch
 
 
-def build_train_loader(cfg: CfgNode | DictConfig, seed: int, timeout: float = 0) -> Iterable:
+def build_train_loader(cfg: CfgNode | DictConfig, seed: int, **options: object) -> Iterable:
     """The loader of a config's training images, for both kinds of config.
 
     Args:
         seed: not negative.
-        timeout: seconds after which a worker that gives no batch is an error; 0: none.
+        options: of torch's `DataLoader`, beside those of the config.
     Returns:
         A `TrainLoader`; or, for a LazyConfig's own kind of loader, an iterable dataset and another
         sampler than detectron2's, what the config says, which no run can go on with exactly.
@@ -153,6 +155,6 @@ def build_train_loader(cfg: CfgNode | DictConfig, seed: int, timeout: float = 0)
             arguments["sampler"] = TrainingSampler(len(dataset))
     if not hasattr(arguments.get("sampler"), "_infinite_indices"):
         return build_detection_train_loader(**arguments)
-    if arguments.get("num_workers"):
-        arguments.setdefault("timeout", timeout)
-    return TrainLoader(**arguments, seed=seed)
+    if not arguments.get("num_workers"):
+        options.pop("timeout", None)
+    return TrainLoader(**{**options, **arguments}, seed=seed)

@@ -10,7 +10,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
-from retina_focal.data.classes import classes_of, listed, match_classes
+from retina_focal.config import retina_focal_node
+from retina_focal.data.classes import class_names, listed, match_classes
 from retina_focal.data.coco import coco_file, read_coco
 from retina_focal.errors import UserError
 
@@ -53,16 +54,20 @@ def register_datasets(cfg: CfgNode, names: Sequence[str] | None = None) -> None:
                 "[name, annotation json, image folder]"
             )
         if row[0] in names:
-            register_coco_json(*row)
+            data = retina_focal_node(cfg).DATA
+            register_coco_json(*row, allow_outside=data.ALLOW_OUTSIDE)
 
 
-def register_coco_json(name: str, json_file: str, image_root: str) -> None:
+def register_coco_json(
+    name: str, json_file: str, image_root: str, allow_outside: bool = False
+) -> None:
     """Register one dataset, with `thing_classes` and `evaluator_type` "coco".
 
     Args:
         name: as ``DATASETS.TRAIN`` and ``DATASETS.TEST`` give it.
         json_file: annotations in COCO format.
         image_root: folder that the json's file names start from.
+        allow_outside: whether they may lead out of it, by ".." or as absolute paths.
     Raises:
         UserError: the json or the folder is missing, the json has what can't be used
             (`data.check`), or the name is taken by another dataset.
@@ -80,7 +85,7 @@ def register_coco_json(name: str, json_file: str, image_root: str) -> None:
         file = read_coco(json_file)
     except UserError as error:
         raise UserError(f"dataset '{name}': {error}") from error
-    file.refuse(name, trained_on=False)
+    file.refuse(name, trained_on=False, allow_outside=allow_outside)
     if not os.path.isdir(image_root):
         raise UserError(
             f"dataset '{name}': the image folder '{image_root}' does not exist "
@@ -138,7 +143,7 @@ def check_num_classes(
         UserError: they differ.
     """
     for name in names:
-        classes = classes_of(name)
+        classes = class_names([name])
         if classes is not None and len(classes) != num_classes:
             raise UserError(
                 f"dataset '{name}' has {len(classes)} classes ({listed(classes)}) but "

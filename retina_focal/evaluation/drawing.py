@@ -13,7 +13,8 @@ from detectron2.structures import Boxes, BoxMode
 from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
-from retina_focal.data.images import map_record
+from retina_focal.config import retina_focal_node
+from retina_focal.data.images import naming
 from retina_focal.errors import UserError
 from retina_focal.files import write_whole
 
@@ -48,10 +49,11 @@ def draw_detections(
         raise UserError(f"dataset '{name}' has no images; expected at least one: see DATASETS.TEST")
     chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round().astype(int)
     mapper = DatasetMapper(cfg, is_train=False)
+    mapper = naming(mapper, retina_focal_node(cfg).DATA.MAX_PIXELS)
     rows = []
     with inference_context(model):
         for record in (records[i] for i in chosen):
-            detections = model([map_record(mapper, record)])[0]["instances"].to("cpu")
+            detections = model([mapper(record)])[0]["instances"].to("cpu")
             detections = detections[detections.scores > score_thresh]
             image = read_image(record["file_name"], format="RGB")
             left = _panel(image, *_ground_truth(record))

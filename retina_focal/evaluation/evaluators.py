@@ -1,4 +1,8 @@
-"""Evaluators by the type of a dataset."""
+"""Evaluators by the type of a dataset, and what their numbers do not say."""
+
+import logging
+import math
+from collections.abc import Mapping
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -8,18 +12,36 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
 )
 
+from retina_focal.data.classes import listed
+from retina_focal.data.coco import coco_file
 from retina_focal.errors import UserError
 
+COCO_LIMIT = 100  # detections per image that COCO's AP counts, and the fewest that are counted
 
-def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
+logger = logging.getLogger(__name__)
+
+
+def build_evaluator(
+    dataset_name: str, output_dir: str | None, max_detections: int = COCO_LIMIT, **options: object
+) -> DatasetEvaluator:
     """The evaluator of a registered dataset's `evaluator_type`, which writes to a folder.
 
+    Args:
+        max_detections: per image that the model makes; above 100 they all count for the AP.
+        options: of `COCOEvaluator`.
     Raises:
-        UserError: a type that has no evaluator.
+        UserError: a type that has no evaluator, or ground truth that can't be measured with.
     """
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type == "coco":
-        return COCOEvaluator(dataset_name, output_dir=output_dir)
+        if max_detections > COCO_LIMIT:
+            logger.info("AP counts %d detections per image, where COCO counts 100", max_detections)
+            options["max_dets_per_image"] = max_detections
+        evaluator = COCOEvaluator(dataset_name, output_dir=output_dir, **options)
+        file = coco_file(dataset_name)  # which the evaluator may only now have written
+        if file is not None:
+            file.refuse(dataset_name, trained_on=False)
+        return evaluator
     if evaluator_type == "lvis":
         return LVISEvaluator(dataset_name, output_dir=output_dir)
     if evaluator_type == "pascal_voc":
@@ -29,3 +51,35 @@ def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
         "pascal_voc: set it by MetadataCatalog.get(name).evaluator_type, or register the dataset "
         "with --dataset NAME JSON IMAGES"
     )
+
+
+def explain_missing(results: Mapping[str, object]) -> None:
+    """Say in words why numbers of an evaluation are nan.
+
+    Args:
+        results: {"bbox": {"AP": ..., "AP-cat": ...}}, or such a dict for each dataset.
+    """
+    for name, numbers in results.items():
+        if not isinstance(numbers, Mapping):
+            continue
+        if "AP" not in numbers:
+            explain_missing(numbers)
+            continue
+        missing = [x for x, value in numbers.items() if math.isnan(value)]
+        classes = [x.removeprefix("AP-") for x in missing if x.startswith("AP-")]
+        sizes = [x for x in missing if x in ("APs", "APm", "APl")]
+        if "AP" in missing:
+            logger.warning(
+                "%s: AP is nan, which is no number: the dataset has no box to measure with, or no "
+                "detection scores above MODEL.RETINANET.SCORE_THRESH_TEST (are the weights the "
+                "right ones?)",
+                name,
+            )
+        elif classes:
+            logger.warning(
+                "%s: %d classes have no box in the dataset; their AP is nan, and left out of the "
+                "mean: %s",
+                *(name, len(classes), listed(classes)),
+            )
+        elif sizes:
+            logger.warning("%s: %s nan: no box of that size", name, ", ".join(sizes))

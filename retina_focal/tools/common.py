@@ -1,6 +1,7 @@
 """What the commands share: how they end, their arguments, and how they read a config."""
 
 import argparse
+import logging
 import math
 import os
 import sys
@@ -26,10 +27,12 @@ from retina_focal.config import (
     merge_file,
     merge_options,
 )
+from retina_focal.data.classes import match_classes
 from retina_focal.data.registration import (
     check_datasets,
     check_num_classes,
     register_coco_json,
+    report_datasets,
     use_datasets,
 )
 from retina_focal.errors import UserError
@@ -51,6 +54,7 @@ def command(main: Callable[..., object]) -> Callable[..., object]:
     @wraps(main)
     def run(*args, **kwargs) -> object:
         ignore_deprecations()
+        logging.raiseExceptions = False  # a full disk would add a traceback to each line of the log
         try:
             return main(*args, **kwargs)
         except UserError as error:
@@ -149,7 +153,7 @@ def load_cfg(
         datasets: rows of [name, annotation json, image folder].
     Raises:
         UserError: no such file, an unknown key, device or registered name, a value of another
-            type, or a dataset that the config does not use.
+            type, a dataset that the config does not use, or files of proposals.
     """
     flags = [x for x in opts if str(x).startswith("--")]
     if flags:
@@ -157,6 +161,7 @@ def load_cfg(
     cfg = get_cfg()
     merge_file(cfg, config_path(config_file))
     merge_options(cfg, opts)
+    refuse_proposal_files(cfg)
     unnamed = [x for x, *_ in datasets if x not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
     if unnamed:
         raise UserError(
@@ -176,6 +181,15 @@ def load_cfg(
     cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     cfg.freeze()
     return cfg
+
+
+def refuse_proposal_files(cfg: CfgNode) -> None:
+    """Refuse a config whose proposals come from files (UserError)."""
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise UserError(
+            "MODEL.LOAD_PROPOSALS is True: detectron2 reads DATASETS.PROPOSAL_FILES_* as pickles, "
+            "and runs what they say; add: MODEL.LOAD_PROPOSALS False"
+        )
 
 
 def expect_focal_retinanet(cfg: CfgNode, reason: str) -> None:
@@ -202,8 +216,9 @@ def load_lazy_cfg(
         LazyConfig.apply_overrides(cfg, list(opts))
     except Exception as error:  # what hydra and omegaconf raise has no other base in common
         raise UserError(f"{' '.join(opts)}: {str(error).splitlines()[0]}") from error
+    allow = OmegaConf.select(cfg, "train.retina_focal.data.allow_outside", default=False)
     for row in datasets:
-        register_coco_json(*row)
+        register_coco_json(*row, allow_outside=allow)
     cfg.train.device = available_device(cfg.train.device)
     return cfg
 
@@ -230,14 +245,17 @@ def set_up(
     if values.SEED < 0:
         goes_on = getattr(args, "resume", False) or args.eval_only
         cfg = with_seed(cfg, saved_seed(values.OUTPUT_DIR) if goes_on else None)
-    names = [*(() if args.eval_only else values.DATASETS.TRAIN), *values.DATASETS.TEST]
+    trained_on = () if args.eval_only else values.DATASETS.TRAIN
+    names = [*trained_on, *values.DATASETS.TEST]
     if isinstance(cfg, DictConfig):
-        check_datasets(names)
+        check_datasets(names, trained_on)
         num_classes = OmegaConf.select(cfg, "model.num_classes")
         if num_classes is not None:
             check_num_classes(names, num_classes, setting="model.num_classes=")
+        match_classes(names)
     else:
-        use_datasets(cfg, names)
+        use_datasets(cfg, names, trained_on)
     default_setup(cfg, args)
     setup_logger(values.OUTPUT_DIR, comm.get_rank(), name="retina_focal")
+    report_datasets(names, trained_on)
     return cfg

@@ -4,20 +4,22 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
-from detectron2.evaluation import COCOEvaluator, inference_context
+from detectron2.evaluation import DatasetEvaluator, inference_context
 from torch import nn
 from tqdm import tqdm
 
-from retina_focal.data.images import map_record
+from retina_focal.config import retina_focal_node
+from retina_focal.data.images import naming
 from retina_focal.data.registration import use_datasets
 from retina_focal.errors import UserError
+from retina_focal.evaluation.evaluators import build_evaluator
 from retina_focal.files import write_whole
 from retina_focal.tools.common import (
     add_dataset_argument,
@@ -59,26 +61,30 @@ class Point:
     label: str
     size: int  # shorter side of the image, pixels
     model: nn.Module
-    mapper: DatasetMapper
-    evaluator: COCOEvaluator
+    mapper: Callable[[dict], dict]
+    evaluator: DatasetEvaluator
     seconds: list[float] = field(default_factory=list)
+    found: int = 0  # detections on the images seen
 
     def see(self, record: dict) -> None:
-        inputs = [map_record(self.mapper, record)]
+        inputs = [self.mapper(record)]
         _synchronize()
         start = time.perf_counter()
         outputs = self.model(inputs)
         _synchronize()
         self.seconds.append(time.perf_counter() - start)
+        self.found += len(outputs[0].get("instances", ()))
         self.evaluator.process(inputs, outputs)
 
     def row(self) -> dict:
         """AP of the images seen, and quartiles of the time in ms."""
         results = self.evaluator.evaluate()["bbox"]
-        ap = {metric: results[metric] for metric in ("AP", "AP50")}
+        # detectron2's nan: it does not ask for the AP of no detection, which is 0.
+        ap = {metric: results[metric] if self.found else 0.0 for metric in ("AP", "AP50")}
         quartiles = statistics.quantiles(self.seconds[WARM_UP:], n=4)
         ms = [1000 * x for x in quartiles]
-        return {"checkpoint": self.label, "size": self.size, **ap, "ms": ms}
+        row = {"checkpoint": self.label, "size": self.size, "detections": self.found}
+        return {**row, **ap, "ms": ms}
 
 
 @command
@@ -90,12 +96,12 @@ def main(argv: list[str]) -> None:
         for label, (config, weights) in zip(_labels(args.checkpoint), args.checkpoint, strict=True)
     }
     name = _common_test_set(cfgs.values())
-    records = DatasetCatalog.get(name)
+    models = {label: load_model(cfg) for label, cfg in cfgs.items()}
+    records = DatasetCatalog.get(name)  # with classes numbered as the models do
     if len(records) < 2 * WARM_UP:
         raise UserError(
             f"dataset '{name}' has {len(records)} images; timing needs {2 * WARM_UP} or more"
         )
-    models = {label: load_model(cfg) for label, cfg in cfgs.items()}
     points = [
         _point(label, models[label], cfg, size)
         for label, cfg in cfgs.items()
@@ -143,7 +149,9 @@ def markdown(report: dict) -> str:
     rows = []
     for row in report["rows"]:
         ms = "{1:.0f} ({0:.0f} to {2:.0f})".format(*row["ms"])
-        aps = (f"{row[metric]:.1f}" for metric in ("AP", "AP50"))
+        aps = [f"{row[metric]:.1f}" for metric in ("AP", "AP50")]
+        if not row["detections"]:
+            aps[0] += " (found nothing)"
         rows.append([row["checkpoint"], row["size"], *aps, ms])
     return (
         f"`{report['command']}`\n\n{report['processor']}, {report['threads']} threads, "
@@ -189,8 +197,10 @@ def _point(label: str, model: nn.Module, cfg: CfgNode, size: int) -> Point:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.INPUT.MIN_SIZE_TEST = size
-    evaluator = COCOEvaluator(cfg.DATASETS.TEST[0], distributed=False)
-    return Point(label, size, model, DatasetMapper(cfg, is_train=False), evaluator)
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    evaluator = build_evaluator(cfg.DATASETS.TEST[0], None, limit, distributed=False)
+    mapper = naming(DatasetMapper(cfg, is_train=False), retina_focal_node(cfg).DATA.MAX_PIXELS)
+    return Point(label, size, model, mapper, evaluator)
 
 
 def _labels(checkpoints: Sequence[Sequence[str]]) -> list[str]:

@@ -1,7 +1,6 @@
 """What a training is made of, put together in one place: YAML, LazyConfig and ablation runs."""
 
 import logging
-import os
 import traceback
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,18 +22,26 @@ from retina_focal.config import flatten, get_cfg, merge_options, retina_focal_no
 from retina_focal.data.classes import class_names
 from retina_focal.data.loading import build_train_loader
 from retina_focal.errors import UserError
-from retina_focal.evaluation.evaluators import build_evaluator
+from retina_focal.evaluation.evaluators import explain_missing
 from retina_focal.training.best import EarlyStop, best_checkpoint, has_ended
 from retina_focal.training.checkpoints import RunCheckpointer
 from retina_focal.training.first_step import FirstStepCheck
+from retina_focal.training.measure import (
+    lazy_evaluator,
+    lazy_test_loader,
+    load_trained,
+    yaml_evaluator,
+    yaml_test_loader,
+)
 from retina_focal.training.processes import distribute, keep_freed_memory
 from retina_focal.training.resume import (
     ExactResume,
     options_of_the_config,
     with_seed,
 )
-from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader
+from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader, handled_signals
 from retina_focal.training.steps import training_steps
+from retina_focal.training.trouble import Trouble
 from retina_focal.training.words import words_only
 
 # What a LazyConfig has of MODEL.RETINA_FOCAL, in lower case, in `train.retina_focal`; all else is
@@ -112,11 +119,12 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             saver = hooks.PeriodicCheckpointer(self.checkpointer, period)
             writer = hooks.PeriodicWriter(self.build_writers(), options.get("log_period", 20))
-        self._resume = ExactResume(cfg.SEED, (period, cfg.TEST.EVAL_PERIOD))
+        self._resume = ExactResume(cfg.SEED, period)
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             FirstStepCheck(cfg.DATASETS.TRAIN),
+            Trouble(cfg.OUTPUT_DIR, retina_focal_node(cfg).DATA.MAX_BAD_IMAGES),
             self._precise_bn(),
             self._resume,
             saver,  # before the evaluation: should that fail, the weights are kept
@@ -143,11 +151,14 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode | DictConfig) -> Iterable[list[dict]]:
         """See `data.loading.build_train_loader`; of another kind it starts anew on resuming."""
         values = plain_values(cfg)
-        return build_train_loader(cfg, values.SEED, retina_focal_node(values).TRAIN.TIMEOUT)
+        node = retina_focal_node(values)
+        options = {"timeout": node.TRAIN.TIMEOUT, "max_pixels": node.DATA.MAX_PIXELS}
+        return build_train_loader(cfg, values.SEED, **options)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
-        return StoppableLoader(super().build_test_loader(cfg, dataset_name))
+        timeout = retina_focal_node(cfg).TRAIN.TIMEOUT
+        return StoppableLoader(yaml_test_loader(cfg, dataset_name), timeout)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode | DictConfig, optimizer: Optimizer) -> LRScheduler:
@@ -157,20 +168,23 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """See `evaluation.evaluators.build_evaluator`; writes to ``OUTPUT_DIR/inference``."""
-        return build_evaluator(dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        return yaml_evaluator(cfg, dataset_name)
 
     @classmethod
     def test(cls, cfg: CfgNode | DictConfig, model: nn.Module, evaluators=None) -> dict:
         """As DefaultTrainer's; nothing where a LazyConfig has no evaluator."""
         if not isinstance(cfg, DictConfig):
-            return super().test(cfg, model, evaluators)
-        if "evaluator" not in cfg.dataloader:
+            results = super().test(cfg, model, evaluators)
+        elif "evaluator" not in cfg.dataloader:
             return {}
-        loader = StoppableLoader(instantiate(cfg.dataloader.test))
-        evaluator = evaluators or instantiate(cfg.dataloader.evaluator)
-        results = inference_on_dataset(model, loader, evaluator) or {}
-        print_csv_format(results)
+        else:
+            node = retina_focal_node(plain_values(cfg))
+            loader = lazy_test_loader(cfg, node.DATA.MAX_PIXELS)
+            loader = StoppableLoader(loader, node.TRAIN.TIMEOUT)
+            evaluator = evaluators or lazy_evaluator(cfg)
+            results = inference_on_dataset(model, loader, evaluator) or {}
+            print_csv_format(results)
+        explain_missing(results)
         return results
 
     @property
@@ -183,11 +197,6 @@ class Trainer(DefaultTrainer):
         with options_of_the_config(self.optimizer, self.scheduler):
             super().load_state_dict({"_trainer": state_dict, **state_dict})
         self._resume.go_on()
-
-    def resume_or_load(self, resume: bool = True) -> None:
-        super().resume_or_load(resume)
-        if resume and self.start_iter == 0:
-            self._resume.begin()
 
     def before_train(self) -> None:
         super().before_train()
@@ -210,6 +219,8 @@ class Trainer(DefaultTrainer):
         try:
             self._last_eval_results = self.test(self.parts, self.model)
         except Stop as stop:
+            self._trainer.stop_signal = stop.signum
+            self._resume.after_step()
             self._stop.save()
             raise stop
         self.evaluated = self.iter
@@ -227,20 +238,25 @@ class Trainer(DefaultTrainer):
 
 def fit(cfg: CfgNode | DictConfig, resume: bool) -> Trainer:
     """Train to the last iteration; with `resume`, from the last checkpoint where there is one."""
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume)
-    trainer.train()
+    with handled_signals():
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume)
+        trainer.train()
     return trainer
 
 
 @faults_of_the_config()
 def evaluate(cfg: CfgNode | DictConfig, resume: bool) -> dict:
-    """Results of the weights that the config names; with `resume`, of the last checkpoint."""
+    """Results of the weights that the config names; with `resume`, of the last checkpoint.
+
+    Raises:
+        UserError: there are no weights, some are missing, or they are of other classes.
+    """
     keep_freed_memory()
     values = plain_values(cfg)
     model = Trainer.build_model(cfg)
     checkpointer = RunCheckpointer(model, values.OUTPUT_DIR)
-    checkpointer.resume_or_load(values.MODEL.WEIGHTS, resume=resume)
+    load_trained(checkpointer, values.MODEL.WEIGHTS, resume, values.DATASETS.TEST)
     return Trainer.test(cfg, model)
 
 

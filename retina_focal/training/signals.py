@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from torch.utils.data import DataLoader
 
 from retina_focal.training.processes import die_with_parent
 
@@ -31,6 +32,7 @@ class Stop(SystemExit):
 
     def __init__(self, signum: int):
         super().__init__(128 + signum)
+        self.signum = signum
 
 
 class Stops:
@@ -181,8 +183,14 @@ class StopOnSignal(HookBase):
 class StoppableLoader:
     """A loader for an evaluation that ends early, in all processes, when a signal came."""
 
-    def __init__(self, loader: Iterable):
+    def __init__(self, loader: Iterable, timeout: float):
+        """
+        Args:
+            timeout: seconds that a worker of the loader may take for a batch.
+        """
         self.loader = loader
+        if isinstance(loader, DataLoader) and loader.num_workers:
+            loader.timeout = timeout
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -95,8 +95,9 @@ class StepTrainer(SimpleTrainer):
         rows = rows.cpu()
         values, (data_times, stops) = rows[:, :-2], rows[:, -2:].T
         means = dict(zip(losses, values.mean(0).tolist(), strict=True))
-        if not values.isfinite().all():
-            stop_for_bad_loss(self, means, self.iter)
+        bad = (~values.isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            stop_for_bad_loss(self, means, self.iter, bad)
         self.stop_signal = int(stops.max())
         storage = get_event_storage()
         storage.put_scalar("rank_data_time", data_time)

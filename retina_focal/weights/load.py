@@ -5,7 +5,6 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -13,9 +12,11 @@ from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
 from torch import nn
 
+from retina_focal.data.classes import match_checkpoint
 from retina_focal.errors import UserError
 from retina_focal.files import check_regular
 from retina_focal.weights.formats import OTHER_FILE, check_sha256, read_weights
+from retina_focal.weights.trained import expect_trained, missing_parameters
 
 # What these begin is fetched by https: `detectron2` and `catalog` are names of its own server.
 SCHEMES = ("https", "detectron2", "catalog")
@@ -115,19 +116,17 @@ def _local_path(file: str, remedy: str) -> str:
 def load_model(cfg: CfgNode) -> nn.Module:
     """The config's model with the trained weights that ``MODEL.WEIGHTS`` names.
 
+    Before the records of the first test set are read: its classes are numbered as the checkpoint's.
+
     Raises:
-        UserError: none are named or found, or they hold none of a dense head's.
+        UserError: none are named or found, some are missing, or they are of other classes.
     """
     if not cfg.MODEL.WEIGHTS:
         raise UserError("no weights are given; add: MODEL.WEIGHTS output/model_final.pth")
     check_weights_file(cfg.MODEL.WEIGHTS)
     model = build_model(cfg)
-    head = getattr(model, "head", None)
-    initial = {name: x.clone() for name, x in head.state_dict().items()} if head else {}
-    load_weights(model, cfg.MODEL.WEIGHTS)
-    if initial and all(torch.equal(x, initial[name]) for name, x in head.state_dict().items()):
-        raise UserError(
-            f"{cfg.MODEL.WEIGHTS} holds no weights of the head, so that all scores are the prior; "
-            "name a trained model: MODEL.WEIGHTS output/model_final.pth"
-        )
+    with missing_parameters(model) as missing:
+        checkpoint = Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+    expect_trained(model, missing, cfg.MODEL.WEIGHTS)
+    match_checkpoint(cfg.DATASETS.TEST[:1], checkpoint, cfg.MODEL.WEIGHTS)
     return model

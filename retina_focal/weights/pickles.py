@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 # A file of weights has some ten thousand. Each makes an object of at most some hundred bytes.
-MAX_INSTRUCTIONS = 1_000_000
+MAX_INSTRUCTIONS = 500_000
 # Bytes that calls may make, beside those of the file twice: a short text can be encoded often.
 MAX_BYTES = 100_000_000
 
@@ -30,10 +30,17 @@ class _Bounded:
     """A file whose `read` never asks for more than is left: lengths in a pickle can lie."""
 
     def __init__(self, file: BinaryIO, end: int):
-        self.file, self.end, self.tell, self.readline = file, end, file.tell, file.readline
+        self.file, self.left = file, end - file.tell()
 
     def read(self, length: int) -> bytes:
-        return self.file.read(min(length, self.end - self.file.tell()))
+        return self._count(self.file.read(min(length, self.left)))
+
+    def readline(self) -> bytes:
+        return self._count(self.file.readline(self.left))
+
+    def _count(self, content: bytes) -> bytes:
+        self.left -= len(content)
+        return content
 
 
 def read_pickle(

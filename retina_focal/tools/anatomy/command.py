@@ -22,7 +22,8 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch import Tensor
 from tqdm import tqdm
 
-from retina_focal.data.images import map_record
+from retina_focal.config import retina_focal_node
+from retina_focal.data.images import naming
 from retina_focal.data.registration import use_datasets
 from retina_focal.errors import UserError
 from retina_focal.files import write_whole
@@ -130,7 +131,7 @@ def dissect(
     mapper = DatasetMapper(True, augmentations=resizing, image_format=cfg.INPUT.FORMAT)
     loader = build_detection_test_loader(
         random.Random(SEED).sample(records, len(records)),
-        mapper=partial(map_record, mapper),
+        mapper=naming(mapper, retina_focal_node(cfg).DATA.MAX_PIXELS),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     node = cfg.MODEL.RETINANET

@@ -1,0 +1,75 @@
+"""What an evaluation is made of, for both kinds of config: pictures, evaluator, trained weights."""
+
+import os
+from collections.abc import Iterable
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, instantiate
+from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, OmegaConf
+
+from retina_focal.config import retina_focal_node
+from retina_focal.data.classes import match_checkpoint
+from retina_focal.data.images import naming
+from retina_focal.errors import UserError
+from retina_focal.evaluation.evaluators import COCO_LIMIT, build_evaluator
+from retina_focal.weights.trained import expect_trained, missing_parameters
+
+
+def yaml_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
+    """detectron2's, which names the picture that it can't use."""
+    mapper = naming(DatasetMapper(cfg, is_train=False), retina_focal_node(cfg).DATA.MAX_PIXELS)
+    return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+
+def lazy_test_loader(cfg: DictConfig, max_pixels: int) -> Iterable[list[dict]]:
+    """`dataloader.test` of a LazyConfig, with a mapper that names the picture it can't use."""
+    loader = cfg.dataloader.test
+    if "mapper" not in loader:
+        return instantiate(loader)
+    parts = {key: instantiate(x) for key, x in loader.items()}
+    return instantiate({**parts, "mapper": naming(parts["mapper"], max_pixels)})
+
+
+def yaml_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+    """See `build_evaluator`; writes to ``OUTPUT_DIR/inference``."""
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    return build_evaluator(dataset_name, folder, cfg.TEST.DETECTIONS_PER_IMAGE)
+
+
+def lazy_evaluator(cfg: DictConfig) -> DatasetEvaluator:
+    """`dataloader.evaluator` of a LazyConfig, which counts all detections that the model makes."""
+    evaluator, key = cfg.dataloader.evaluator, "model.postprocessor.max_detections_per_image"
+    made = OmegaConf.select(cfg, key, default=COCO_LIMIT)
+    target = evaluator["_target_"]
+    target = locate(target) if isinstance(target, str) else target
+    if made > COCO_LIMIT and target is COCOEvaluator and "max_dets_per_image" not in evaluator:
+        evaluator = {**evaluator, "max_dets_per_image": made}
+    return instantiate(evaluator)
+
+
+def load_trained(
+    checkpointer: DetectionCheckpointer, path: str, resume: bool, datasets: Iterable[str]
+) -> None:
+    """Load what is measured, and number the classes of the test sets as it does.
+
+    Args:
+        path: of ``MODEL.WEIGHTS``.
+        resume: the last checkpoint of the folder is taken, where there is one.
+        datasets: names of the test sets, whose records are not read yet.
+    Raises:
+        UserError: there are no weights, some are missing, or they are of other classes.
+    """
+    resume = resume and checkpointer.has_checkpoint()
+    if not (resume or path):
+        raise UserError(
+            "no weights are given; add: MODEL.WEIGHTS output/model_final.pth (in a LazyConfig: "
+            "train.init_checkpoint=output/model_final.pth)"
+        )
+    with missing_parameters(checkpointer.model) as missing:
+        checkpoint = checkpointer.resume_or_load(path, resume=resume)
+    path = checkpointer.get_checkpoint_file() if resume else path
+    expect_trained(checkpointer.model, missing, path)
+    match_checkpoint(datasets, checkpoint, path)
