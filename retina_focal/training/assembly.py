@@ -4,7 +4,7 @@ import logging
 import traceback
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
@@ -34,11 +34,7 @@ from retina_focal.training.measure import (
     yaml_test_loader,
 )
 from retina_focal.training.processes import distribute, keep_freed_memory
-from retina_focal.training.resume import (
-    ExactResume,
-    options_of_the_config,
-    with_seed,
-)
+from retina_focal.training.resume import ExactResume, options_of_the_config, with_seed
 from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader
 from retina_focal.training.steps import training_steps
 from retina_focal.training.trouble import Trouble
@@ -83,7 +79,7 @@ class Trainer(DefaultTrainer):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
                 setup_logger(name=name)
         keep_freed_memory()
-        draws_seed = plain_values(cfg).SEED < 0
+        self._draws_seed = plain_values(cfg).SEED < 0
         cfg = with_seed(cfg)
         self.cfg = self.auto_scale_workers(plain_values(cfg), comm.get_world_size())
         self.parts = cfg if isinstance(cfg, DictConfig) else self.cfg
@@ -105,7 +101,6 @@ class Trainer(DefaultTrainer):
         self._stop = StopOnSignal()
         self.evaluated = -1  # the iteration after which the last evaluation was made
         self.register_hooks(self.build_hooks())
-        self._resume.draws_seed = draws_seed
 
     @property
     def lazy_options(self) -> Mapping:
@@ -119,7 +114,8 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             saver = hooks.PeriodicCheckpointer(self.checkpointer, period)
             writer = hooks.PeriodicWriter(self.build_writers(), options.get("log_period", 20))
-        self._resume = ExactResume(cfg.SEED, period)
+        periods = (period, cfg.TEST.EVAL_PERIOD)
+        self._resume = ExactResume(cfg.SEED, periods, self._draws_seed)
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
@@ -198,20 +194,20 @@ class Trainer(DefaultTrainer):
             super().load_state_dict({"_trainer": state_dict, **state_dict})
         self._resume.go_on()
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        if resume and self.start_iter == 0:
+            self._resume.begin()
+
     def before_train(self) -> None:
         super().before_train()
         self._resume.catch_up()
 
     def train(self) -> dict | None:
         """To the last iteration; a run that is there already makes no step, and says so."""
-        with words_only(self.cfg.OUTPUT_DIR, self.checkpointer.get_checkpoint_file):
-            if has_ended(self):
-                return None
-            try:
-                return super().train()
-            except EarlyStop as stop:
-                logging.getLogger(__name__).info("the run ends early: %s", stop)
-                return None
+        last = self.checkpointer.get_checkpoint_file
+        with words_only(self.cfg.OUTPUT_DIR, last), suppress(EarlyStop):
+            return None if has_ended(self) else super().train()
 
     def _evaluate(self) -> dict:
         if self.iter + 1 == self.max_iter:  # detectron2 asks for it when the last step failed, too
