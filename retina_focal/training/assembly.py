@@ -13,12 +13,12 @@ from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from retina_focal.config import flatten, get_cfg, merge_options, retina_focal_node
+from retina_focal.config import retina_focal_node
 from retina_focal.data.classes import class_names
 from retina_focal.data.loading import build_train_loader
 from retina_focal.errors import UserError
@@ -35,14 +35,11 @@ from retina_focal.training.measure import (
 )
 from retina_focal.training.processes import distribute, keep_freed_memory
 from retina_focal.training.resume import ExactResume, options_of_the_config, with_seed
-from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader
+from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader, handled_signals
 from retina_focal.training.steps import training_steps
 from retina_focal.training.trouble import Trouble
+from retina_focal.training.values import plain_values
 from retina_focal.training.words import words_only
-
-# What a LazyConfig has of MODEL.RETINA_FOCAL, in lower case, in `train.retina_focal`; all else is
-# an argument of one of its parts.
-TRAINING_KEYS = ("ACCUMULATE_STEPS", "TRAIN", "DATA", "TEST")
 
 
 @contextmanager
@@ -234,9 +231,10 @@ class Trainer(DefaultTrainer):
 
 def fit(cfg: CfgNode | DictConfig, resume: bool) -> Trainer:
     """Train to the last iteration; with `resume`, from the last checkpoint where there is one."""
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume)
-    trainer.train()
+    with handled_signals():
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume)
+        trainer.train()
     return trainer
 
 
@@ -253,47 +251,3 @@ def evaluate(cfg: CfgNode | DictConfig, resume: bool) -> dict:
     checkpointer = RunCheckpointer(model, values.OUTPUT_DIR)
     load_trained(checkpointer, values.MODEL.WEIGHTS, resume, values.DATASETS.TEST)
     return Trainer.test(cfg, model)
-
-
-def plain_values(cfg: CfgNode | DictConfig) -> CfgNode:
-    """A YAML config as it is; of a LazyConfig the values of its training, under a YAML's names.
-
-    Raises:
-        UserError: in a LazyConfig's `train.retina_focal` is what is none of the `TRAINING_KEYS`.
-    """
-    if not isinstance(cfg, DictConfig):
-        return cfg
-    train = OmegaConf.to_container(cfg.train, resolve=True)
-    defaults = get_cfg().MODEL.RETINA_FOCAL
-    ours = CfgNode({key: defaults[key] for key in TRAINING_KEYS})
-    found = flatten(train.get("retina_focal", {}))
-    try:
-        merge_options(ours, [x for key, value in found.items() for x in (key.upper(), value)])
-    except UserError as error:
-        raise UserError(f"train.retina_focal: {str(error).lower()}") from error
-    names = {}
-    for split in ("train", "test"):
-        found = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=())
-        names[split.upper()] = (found,) if isinstance(found, str) else tuple(found)
-    ours.TRAIN.KEEP_CHECKPOINTS = train["checkpointer"].get("max_to_keep") or 0
-    images = OmegaConf.select(cfg, "dataloader.train.total_batch_size", default=0)
-    return CfgNode(
-        {
-            "OUTPUT_DIR": train["output_dir"],
-            "SEED": train.get("seed", -1),
-            "MODEL": {"WEIGHTS": train["init_checkpoint"] or "", "RETINA_FOCAL": ours},
-            "DATASETS": names,
-            "SOLVER": {
-                "MAX_ITER": train["max_iter"],
-                "IMS_PER_BATCH": images,
-                "REFERENCE_WORLD_SIZE": 0,
-                "CHECKPOINT_PERIOD": train["checkpointer"]["period"],
-                "AMP": {"ENABLED": train["amp"]["enabled"]},
-            },
-            "TEST": {
-                "EVAL_PERIOD": train["eval_period"],
-                "EXPECTED_RESULTS": [],
-                "PRECISE_BN": {"ENABLED": False},
-            },
-        }
-    )

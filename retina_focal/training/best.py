@@ -12,7 +12,8 @@ from detectron2.utils.events import EventStorage
 
 from retina_focal.errors import UserError
 from retina_focal.training.checkpoints import BEST
-from retina_focal.training.resume import FollowsEvaluation, results_in_metrics
+from retina_focal.training.metrics import results_in_metrics
+from retina_focal.training.resume import FollowsEvaluation
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,6 @@
 """What makes an interrupted run end with the weights of one that never stopped."""
 
-import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from retina_focal.data.loading import TrainLoader
 from retina_focal.data.sampler import seed_everything
 from retina_focal.training.checkpoint_files import checkpoints_of, peek
+from retina_focal.training.metrics import cut_metrics
 
 # What is drawn, beside the seed and the iteration; the loader has 0 and 1.
 STEP = 2
@@ -200,49 +199,6 @@ def _recent_scalars(storage: EventStorage) -> dict[str, tuple[bool, list[tuple[f
         name: (smoothed[name], [(float(x), int(i)) for x, i in history.values()[-WINDOW:]])
         for name, history in storage.histories().items()
     }
-
-
-def cut_metrics(path: Path, iteration: int, begin: int = 0) -> int:
-    """Cut `metrics.json` off before the first line from `iteration` on, and a torn one.
-
-    Args:
-        begin: bytes of earlier runs in the same folder, which stay.
-    Returns:
-        The last iteration of this run that stays; -1 where none does.
-    """
-    if not path.is_file():
-        return -1
-    last, end, content = -1, begin, path.read_bytes()
-    for line in content[begin:].splitlines(keepends=True):
-        try:
-            current = json.loads(line)["iteration"]
-        except (ValueError, KeyError, TypeError):
-            break
-        if current >= iteration or not line.endswith(b"\n"):
-            break
-        # What is written at once is in no order.
-        last, end = max(last, current), end + len(line)
-    if end < len(content):
-        os.truncate(path, end)
-    return last
-
-
-def results_in_metrics(path: Path, iteration: int) -> dict | None:
-    """The results, {"bbox": {"AP": ...}}, that were written at an iteration; None: none were."""
-    try:
-        line = json.loads(path.read_text().splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        return None
-    if not isinstance(line, dict) or line.pop("iteration", None) != iteration:
-        return None
-    results: dict = {}
-    for name, value in line.items():
-        *groups, metric = name.split("/")
-        node = results
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[metric] = value
-    return results
 
 
 def with_seed(cfg: CfgNode | DictConfig, seed: int | None = None) -> CfgNode | DictConfig:
