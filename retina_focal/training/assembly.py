@@ -119,7 +119,8 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             saver = hooks.PeriodicCheckpointer(self.checkpointer, period)
             writer = hooks.PeriodicWriter(self.build_writers(), options.get("log_period", 20))
-        self._resume = ExactResume(cfg.SEED, period)
+        periods = (period, cfg.TEST.EVAL_PERIOD)
+        self._resume = ExactResume(cfg.SEED, periods)
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
