@@ -119,7 +119,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             saver = hooks.PeriodicCheckpointer(self.checkpointer, period)
             writer = hooks.PeriodicWriter(self.build_writers(), options.get("log_period", 20))
-        self._resume = ExactResume(cfg.SEED, period)
+        self._resume = ExactResume(cfg.SEED, (period, cfg.TEST.EVAL_PERIOD))
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
