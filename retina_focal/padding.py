@@ -23,7 +23,7 @@ def size_of_step(
             must call this.
         padding: options of `ImageList.from_tensors`.
     """
-    images = [torch.empty(size, device="meta") for size in image_sizes]
+    images = [torch.empty(0, *size) for size in image_sizes]  # no channel, no cost
     size = tuple(ImageList.from_tensors(images, **padding).tensor.shape[-2:])
     # PreciseBN runs forwards in training mode without gradients: those are no steps.
     if of_all_processes and torch.is_grad_enabled():
