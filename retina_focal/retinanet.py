@@ -195,9 +195,8 @@ class FocalRetinaNet(nn.Module):
         """(H, W) that a step pads its images to; `batched_inputs` is this process's part of it."""
         normalizer = getattr(self.criterion, "normalizer", None)
         exchange = getattr(normalizer, "one_step_of_all_processes", False)
-        return size_of_step(
-            [x["image"].shape[-2:] for x in batched_inputs], exchange, **self.padding
-        )
+        sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
+        return size_of_step(sizes, **self.padding, of_all_processes=exchange)
 
     def preprocess_image(
         self, batched_inputs: list[dict], padded_size: tuple[int, int] | None = None
@@ -212,13 +211,13 @@ class FocalRetinaNet(nn.Module):
             # To the tensor, not to its device: a trace would keep that as a constant.
             images = [(x.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std for x in images]
             return ImageList.from_tensors(images, **self.padding)
-        padded = ImageList.from_tensors([x[:0] for x in images], **self.padding)
-        size = padded_size or padded.tensor.shape[-2:]
+        sizes = [tuple(x.shape[-2:]) for x in images]
+        size = padded_size or size_of_step(sizes, **self.padding, of_all_processes=False)
         # They cross as they are, uint8 from a loader. The mean becomes the zeros around them.
         batch = self.pixel_mean.expand(len(images), -1, *size).contiguous()
         for own, image in zip(batch, to_device(images, batch.device), strict=True):
             own[:, : image.shape[-2], : image.shape[-1]].copy_(image)
-        return ImageList(batch.sub_(self.pixel_mean).div_(self.pixel_std), padded.image_sizes)
+        return ImageList(batch.sub_(self.pixel_mean).div_(self.pixel_std), sizes)
 
     def label_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]

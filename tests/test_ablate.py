@@ -16,6 +16,7 @@ from test_configs import ABLATIONS
 from test_train import ROOT, SMALL
 
 from retina_focal.config import get_cfg
+from retina_focal.errors import UserError
 from retina_focal.tools import ablate
 from retina_focal.tools.ablate import command as ablate_command
 from retina_focal.tools.ablate import report as ablation_report
@@ -84,6 +85,16 @@ def test_without_a_base_options_count_more_than_the_file(tmp_path, base):
     # Onto a base, a row stays what it is.
     (run,) = plan([row], str(base), ["SOLVER.MAX_ITER", "3"], [], [1], tmp_path)["mine"]
     assert run.cfg.SOLVER.MAX_ITER == 7
+
+
+def test_a_row_allows_no_pictures_outside_and_no_pickles(tmp_path, base):
+    path = tmp_path / "mine.yaml"
+    path.write_text("MODEL: {RETINA_FOCAL: {DATA: {ALLOW_OUTSIDE: True}}}")
+    (run,) = plan([read_row(str(path))], str(base), [], [], [1], tmp_path)["mine"]
+    assert not run.cfg.MODEL.RETINA_FOCAL.DATA.ALLOW_OUTSIDE
+    path.write_text("MODEL: {LOAD_PROPOSALS: True}")
+    with pytest.raises(UserError, match="pickles"):
+        plan([read_row(str(path))], str(base), [], [], [1], tmp_path)
 
 
 @pytest.mark.parametrize("content", ["A: [1", "", "- 1", "A: !!python/object/apply:eval ['1']"])

@@ -5,6 +5,7 @@ import io
 import pickle
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,6 +162,13 @@ def test_what_is_written_is_read_and_no_suffix_is_asked(suffix, tmp_path):
     torch.testing.assert_close(found.pop("model"), checkpoint.pop("model"), rtol=0, atol=0)
     assert found == checkpoint
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_tensors_can_be_left_in_the_file(tmp_path):
+    torch.save({"model": TENSORS, "iteration": 7}, tmp_path / "x.pth")
+    found = read_weights(tmp_path / "x.pth", mmap=True)
+    assert found["iteration"] == 7 and torch.equal(found["model"]["a"], TENSORS["a"])
+    assert str(tmp_path / "x.pth") in Path("/proc/self/maps").read_text()
 
 
 def test_a_file_of_pycls_is_matched_by_names(tmp_path):

@@ -252,6 +252,15 @@ def test_a_finished_run_says_so_and_makes_no_step(whole, toy, tmp_path, caplog):
     assert more.start_iter == 6 and torch.load(tmp_path / "run/model_final.pth")["iteration"] == 7
 
 
+@pytest.mark.parametrize("fault", ["none", "torn"])
+def test_a_run_that_lacks_only_its_final_checkpoint_writes_it(fault, whole, toy, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    final = tmp_path / "run/model_final.pth"
+    final.unlink() if fault == "none" else final.write_bytes(final.read_bytes()[:1000])
+    train(small(tmp_path / "run"), resume=True, seed=9)
+    expect_equal(whole, tmp_path / "run")
+
+
 def test_a_loader_of_another_kind_starts_anew_and_says_so(whole, toy, tmp_path, caplog):
     class Mine(DroppingTrainer):
         @classmethod

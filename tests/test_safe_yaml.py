@@ -1,6 +1,7 @@
 """Configs come out as detectron2 reads them; those from a stranger run nothing and are named."""
 
 import os
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import detectron2.model_zoo
 import pytest
 import yaml
+from conftest import Canary
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as detectron2_get_cfg
 
@@ -199,6 +201,17 @@ def test_no_command_runs_what_a_config_says(command, mine, monkeypatch, capsys):
     rest = ["table_3_focal"] if command == "ablate" else []
     monkeypatch.setattr(sys, "argv", ["retina-focal", command, *rest, *where, config])
     with pytest.raises(SystemExit, match=r"evil\.yaml, line 2: the tag !!python"):
+        cli.main()
+
+
+@pytest.mark.parametrize("command", ["train", "draw"])
+def test_no_command_reads_the_pickles_that_a_config_names(command, mine, monkeypatch):
+    (mine.parent / "p.pkl").write_bytes(pickle.dumps(Canary()))
+    files = f"[{mine.parent}/p.pkl]"
+    text = f"MODEL: {{LOAD_PROPOSALS: True}}\nDATASETS: {{PROPOSAL_FILES_TRAIN: {files}}}"
+    mine.write_text(f"_BASE_: quick_start/bccd.yaml\n{text}")
+    monkeypatch.setattr(sys, "argv", ["x", command, "--config-file", str(mine)])
+    with pytest.raises(SystemExit, match=r"MODEL\.LOAD_PROPOSALS is True: .*pickles"):
         cli.main()
 
 

@@ -1,6 +1,7 @@
 """What the commands share: how they end, their arguments, and how they read a config."""
 
 import argparse
+import logging
 import math
 import os
 import sys
@@ -53,6 +54,7 @@ def command(main: Callable[..., object]) -> Callable[..., object]:
     @wraps(main)
     def run(*args, **kwargs) -> object:
         ignore_deprecations()
+        logging.raiseExceptions = False  # a full disk would add a traceback to each line of the log
         try:
             return main(*args, **kwargs)
         except UserError as error:
@@ -151,7 +153,7 @@ def load_cfg(
         datasets: rows of [name, annotation json, image folder].
     Raises:
         UserError: no such file, an unknown key, device or registered name, a value of another
-            type, or a dataset that the config does not use.
+            type, a dataset that the config does not use, or files of proposals.
     """
     flags = [x for x in opts if str(x).startswith("--")]
     if flags:
@@ -159,6 +161,7 @@ def load_cfg(
     cfg = get_cfg()
     merge_file(cfg, config_path(config_file))
     merge_options(cfg, opts)
+    refuse_proposal_files(cfg)
     unnamed = [x for x, *_ in datasets if x not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
     if unnamed:
         raise UserError(
@@ -178,6 +181,15 @@ def load_cfg(
     cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     cfg.freeze()
     return cfg
+
+
+def refuse_proposal_files(cfg: CfgNode) -> None:
+    """Refuse a config whose proposals come from files (UserError)."""
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise UserError(
+            "MODEL.LOAD_PROPOSALS is True: detectron2 reads DATASETS.PROPOSAL_FILES_* as pickles, "
+            "and runs what they say; add: MODEL.LOAD_PROPOSALS False"
+        )
 
 
 def expect_focal_retinanet(cfg: CfgNode, reason: str) -> None:

@@ -39,7 +39,7 @@ from retina_focal.training.resume import (
     options_of_the_config,
     with_seed,
 )
-from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader
+from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader, handled_signals
 from retina_focal.training.steps import training_steps
 from retina_focal.training.trouble import Trouble
 from retina_focal.training.words import words_only
@@ -238,9 +238,10 @@ class Trainer(DefaultTrainer):
 
 def fit(cfg: CfgNode | DictConfig, resume: bool) -> Trainer:
     """Train to the last iteration; with `resume`, from the last checkpoint where there is one."""
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume)
-    trainer.train()
+    with handled_signals():
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume)
+        trainer.train()
     return trainer
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -98,7 +99,7 @@ def best_checkpoint(train: CfgNode) -> BestCheckpoint | None:
 def has_ended(trainer: DefaultTrainer) -> bool:
     """Whether a resumed run has no step to make: then say so, with its results in `trainer`.
 
-    A last evaluation that was interrupted is made.
+    What was interrupted behind the last step is made: model_final.pth, the last evaluation.
     """
     best = next((x for x in trainer._hooks if isinstance(x, BestCheckpoint)), None)
     stopped = best is not None and best.has_stopped
@@ -107,7 +108,8 @@ def has_ended(trainer: DefaultTrainer) -> bool:
     folder, end = trainer.cfg.OUTPUT_DIR, trainer.max_iter
     results = results_in_metrics(Path(folder, "metrics.json"), trainer.start_iter)
     results = comm.all_gather(results)[0]
-    if results is None and trainer.start_iter == end and not stopped:
+    is_final = os.path.basename(trainer.checkpointer.get_checkpoint_file()) == "model_final.pth"
+    if trainer.start_iter == end and not stopped and not (results and is_final):
         trainer.iter = end
         with EventStorage(end) as trainer.storage:
             trainer.before_train()

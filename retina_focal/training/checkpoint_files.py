@@ -116,10 +116,9 @@ def number_of(path: Path) -> int | None:
 def peek(path: Path) -> Mapping:
     """What a checkpoint holds, without reading its tensors; empty where it isn't whole."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # half a file may raise anything
+        return read_weights(path, mmap=True)
+    except UserError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def read_checkpoint(path: Path) -> dict:

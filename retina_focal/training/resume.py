@@ -156,6 +156,9 @@ class ExactResume(HookBase):
         for name, (is_smoothed, values) in state["scalars"].items():
             for value, iteration in values:
                 storage.put_scalar(name, value, is_smoothed, iteration)
+        self._criteria = (start - 1, state["criteria"])
+        if start == trainer.max_iter:
+            trainer.checkpointer.save("model_final", iteration=start - 1)
         for hook in trainer._hooks:
             is_evaluation = isinstance(hook, hooks.EvalHook) and trainer.evaluated < start - 1
             if is_evaluation or isinstance(hook, FollowsEvaluation):

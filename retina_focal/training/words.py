@@ -21,22 +21,21 @@ def words_only(folder: str, last_checkpoint: Callable[[], str]) -> Iterator[None
         last_checkpoint: its path, or "".
     """
 
-    def is_told(error: BaseException | None) -> bool:
-        if isinstance(error, OSError):
-            return error.errno in FULL_OR_CLOSED or _is_inside(error.filename, folder)
-        return error is not None and in_words(error) is not None
+    def is_of_folder(error: BaseException) -> bool:
+        return isinstance(error, OSError) and (
+            error.errno in FULL_OR_CLOSED or _is_inside(error.filename, folder)
+        )
 
     def without_traceback(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and is_told(record.exc_info[1]))
+        error = record.exc_info and record.exc_info[1]
+        return not error or (in_words(error) is None and not is_of_folder(error))
 
     logger = logging.getLogger("detectron2.engine.train_loop")
     logger.addFilter(without_traceback)
-    # log.txt can't be written to either: each line would bring a traceback.
-    raises, logging.raiseExceptions = logging.raiseExceptions, False
     try:
         yield
     except OSError as error:
-        if not is_told(error):
+        if not is_of_folder(error):
             raise
         path = last_checkpoint()
         raise UserError(
@@ -44,7 +43,6 @@ def words_only(folder: str, last_checkpoint: Callable[[], str]) -> Iterator[None
             f"folder, and type --resume; the last checkpoint is {path or 'none'}"
         ) from error
     finally:
-        logging.raiseExceptions = raises
         logger.removeFilter(without_traceback)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,7 +25,7 @@ METADATA = "retina_focal"
 MAX_HEADER = 10_000_000  # bytes of a safetensors file: the names and shapes of 100,000 tensors
 
 
-def read_weights(path: str | Path, remedy: str = OTHER_FILE) -> dict:
+def read_weights(path: str | Path, remedy: str = OTHER_FILE, mmap: bool = False) -> dict:
     """The contents of a file of weights; which format it has, its first bytes tell.
 
     ``.pth`` of torch.save, ``.pkl`` of detectron2's zoo, of Detectron or Caffe2, ``.safetensors``.
@@ -32,6 +33,7 @@ def read_weights(path: str | Path, remedy: str = OTHER_FILE) -> dict:
     Args:
         path: of a regular file, or of a link to one.
         remedy: what to type, at the end of an error.
+        mmap: leave the tensors of a zip of torch.save in the file until they are used.
     Returns:
         "model": names and tensors, or numpy arrays; and what else a checkpoint holds, such as
         "matching_heuristics" True where names are to be matched by their ends.
@@ -43,7 +45,7 @@ def read_weights(path: str | Path, remedy: str = OTHER_FILE) -> dict:
         head = file.read(64)
         file.seek(0)
         try:
-            checkpoint = _reader(head)(file, size)
+            checkpoint = _reader(head, mmap)(file, size)
             _check_model(checkpoint["model"])
         except NotWeights as error:
             raise UserError(f"'{path}' {error}; {remedy}") from error
@@ -88,13 +90,13 @@ def check_sha256(path: str, expected: str) -> None:
         )
 
 
-def _reader(head: bytes) -> Callable[[BinaryIO, int], dict]:
+def _reader(head: bytes, mmap: bool) -> Callable[[BinaryIO, int], dict]:
     """What reads a file that begins so."""
     # First: its first 8 bytes are a length, and can look like anything.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**40:
         return _read_safetensors
     if head.startswith(b"PK\x03\x04"):
-        return read_torch_zip
+        return partial(read_torch_zip, mmap=mmap)
     if head.startswith(LEGACY_TORCH):
         return read_legacy_torch
     if head[:1] in (b"\x80", b"(", b"}", b"c"):

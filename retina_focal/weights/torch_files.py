@@ -116,11 +116,12 @@ _TORCH: Mapping[str, Callable | None] = {
 }
 
 
-def read_torch_zip(file: BinaryIO, size: int) -> dict:
+def read_torch_zip(file: BinaryIO, size: int, mmap: bool = False) -> dict:
     """A checkpoint of torch.save.
 
     Args:
         size: bytes of the file.
+        mmap: leave the tensors in the file until they are used.
     Raises:
         NotWeights: it is not whole, or holds more than weights.
     """
@@ -152,7 +153,7 @@ def read_torch_zip(file: BinaryIO, size: int) -> dict:
         return storage
 
     read_pickle(file, file.tell() + records[program].file_size, _TORCH, stored)
-    return _load_torch(file)
+    return _load_torch(file, mmap)
 
 
 def _contents_offset(file: BinaryIO, record: zipfile.ZipInfo) -> int:
@@ -185,10 +186,11 @@ def read_legacy_torch(file: BinaryIO, size: int) -> dict:
     return _load_torch(file)
 
 
-def _load_torch(file: BinaryIO) -> dict:
+def _load_torch(file: BinaryIO, mmap: bool = False) -> dict:
     file.seek(0)
+    source = file.name if mmap else file
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     # Of half a file, after what has been looked at above.
     except (
         AssertionError,

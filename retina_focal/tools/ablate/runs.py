@@ -18,10 +18,16 @@ import torch
 from detectron2.config import CfgNode
 
 from retina_focal.config import config_path, flatten, get_cfg, merge_options
+from retina_focal.data.check import ALLOW_OUTSIDE
 from retina_focal.errors import UserError
 from retina_focal.files import write_whole
 from retina_focal.safe_yaml import BASE_KEY, read_text, read_yaml
-from retina_focal.tools.common import ignore_deprecations, load_cfg, set_up
+from retina_focal.tools.common import (
+    ignore_deprecations,
+    load_cfg,
+    refuse_proposal_files,
+    set_up,
+)
 from retina_focal.training.assembly import Trainer
 from retina_focal.training.processes import available_device
 from retina_focal.training.trouble import BadLoss
@@ -65,6 +71,7 @@ def read_row(name: str) -> Row:
     path = Path(name if Path(name).is_file() else config_path(f"ablations/{name}.yaml"))
     keys = flatten(read_yaml(path))
     keys.pop(BASE_KEY, None)
+    keys.pop(ALLOW_OUTSIDE, None)  # of the command line alone, as `merge_file` has it
     paper = PAPER_AP.search(read_text(path))
     return Row(path.stem, keys, tuple(map(float, paper.groups())) if paper else (), str(path))
 
@@ -139,6 +146,7 @@ def _merged(cfg: CfgNode, keys: dict[str, object]) -> CfgNode:
         # yacs wants 2.0 where a person writes 2.
         is_float = isinstance(before.get(key), float) and isinstance(value, int)
         merge_options(cfg, [key, float(value) if is_float else value])
+    refuse_proposal_files(cfg)
     return cfg
 
 

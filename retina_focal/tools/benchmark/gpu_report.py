@@ -9,7 +9,7 @@ from pathlib import Path
 import retina_focal
 from retina_focal.files import write_whole
 from retina_focal.tools.benchmark.gpu import COUNTED, PROFILE
-from retina_focal.tools.benchmark.report import WHOLE, plot, quantity
+from retina_focal.tools.benchmark.report import WHOLE, quantity
 from retina_focal.tools.reports import table
 
 IN_FP32 = "ieee-fp32"
@@ -43,7 +43,6 @@ def write(report: dict, folder: Path) -> str:
     text = markdown(report)
     write_whole(folder / "results.json", json.dumps(report, indent=1))
     write_whole(folder / "results.md", text)
-    plot(bars(report["rows"]), folder / "results.png")
     return text
 
 
