@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -27,9 +27,8 @@ from retina_focal.training.best import EarlyStop, best_checkpoint, has_ended
 from retina_focal.training.checkpoints import RunCheckpointer
 from retina_focal.training.first_step import FirstStepCheck
 from retina_focal.training.measure import (
-    lazy_evaluator,
-    lazy_test_loader,
     load_trained,
+    measure_lazy,
     yaml_evaluator,
     yaml_test_loader,
 )
@@ -168,15 +167,8 @@ class Trainer(DefaultTrainer):
         """As DefaultTrainer's; nothing where a LazyConfig has no evaluator."""
         if not isinstance(cfg, DictConfig):
             results = super().test(cfg, model, evaluators)
-        elif "evaluator" not in cfg.dataloader:
-            return {}
         else:
-            node = retina_focal_node(plain_values(cfg))
-            loader = lazy_test_loader(cfg, node.DATA.MAX_PIXELS)
-            loader = StoppableLoader(loader, node.TRAIN.TIMEOUT)
-            evaluator = evaluators or lazy_evaluator(cfg)
-            results = inference_on_dataset(model, loader, evaluator) or {}
-            print_csv_format(results)
+            results = measure_lazy(cfg, model, evaluators, retina_focal_node(plain_values(cfg)))
         explain_missing(results)
         return results
 
