@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -40,6 +41,7 @@ class Peers:
         self.world, self.timeout = world, timeout
         self.period = min(1.0, timeout / 60)
         self.patience = timeout - 15 * self.period  # the rest is for the words
+        self._welcomed = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="beat", daemon=True)
 
@@ -50,7 +52,9 @@ class Peers:
             UserError: somebody is missing after the timeout, or there twice.
         """
         world, deadline = self.world, time.monotonic() + self.timeout
-        self.store = dist.PrefixStore("retina_focal", self._connect(deadline))
+        store = self._connect(deadline)
+        attempt = self._attempt(store, deadline)
+        self.store = dist.PrefixStore(f"retina_focal/{attempt}", store)
         keys = self._keys("name")
         own = f"process {world.rank} of {world.size} (on {socket.gethostname()}, pid {os.getpid()})"
         size = self.store.compare_set("size", "", str(world.size)).decode()
@@ -68,6 +72,7 @@ class Peers:
         self.store.set(f"beat/{world.rank}", "0 its start")
         self.store.set(keys[world.rank], own)
         while not self.store.check(keys):
+            self._welcome(store, attempt)
             if time.monotonic() > deadline:
                 missing = [str(r) for r, key in enumerate(keys) if not self.store.check([key])]
                 raise UserError(
@@ -107,6 +112,37 @@ class Peers:
                         "was it started, and is the port open?"
                     ) from error
                 time.sleep(self.period)
+
+    def _attempt(self, store: dist.Store, deadline: float) -> str:
+        """A name for this set of processes: torchrun's store outlives those that it replaces.
+
+        Its TORCHELASTIC_RESTART_COUNT is no such name, since each machine counts its own.
+        """
+        own = uuid.uuid4().hex
+        if self.world.rank == 0 or not self.world.has_server:
+            return own if self.world.has_server else ""
+        while time.monotonic() < deadline:
+            number = store.add("retina_focal_arrivals", 1)
+            store.set(f"retina_focal_arrival/{number}", own)
+            for _ in range(10):
+                if store.check([f"retina_focal_welcome/{own}"]):
+                    return store.get(f"retina_focal_welcome/{own}").decode()
+                time.sleep(min(0.1, self.period))
+        raise UserError(
+            f"process {self.world.rank} of {self.world.size} waited {self.timeout:g} s for process "
+            "0, which did not come"
+        )
+
+    def _welcome(self, store: dist.Store, attempt: str) -> None:
+        """Process 0 tells those who arrive the name of its attempt."""
+        if not (self.world.rank == 0 and self.world.has_server):
+            return
+        last = store.add("retina_focal_arrivals", 0)
+        for number in range(self._welcomed + 1, last + 1):
+            key = f"retina_focal_arrival/{number}"
+            if store.check([key]):  # who has not come that far comes again
+                store.set(f"retina_focal_welcome/{store.get(key).decode()}", attempt)
+        self._welcomed = last
 
     def _local_size(self) -> int:
         """Processes per machine, which detectron2 wants equal, and its ranks in one row."""
