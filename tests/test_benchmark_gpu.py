@@ -210,7 +210,10 @@ def test_ratios_and_floors_are_quotients_of_the_same_setting():
     assert cells[2] == ["-", "8.00", "-", "-"]
     assert cells[5] == ["-", "-", "-", "2.00"]
     bars = [x for x in gpu_report.bars(rows) if x["ratio"]]
-    assert [x["ratio"]["stock"] for x in bars] == [{"median": 3.0, "min": 2.0, "max": 4.0}]
+    assert [(x["precision"], x["ratio"]["stock"]) for x in bars] == [
+        ("ieee-fp32", {"median": 3.0, "min": 2.0, "max": 4.0}),
+        ("ieee-fp32 / ours-bf16", {"median": 8.0, "min": 6.0, "max": 9.0}),
+    ]
 
 
 @pytest.mark.parametrize(

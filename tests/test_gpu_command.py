@@ -144,6 +144,13 @@ def test_a_package_that_is_missing_is_named_with_what_to_type(python, tmp_path):
     )
 
 
+def test_no_variable_overrules_the_rows(python, tmp_path):
+    """A user who has NVIDIA_TF32_OVERRIDE set would be refused by the benchmark."""
+    program = python(benchmark="echo override ${NVIDIA_TF32_OVERRIDE-none}")
+    make_gpu(tmp_path / "out", PYTHON=program, NVIDIA_TF32_OVERRIDE=0)
+    assert (tmp_path / "out" / "benchmark.log").read_text() == "override none\n"
+
+
 @pytest.mark.parametrize("as_wheels", [False, True])
 def test_packages_of_a_folder_are_found_by_every_stage(python, tmp_path, as_wheels):
     packages, seen = tmp_path / "packages", tmp_path / "seen"

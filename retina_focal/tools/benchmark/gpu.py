@@ -54,7 +54,7 @@ WHAT = ("loss", "train", "inference", PROFILE, "convolutions", "matching")
 OF_WHAT = {
     "loss": ("ieee-fp32", "amp-bf16", "amp-fp16"),
     "matching": ("ieee-fp32",),
-    PROFILE: ("ieee-fp32", "ours-bf16"),
+    PROFILE: ("amp-bf16", "ours-bf16"),
 }
 
 
