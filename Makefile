@@ -2,8 +2,10 @@
 # make train   sample data, training, evaluation and a picture, in minutes on a CPU
 # make test    the whole suite
 # make lint    linter and formatter, changing nothing
+# make gpu     tests and benchmark of a GPU, offline, into output/gpu; see .ci/gpu for its variables
+# make packages   a folder for `make gpu PACKAGES=...` on a machine that has torch and no network
 #
-# The others start with `setup`. All can be interrupted at any point and run again.
+# All but `gpu` start with `setup`. All can be interrupted at any point and run again.
 # Where .venv is not made yet, PYTHON chooses: make setup PYTHON=/path/to/python3.11
 
 PIP := .venv/bin/python -m pip --disable-pip-version-check
@@ -14,7 +16,7 @@ PURELIB = $$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("pu
 DROP_HALF_INSTALLED = rm -rf $$(find .venv -name '*.dist-info' \
 	! -exec test -e '{}/INSTALLER' ';' -print -prune)
 
-.PHONY: setup train test lint
+.PHONY: setup train test lint gpu packages
 
 setup: .venv/.requirements .venv/.detectron2 .venv/.package
 
@@ -28,6 +30,35 @@ test: setup
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+# Variables of the command line, such as DEVICE=cpu, reach it through the environment.
+gpu:
+	@.ci/gpu
+
+# What is pure Python, and what is compiled for the Python of that machine. torch, torchvision, numpy,
+# OpenCV, Pillow, matplotlib and PyYAML are left to it.
+PACKAGES ?= output/packages
+PACKAGES_PYTHON ?= 3.12
+PURE := antlr4-python3-runtime|cloudpickle|execnet|fvcore|hydra-core|iniconfig|iopath|omegaconf
+PURE := $(PURE)|packaging|pluggy|portalocker|pygments|pytest|pytest-xdist|setuptools
+PURE := $(PURE)|sortedcontainers|tabulate|termcolor|tqdm|typing-extensions|yacs
+COMPILED := hypothesis|pycocotools
+PINNED = awk '/^[a-z]/ { keep = $$1 ~ /^($(1))==/ } keep' requirements.txt
+
+packages: setup
+	@rm -rf $(PACKAGES)
+	@mkdir -p $(PACKAGES)
+	$(call PINNED,$(PURE)) >$(PACKAGES)/pure.txt
+	$(call PINNED,$(COMPILED)) >$(PACKAGES)/compiled.txt
+	$(PIP) install --quiet --target $(PACKAGES) --no-deps --no-compile --require-hashes \
+		--no-build-isolation --use-pep517 --requirement $(PACKAGES)/pure.txt
+	$(PIP) install --quiet --target $(PACKAGES) --no-deps --no-compile --require-hashes \
+		--python-version $(PACKAGES_PYTHON) --implementation cp --only-binary=:all: \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+		--platform manylinux2014_x86_64 --requirement $(PACKAGES)/compiled.txt
+	cp -r $(PURELIB)/detectron2 $(PURELIB)/sal_detectron2-*.dist-info $(PACKAGES)
+	find $(PACKAGES) -name __pycache__ -prune -exec rm -r {} +
+	@du -sh $(PACKAGES)
 
 # A name on the PATH need not run, and a Python need not have what makes an environment.
 .venv/bin/python:

@@ -5,26 +5,31 @@ micro-batches or processes make one step, all of their images are padded to one 
 of one process with all of the images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from detectron2.structures import ImageList
 from detectron2.utils import comm
 
 
 def size_of_step(
-    image_sizes: Sequence[tuple[int, int]], of_all_processes: bool, **padding: object
+    image_sizes: Sequence[tuple[int, int]],
+    size_divisibility: int,
+    padding_constraints: Mapping[str, int] | None,
+    of_all_processes: bool,
 ) -> tuple[int, int]:
-    """Padded height and width.
+    """Padded height and width: what `ImageList.from_tensors` gives for all images of the step.
 
     Args:
         image_sizes: (height, width) of each image of this process's step.
+        size_divisibility, padding_constraints: of detectron2's `Backbone`.
         of_all_processes: their hosts exchange their sizes, for which no device waits; every process
             must call this.
-        padding: options of `ImageList.from_tensors`.
     """
-    images = [torch.empty(size, device="meta") for size in image_sizes]
-    size = tuple(ImageList.from_tensors(images, **padding).tensor.shape[-2:])
+    constraints = padding_constraints or {}
+    square = constraints.get("square_size", 0)
+    stride = max(1, constraints.get("size_divisibility", size_divisibility))
+    size = (square, square) if square > 0 else map(max, zip(*image_sizes, strict=True))
+    size = tuple(-(-length // stride) * stride for length in size)
     # PreciseBN runs forwards in training mode without gradients: those are no steps.
     if of_all_processes and torch.is_grad_enabled():
         size = tuple(max(x) for x in zip(*comm.all_gather(size), strict=True))

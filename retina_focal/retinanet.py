@@ -20,7 +20,7 @@ from retina_focal.ground_truth import ground_truth
 from retina_focal.head import build_dense_head
 from retina_focal.padding import size_of_step
 from retina_focal.postprocess import Postprocessor
-from retina_focal.precision import PRECISIONS, computation
+from retina_focal.precision import PRECISIONS, computation, weights_layout
 from retina_focal.targets import find_targets
 from retina_focal.transfer import to_device
 
@@ -60,6 +60,7 @@ class FocalRetinaNet(nn.Module):
         pixel_mean: list[float],
         pixel_std: list[float],
         precision: str = "fp32",
+        weights_layout: torch.memory_format = torch.preserve_format,
         vis_period: int = 0,
         input_format: str = "BGR",
         num_classes: int | None = None,
@@ -75,6 +76,7 @@ class FocalRetinaNet(nn.Module):
             postprocessor: predictions to detections.
             pixel_mean, pixel_std: per channel, in `input_format` order, 0 to 255.
             precision: of backbone and head, see `precision.computation`.
+            weights_layout: torch.channels_last where half precision will run on a device.
             vis_period: iterations between training pictures in the event storage; 0: none.
             input_format: channel order of the images, for those pictures.
             num_classes: K; only checked against the parts: a LazyConfig's one place for it.
@@ -99,6 +101,7 @@ class FocalRetinaNet(nn.Module):
         self.precision = precision
         self.vis_period = vis_period
         self.input_format = input_format
+        self.to(memory_format=weights_layout)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self._check_num_classes(num_classes)
@@ -120,6 +123,7 @@ class FocalRetinaNet(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "precision": retina_focal_node(cfg).PRECISION,
+            "weights_layout": weights_layout(cfg),
             "vis_period": cfg.VIS_PERIOD,
             "input_format": cfg.INPUT.FORMAT,
         }
@@ -195,9 +199,8 @@ class FocalRetinaNet(nn.Module):
         """(H, W) that a step pads its images to; `batched_inputs` is this process's part of it."""
         normalizer = getattr(self.criterion, "normalizer", None)
         exchange = getattr(normalizer, "one_step_of_all_processes", False)
-        return size_of_step(
-            [x["image"].shape[-2:] for x in batched_inputs], exchange, **self.padding
-        )
+        sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
+        return size_of_step(sizes, **self.padding, of_all_processes=exchange)
 
     def preprocess_image(
         self, batched_inputs: list[dict], padded_size: tuple[int, int] | None = None
@@ -212,13 +215,13 @@ class FocalRetinaNet(nn.Module):
             # To the tensor, not to its device: a trace would keep that as a constant.
             images = [(x.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std for x in images]
             return ImageList.from_tensors(images, **self.padding)
-        padded = ImageList.from_tensors([x[:0] for x in images], **self.padding)
-        size = padded_size or padded.tensor.shape[-2:]
+        sizes = [tuple(x.shape[-2:]) for x in images]
+        size = padded_size or size_of_step(sizes, **self.padding, of_all_processes=False)
         # They cross as they are, uint8 from a loader. The mean becomes the zeros around them.
         batch = self.pixel_mean.expand(len(images), -1, *size).contiguous()
         for own, image in zip(batch, to_device(images, batch.device), strict=True):
             own[:, : image.shape[-2], : image.shape[-1]].copy_(image)
-        return ImageList(batch.sub_(self.pixel_mean).div_(self.pixel_std), padded.image_sizes)
+        return ImageList(batch.sub_(self.pixel_mean).div_(self.pixel_std), sizes)
 
     def label_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]

@@ -375,11 +375,12 @@ def test_a_trained_head_has_no_closed_form(caplog):
     assert numbers.keys() == {"per_positive", "mean_score"}
 
 
-def trained_from(iteration: int, model: nn.Module) -> None:
+def trained_from(iteration: int, model: nn.Module, *batches: list[dict]) -> None:
+    batches = batches or (pictures(*BATCH),) * 2
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    trainer = SimpleTrainer(model, [pictures(*BATCH)] * 2, optimizer)
+    trainer = SimpleTrainer(model, batches, optimizer)
     trainer.register_hooks([FirstStepCheck()])
-    trainer.train(iteration, iteration + 2)
+    trainer.train(iteration, iteration + len(batches))
 
 
 def said_by(caplog) -> list[str]:
@@ -399,6 +400,63 @@ def test_only_the_first_step_of_a_run_in_the_main_process_is_checked(caplog, mon
         hook.trainer = SimpleNamespace(model=model, start_iter=0)
         hook.before_train()
         assert not model.criterion._forward_pre_hooks
+
+
+def of_tiny_boxes() -> list[dict]:
+    batch = pictures(*BATCH)
+    for sample in batch:
+        boxes = sample["instances"].gt_boxes.tensor
+        boxes[:, 2:] = boxes[:, :2] + 4
+    return batch
+
+
+PAPER = {"ASSIGNMENT": "paper"}
+
+
+def plugin_model(**keys: str) -> nn.Module:
+    cfg = get_cfg()
+    cfg.merge_from_other_cfg(small_cfg(**{**PLUGIN, "MODEL.FPN.OUT_CHANNELS": 32}))
+    cfg.MODEL.RETINA_FOCAL.update(keys)
+    torch.manual_seed(0)
+    return build_model(cfg)
+
+
+def test_boxes_that_reach_no_anchor_are_named_with_their_sizes(caplog):
+    said, _ = check(plugin_model(**PAPER), caplog, of_tiny_boxes())
+    assert said.startswith("WARNING: first step: loss_cls without a positive anchor")
+    assert "None of the 6 boxes of the batch has an anchor" in said
+    assert "They are 4 to 4 px once resized" in said and "the anchors 32 to 813" in said
+    # Where each box has its best anchor, there is nothing to say.
+    assert "None of" not in check(plugin_model(), caplog, of_tiny_boxes())[0]
+
+
+def test_batches_without_boxes_are_followed_until_one_has_some(caplog, monkeypatch):
+    empty = pictures([(96, 128)], [0])
+    with caplog.at_level(logging.INFO):
+        trained_from(0, plugin_model(**PAPER), empty, empty, of_tiny_boxes(), of_tiny_boxes())
+        first, second = said_by(caplog)
+        assert "WARNING" not in first and "None of" not in first
+        assert second.startswith("batch 3 is the first with boxes. None of the 6 boxes")
+        caplog.clear()
+        trained_from(0, plugin_model(**PAPER), empty, pictures(*BATCH), of_tiny_boxes())
+        assert len(said_by(caplog)) == 1
+        caplog.clear()
+        monkeypatch.setattr(first_step, "BATCHES_WITHOUT_BOXES", 3)
+        trained_from(0, plugin_model(**PAPER), *[empty] * 5)
+        assert said_by(caplog)[1:] == ["none of the first 3 batches has a box"]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(255, "white"), (0, "black"), (77, "of one value, 77"), (None, None)]
+)
+def test_blank_pictures_are_named(caplog, value, words):
+    batch = [{**x, "file_name": f"{i}.png"} for i, x in enumerate(pictures(*BATCH))]
+    if value is not None:
+        batch[1]["image"][:] = value
+    said, _ = check(small_model(), caplog, batch)
+    assert ("pictures are" in said) == (words is not None)
+    if words:
+        assert f"1 of 2 pictures are {words} (1.png)" in said and said.startswith("WARNING")
 
 
 class OtherCriterion(nn.Module):

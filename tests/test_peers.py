@@ -12,7 +12,7 @@ from test_processes import needs_cpu_processes
 from retina_focal.errors import UserError
 from retina_focal.training.peers import in_words
 
-TIMEOUT = 4
+TIMEOUT = 9
 # What process 0, process 1 and, after those, another 0 and 1 do; None never comes.
 CASES = {
     "well": ["step", "step"],
@@ -138,8 +138,8 @@ def test_who_is_missing_is_said_in_time(name, words, ends):
     assert status == 1, (status, found)
     assert re.search(words, found), found
     assert "Traceback" not in found
-    # Some cases step for half a second before, and all are beside each other on few cores.
-    assert seconds < 3 * TIMEOUT
+    # Half a second of steps comes first; who hangs gets some time after the others have ended.
+    assert seconds < 1.5 * TIMEOUT
 
 
 def test_a_lost_loader_worker_is_said_in_words_and_a_fault_is_not():

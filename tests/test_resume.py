@@ -24,7 +24,8 @@ from retina_focal.config import get_cfg
 from retina_focal.data.registration import register_coco_json
 from retina_focal.errors import UserError
 from retina_focal.training.assembly import Trainer
-from retina_focal.training.resume import cut_metrics, results_in_metrics, saved_seed
+from retina_focal.training.metrics import cut_metrics, results_in_metrics
+from retina_focal.training.resume import saved_seed
 
 SMALL = {
     **PLUGIN,
@@ -250,6 +251,15 @@ def test_a_finished_run_says_so_and_makes_no_step(whole, toy, tmp_path, caplog):
     assert metrics(tmp_path / "run") == lines
     more = train(small(tmp_path / "run", **{"SOLVER.MAX_ITER": 8}), resume=True)
     assert more.start_iter == 6 and torch.load(tmp_path / "run/model_final.pth")["iteration"] == 7
+
+
+@pytest.mark.parametrize("fault", ["none", "torn"])
+def test_a_run_that_lacks_only_its_final_checkpoint_writes_it(fault, whole, toy, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    final = tmp_path / "run/model_final.pth"
+    final.unlink() if fault == "none" else final.write_bytes(final.read_bytes()[:1000])
+    train(small(tmp_path / "run"), resume=True, seed=9)
+    expect_equal(whole, tmp_path / "run")
 
 
 def test_a_loader_of_another_kind_starts_anew_and_says_so(whole, toy, tmp_path, caplog):

@@ -173,13 +173,13 @@ OF_A_STEP = {
 }
 
 
-def test_a_training_step_enters_few_functions(model):
+def test_a_training_step_enters_no_more_functions_than_stocks(model):
     batch = pictures(SIZES, [3, 0])
     stock = entered(build_model(small_cfg(**STOCK)).train(), batch)
     ours = entered(model.train(), batch)
     own = Counter(Path(file).name for file, _, _ in ours if "retina_focal" in file)
     assert own == OF_A_STEP
-    assert len(ours) < len(stock)
+    assert len(ours) <= len(stock)
 
 
 def test_a_backbone_that_rounds_otherwise_trains_on_the_anchors_of_its_features(model):

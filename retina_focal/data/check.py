@@ -134,9 +134,9 @@ def _check_annotations(
     annotations.find("ignore", "error", ignored, text, "ignore")
     _check_segmentations(annotations)
     boxes = _boxes(annotations)
-    if boxes is None or is_crowd is None:
-        return
     _check_areas(annotations)
+    if boxes is None or is_crowd is None or check.of("error"):
+        return
     empty = (boxes[:, 2:] == 0).any(axis=1)
     width, height = sizes[place].T
     x0, y0, x1, y1 = *boxes[:, :2].T, *(boxes[:, :2] + boxes[:, 2:]).T
@@ -215,7 +215,7 @@ def _boxes(annotations: Section) -> np.ndarray | None:
     try:
         array = np.array(flat, dtype=np.float64).reshape(-1, 4)
     except OverflowError:  # an int that float64 can't hold
-        array = np.array([min(x, 1e300) for x in flat], dtype=np.float64).reshape(-1, 4)
+        array = np.array([max(-1e300, min(x, 1e300)) for x in flat]).reshape(-1, 4)
     infinite = ~(np.abs(array) < MAX_PIXEL).all(axis=1)
     text = f"have a bbox that is not finite, or beyond {MAX_PIXEL:.0e} px; expected {expected}"
     annotations.find("box-infinite", "error", np.flatnonzero(infinite), text, "bbox")
@@ -264,7 +264,7 @@ def _is_whole_side(x: float) -> bool:
 
 
 def _is_area(x: object) -> bool:
-    return type(x) in NUMBERS and 0 <= x < math.inf
+    return type(x) in NUMBERS and 0 <= x < MAX_PIXEL**2
 
 
 def _is_flag(x: object) -> bool:

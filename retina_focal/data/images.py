@@ -88,12 +88,16 @@ def _check_header(name: str, max_pixels: int) -> None:
         check_regular(path)
         with Image.open(path) as image:
             reason = _fault(image, max_pixels)
+            if image.format == "PNG" and not reason:
+                # By its checksums: detectron2 looks for EXIF in a way that decodes a PNG, swallows
+                # the error, and goes on with what was decoded till then.
+                image.verify()
     except UserError as error:
         raise _bad(name, str(error)) from error
     except Image.DecompressionBombError as error:
         raise _bad(name, f"{error}; DATA.MAX_PIXELS is {max_pixels}") from error
     except Exception as error:  # Pillow may raise anything
-        reason = "it is empty" if _is_empty(name) else f"it is no picture: {error}"
+        reason = "it is empty" if _is_empty(name) else f"it is no whole picture: {error}"
         raise _bad(name, reason) from error
     if reason:
         raise _bad(name, reason)

@@ -1,6 +1,7 @@
 """What the commands share: how they end, their arguments, and how they read a config."""
 
 import argparse
+import logging
 import math
 import os
 import sys
@@ -53,6 +54,7 @@ def command(main: Callable[..., object]) -> Callable[..., object]:
     @wraps(main)
     def run(*args, **kwargs) -> object:
         ignore_deprecations()
+        logging.raiseExceptions = False  # a full disk would add a traceback to each line of the log
         try:
             return main(*args, **kwargs)
         except UserError as error:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -11,7 +12,8 @@ from detectron2.utils.events import EventStorage
 
 from retina_focal.errors import UserError
 from retina_focal.training.checkpoints import BEST
-from retina_focal.training.resume import FollowsEvaluation, results_in_metrics
+from retina_focal.training.metrics import results_in_metrics
+from retina_focal.training.resume import FollowsEvaluation
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +48,15 @@ class BestCheckpoint(FollowsEvaluation):
         self._judge()
         if self.has_stopped:
             trainer.checkpointer.save("model_final", iteration=trainer.iter)
-            raise EarlyStop(
-                f"no {self.metric} above {self.best:.4g}, of iteration {self.best_iteration}, in "
-                f"{self.num_worse} evaluations (TRAIN.PATIENCE)"
+            logger.info(
+                "the run ends early: no %s above %.4g, of iteration %d, in %d evaluations "
+                "(TRAIN.PATIENCE)",
+                self.metric,
+                self.best,
+                self.best_iteration,
+                self.num_worse,
             )
+            raise EarlyStop
 
     def after_train(self) -> None:
         if self.trainer.evaluated == self.trainer.iter != self.judged:
@@ -98,7 +105,7 @@ def best_checkpoint(train: CfgNode) -> BestCheckpoint | None:
 def has_ended(trainer: DefaultTrainer) -> bool:
     """Whether a resumed run has no step to make: then say so, with its results in `trainer`.
 
-    A last evaluation that was interrupted is made.
+    What was interrupted behind the last step is made: model_final.pth, the last evaluation.
     """
     best = next((x for x in trainer._hooks if isinstance(x, BestCheckpoint)), None)
     stopped = best is not None and best.has_stopped
@@ -107,7 +114,8 @@ def has_ended(trainer: DefaultTrainer) -> bool:
     folder, end = trainer.cfg.OUTPUT_DIR, trainer.max_iter
     results = results_in_metrics(Path(folder, "metrics.json"), trainer.start_iter)
     results = comm.all_gather(results)[0]
-    if results is None and trainer.start_iter == end and not stopped:
+    is_final = os.path.basename(trainer.checkpointer.get_checkpoint_file()) == "model_final.pth"
+    if trainer.start_iter == end and not stopped and not (results and is_final):
         trainer.iter = end
         with EventStorage(end) as trainer.storage:
             trainer.before_train()

@@ -24,6 +24,7 @@ from retina_focal.criterion import Criterion, level_targets
 from retina_focal.dense_sum import dense_loss_sum
 from retina_focal.head import prior_bias
 from retina_focal.retinanet import FocalRetinaNet
+from retina_focal.training.first_batches import blank_pictures, unreached_boxes
 
 # Pretrained backbones came within 3% of the closed form. Group norm over 256 channels, which
 # spreads the first logits most, moved the loss by 7% and, with one class, the mean score by 21%.
@@ -35,6 +36,9 @@ BIAS_TOLERANCE = 0.05
 # forgotten, or one too many, changes it 57 times or more.
 RESPONSES = (0.04, 10.0)
 
+# Batches of background alone after which that is said.
+BATCHES_WITHOUT_BOXES = 20
+
 logger = logging.getLogger(__name__)
 
 
@@ -42,8 +46,9 @@ class FirstStepCheck(HookBase):
     """Logs the first class loss and mean score of a `FocalRetinaNet` beside their closed forms.
 
     One line where they agree and all parts fit; otherwise a warning that names the cause and what
-    to type. It works in the main process, only in a run that starts from iteration 0, and stops no
-    run. The numbers go into the event storage as ``retina_focal/first_step/...``.
+    to type: boxes that reach no anchor and blank pictures are causes too. It works in the main
+    process, only in a run that starts from iteration 0, and stops no run. The numbers go into the
+    event storage as ``retina_focal/first_step/...``.
     """
 
     def __init__(self, datasets: str | Sequence[str] = ()):
@@ -61,6 +66,7 @@ class FirstStepCheck(HookBase):
         if is_start and isinstance(model, FocalRetinaNet):
             self._model = model
             self._handles = [
+                model.register_forward_pre_hook(self._keep_batch),
                 model.backbone.register_forward_pre_hook(self._keep_images),
                 model.criterion.register_forward_pre_hook(self._check, with_kwargs=True),
             ]
@@ -68,36 +74,63 @@ class FirstStepCheck(HookBase):
     def after_train(self) -> None:
         self._detach()
 
+    def _keep_batch(self, model: nn.Module, inputs: tuple[list[dict]]) -> None:
+        self._batch = inputs[0]
+
     def _keep_images(self, backbone: Backbone, inputs: tuple[Tensor]) -> None:
         self._images = inputs[0].detach()
 
     def _check(self, criterion: nn.Module, args: tuple, kwargs: dict) -> None:
         """As a forward hook, before the step changes any parameter."""
-        if isinstance(criterion, Criterion):
-            inputs = inspect.signature(criterion.forward).bind(*args, **kwargs).arguments
-            self._report(criterion, inputs["logits"], inputs["labels"])
-        else:
+        if not isinstance(criterion, Criterion):
             name = type(criterion).__name__
             logger.info("first step: not checked, as the criterion is a %s", name)
-        self._detach()
+            self._detach()
+            return
+        inputs = inspect.signature(criterion.forward).bind(*args, **kwargs).arguments
+        labels, self._num_batches = inputs["labels"], self._num_batches + 1
+        positive = (labels >= 0) & (labels < criterion.num_classes)
+        unreached = None
+        if not positive.any():
+            unreached = unreached_boxes(inputs["anchors"], inputs["gt_instances"])
+        if self._num_batches == 1:
+            self._report(criterion, inputs["logits"], labels, [unreached])
+        elif unreached:
+            logger.warning("batch %d is the first with boxes. %s", self._num_batches, unreached)
+        if positive.any() or unreached:
+            self._detach()
+        elif self._num_batches == BATCHES_WITHOUT_BOXES:
+            logger.warning("none of the first %d batches has a box", BATCHES_WITHOUT_BOXES)
+            self._detach()
 
     def _detach(self) -> None:
         for handle in getattr(self, "_handles", ()):
             handle.remove()
-        self._handles, self._model, self._images = [], None, None
+        self._handles, self._num_batches = [], 0
+        self._model, self._batch, self._images = None, None, None
 
     @torch.no_grad()
-    def _report(self, criterion: Criterion, logits: list[Tensor], labels: Tensor) -> None:
+    def _report(
+        self,
+        criterion: Criterion,
+        logits: list[Tensor],
+        labels: Tensor,
+        causes: list[str | None],
+    ) -> None:
         model, head = self._model, self._model.head
         bottom_up = list(getattr(model.backbone, "bottom_up", model.backbone).modules())
         num_classes = _num_classes_of(self.datasets) or criterion.num_classes
         causes = [
+            *causes,
+            blank_pictures(self._batch),
             _wrong_num_classes(criterion.num_classes, num_classes),
             _random_frozen_norms(bottom_up) or _foreign_pixels(bottom_up, self._images, model),
         ]
         loss, score = loss_per_positive(criterion, logits, labels), mean_score(logits)
         numbers = {"per_positive": loss, "mean_score": score}
-        line = f"first step: loss_cls per positive anchor {loss:.4g}"
+        has_positives = ((labels >= 0) & (labels < criterion.num_classes)).any()
+        of = "per positive anchor" if has_positives else "without a positive anchor"
+        line = f"first step: loss_cls {of} {loss:.4g}"
         if is_new(head):
             prior = head.prior_prob
             expected = closed_form(criterion, labels, prior, num_classes)

@@ -10,9 +10,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,8 @@ class Peers:
             timeout: seconds that a process may let the others wait.
         """
         self.world, self.timeout = world, timeout
-        self.period = min(1.0, timeout / 10)
+        self.period = min(1.0, timeout / 60)
+        self.patience = timeout - 15 * self.period  # the rest is for the words
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="beat", daemon=True)
 
@@ -137,7 +139,7 @@ class Peers:
                 rank=world.rank,
                 world_size=world.size,
                 # NCCL aborts the process without words, so it comes after the beats.
-                timeout=timedelta(seconds=self.timeout + (15 * self.period if has_gpu else 0)),
+                timeout=timedelta(seconds=self.timeout if has_gpu else self.patience),
             )
             comm.create_local_process_group(local_size)
             comm.synchronize()
@@ -150,29 +152,42 @@ class Peers:
 
     def tell(self, reason: str) -> None:
         """Tell the others why this process ends."""
-        with suppress(RuntimeError):
-            self.store.compare_set("fault", "", f"{self.world.rank} {reason}")
+        fault = f"{self.world.rank} {reason}"
+        self._answer(lambda: self.store.compare_set("fault", "", fault), 2)
 
     def explain(self) -> str:
         """Why a collective failed: who is missing, in words."""
-        found: list[str] = []
-        thread = threading.Thread(target=lambda: found.append(self._who_is_missing()), daemon=True)
-        thread.start()
-        thread.join(6 * self.period)  # a store behind a cut link never answers
-        who = found[0] if found else f"{self.names[0]} does not answer: {LOST}"
+        who = self._answer(self._who_is_missing, 8) or f"{self.names[0]} does not answer: {LOST}"
         return f"{who}; every process answers within {self.timeout:g} s (TRAIN.TIMEOUT)"
 
+    def _answer(self, ask: Callable[[], Any], periods: float) -> Any:
+        """What the store answers, or None: behind a cut link it never does."""
+        found = []
+
+        def run() -> None:
+            with suppress(RuntimeError):
+                found.append(ask())
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(periods * self.period)
+        return found[0] if found else None
+
     def _who_is_missing(self) -> str:
+        others = [rank for rank in range(self.world.size) if rank != self.world.rank]
         try:
-            before = self._beats(self.store)
-            time.sleep(3 * self.period)
-            fault, after = self._fault(self.store), self._beats(self.store)
+            before, silent = self._beats(self.store), others
+            for _ in range(5):
+                time.sleep(self.period)
+                fault, after = self._fault(self.store), self._beats(self.store)
+                silent = [rank for rank in others if before[rank] == after[rank]]
+                if fault or not silent:
+                    break
         except RuntimeError:
             return f"{self.names[0]} is gone: {LOST}"
-        others = [rank for rank in range(self.world.size) if rank != self.world.rank]
-        silent = [self.names[rank] for rank in others if before[rank] == after[rank]]
         if fault or silent:
-            return fault or f"{' and '.join(silent)} does not answer: {LOST}"
+            names = " and ".join(self.names[rank] for rank in silent)
+            return fault or f"{names} does not answer: {LOST}"
         places = "; ".join(f"{self.names[r]} is at {after[r].split(' ', 1)[1]}" for r in others)
         return f"all processes live, but one took no part: {places}"
 
@@ -203,7 +218,7 @@ class Peers:
                     for rank, beat in enumerate(self._beats(store)):
                         changed[rank] = now if beat != beats[rank] else changed[rank]
                         beats[rank] = beat
-                        if now - changed[rank] > self.timeout and not reason:
+                        if now - changed[rank] > self.patience and not reason:
                             reason = f"{self.names[rank]} does not answer: {LOST}"
             except RuntimeError:
                 reason = reason or f"{self.names[0]} is gone: {LOST}"

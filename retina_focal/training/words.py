@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,22 +22,24 @@ def words_only(folder: str, last_checkpoint: Callable[[], str]) -> Iterator[None
         last_checkpoint: its path, or "".
     """
 
-    def is_told(error: BaseException | None) -> bool:
-        if isinstance(error, OSError):
-            return error.errno in FULL_OR_CLOSED or _is_inside(error.filename, folder)
-        return error is not None and in_words(error) is not None
+    def is_of_folder(error: BaseException) -> bool:
+        return isinstance(error, OSError) and (
+            error.errno in FULL_OR_CLOSED or _is_inside(error.filename, folder)
+        )
 
     def without_traceback(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and is_told(record.exc_info[1]))
+        error = record.exc_info and record.exc_info[1]
+        return not error or (in_words(error) is None and not is_of_folder(error))
 
     logger = logging.getLogger("detectron2.engine.train_loop")
     logger.addFilter(without_traceback)
-    # log.txt can't be written to either: each line would bring a traceback.
-    raises, logging.raiseExceptions = logging.raiseExceptions, False
+    # TensorBoard writes in a thread, and raises what that raised at its next call.
+    hook = threading.excepthook
+    threading.excepthook = lambda args: is_of_folder(args.exc_value) or hook(args)
     try:
         yield
     except OSError as error:
-        if not is_told(error):
+        if not is_of_folder(error):
             raise
         path = last_checkpoint()
         raise UserError(
@@ -44,11 +47,11 @@ def words_only(folder: str, last_checkpoint: Callable[[], str]) -> Iterator[None
             f"folder, and type --resume; the last checkpoint is {path or 'none'}"
         ) from error
     finally:
-        logging.raiseExceptions = raises
+        threading.excepthook = hook
         logger.removeFilter(without_traceback)
 
 
 def _is_inside(path: str | bytes | int | None, folder: str) -> bool:
-    if not isinstance(path, str):
+    if not isinstance(path, (str, bytes)):
         return False
-    return os.path.abspath(path).startswith(os.path.abspath(folder) + os.sep)
+    return os.path.abspath(os.fsdecode(path)).startswith(os.path.abspath(folder) + os.sep)

@@ -21,8 +21,9 @@ from torchvision.ops import box_iou
 
 from retina_focal.assigner import Assigner
 from retina_focal.config import retina_focal_node
-from retina_focal.criterion import Criterion, level_targets
+from retina_focal.criterion import Criterion
 from retina_focal.dense_sum import dense_loss_sum
+from retina_focal.targets import level_targets
 from retina_focal.tools.benchmark.inputs import (
     anchors_per_level,
     arguments,

@@ -33,7 +33,7 @@ from retina_focal.tools.reports import origin
 
 WHAT = (*TIMED, "memory")
 # Of steps on a GPU between two synchronisations.
-STEPS_SECONDS = 0.25
+STEPS_SECONDS = 0.2
 EPILOG = """
 Boxes have sides from 8 px to half the image's, log-uniform, at uniform places. Weights are random.
 On a CPU the precision is that of our model, and the others compute in fp32. On a GPU all models
@@ -78,7 +78,7 @@ def measure_on_gpu(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None
         print(f"going on from the {len(report['rows'])} rows of a run that was interrupted")
 
     def save() -> None:
-        write_whole(args.output / "results.json", json.dumps(report, indent=1))
+        gpu_report.write(report, args.output)
 
     profiles = args.output / "profile.txt"
     if not report["rows"]:
@@ -90,6 +90,7 @@ def measure_on_gpu(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None
         print("\ninterrupted; what was measured before:")
     if report["rows"]:
         print(f"{gpu_report.write(report, args.output)}\nwritten to {args.output}")
+        plot(gpu_report.bars(report["rows"]), args.output / "results.png")
     else:
         print("no row was finished")
 

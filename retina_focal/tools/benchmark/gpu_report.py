@@ -9,7 +9,7 @@ from pathlib import Path
 import retina_focal
 from retina_focal.files import write_whole
 from retina_focal.tools.benchmark.gpu import COUNTED, PROFILE
-from retina_focal.tools.benchmark.report import WHOLE, plot, quantity
+from retina_focal.tools.benchmark.report import WHOLE, quantity
 from retina_focal.tools.reports import table
 
 IN_FP32 = "ieee-fp32"
@@ -43,7 +43,6 @@ def write(report: dict, folder: Path) -> str:
     text = markdown(report)
     write_whole(folder / "results.json", json.dumps(report, indent=1))
     write_whole(folder / "results.md", text)
-    plot(bars(report["rows"]), folder / "results.png")
     return text
 
 
@@ -125,16 +124,23 @@ def _ratio(one: list[float] | None, other: list[float] | None) -> str:
 
 
 def bars(rows: list[dict]) -> Iterator[dict]:
-    """Rows as `report.plot` takes them: the steps of others over ours."""
+    """Rows as `report.plot` takes them: the steps of others over ours, in the same precision.
+
+    A precision that ours alone has is compared with theirs in fp32.
+    """
     for row in rows:
         if row["model"] != "ours" or not row.get("step"):
             continue
+        same = _same(rows, row, model="stock") is not None
+        precision = row["precision"] if same else IN_FP32
         ratio = {}
         for name in ("stock", "torchvision"):
-            other = _same(rows, row, model=name)
+            other = _same(rows, row, model=name, precision=precision)
             if other is not None:
                 quotients = _quotients(other["step"], row["step"])
                 median = statistics.median(quotients)
                 ratio[name] = {"median": median, "min": min(quotients), "max": max(quotients)}
+        precision = precision if same else f"{precision} / {row['precision']}"
         what = f"{row['what']}, batch {row['batch']}"
-        yield row | {"what": what, "part": WHOLE, "base": "ours", "ratio": ratio}
+        names = {"what": what, "part": WHOLE, "precision": precision, "base": "ours"}
+        yield row | names | {"ratio": ratio}
