@@ -168,6 +168,11 @@ CONTENTS: dict[str, tuple[Callable[[], bytes], str]] = {
         ),
         "a storage has",
     ),
+    "nested storage type": (
+        lambda: torch_zip(b"\x80\x02(Vstorage\n)" + b"\x85" * 100_000 + b"V0\nNI1\ntQ."),
+        "a storage has",
+    ),
+    "negative storage": (lambda: torch_zip(tensor(-4, "1")), "a storage has"),
     "legacy storage": (
         lambda: saved(torch.zeros(4), True).replace(b"K\x04N", b"J\xff\xff\xff\x7fN", 1),
         "smaller than its tensors",
