@@ -214,6 +214,10 @@ def _default_node() -> CfgNode:
     # "fp16", for inference; "auto" bf16 where the processor has it. The rest is always fp32.
     node.PRECISION = "fp32"
 
+    # True: in training, backbone and head run as CUDA graphs: fewer launches, for images of one
+    # size. On one GPU, without accumulation and without norms that are trained.
+    node.CUDA_GRAPHS = False
+
     # Micro-batches that the package's trainer runs one after another for one step of the optimizer:
     # less memory, the same gradient. SOLVER.IMS_PER_BATCH stays the images of a step.
     node.ACCUMULATE_STEPS = 1

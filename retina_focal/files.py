@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -81,19 +82,21 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-")
+        # Not TemporaryDirectory, whose end calls itself without end where `path.parent` was closed.
+        folder = tempfile.mkdtemp(dir=path.parent, prefix=".writing-")
     except OSError as error:
         raise write_error(path, error) from error
-    with folder:
-        temporary = Path(folder.name, path.name)
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        except OSError as error:
-            # A full disk names no file; an error that names another one is of what is read.
-            if error.errno is None or error.filename not in (None, str(temporary)):
-                raise
-            raise write_error(path, error) from error
+    temporary = Path(folder, path.name)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        # A full disk names no file; an error that names another one is of what is read.
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise write_error(path, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -54,6 +54,10 @@ class FoldedWeight:
         shift = shift if bias is None else torch.addcmul(shift, bias, scale)
         return weight * scale.view(-1, 1, 1, 1), shift
 
+    def remembered(self) -> tuple[Tensor, ...]:
+        """What a convolution reads that no step computes."""
+        return self._scale_and_shift.results + self._whole.results
+
     def forget(self) -> None:
         """Compute all anew at the next call."""
         self._scale_and_shift.forget()
@@ -69,7 +73,7 @@ class Remembered:
     def forget(self) -> None:
         self._state: list[tuple] = []
         self._memory: list[Tensor] = []
-        self._results: tuple[Tensor, ...] = ()
+        self.results: tuple[Tensor, ...] = ()
 
     def __call__(
         self, tensors: list[Tensor], function: Callable[[], tuple[Tensor, ...]]
@@ -83,11 +87,11 @@ class Remembered:
         if state != self._state:
             # Results of inference mode could not be used in training.
             with torch.inference_mode(False), torch.no_grad():
-                self._results = function()
+                self.results = function()
                 # As long as these live, no other tensor has their identities or addresses.
                 self._memory = [*tensors, *(x.detach() for x in tensors)]
             self._state = state
-        return self._results
+        return self.results
 
     def __reduce__(self) -> tuple:
         return Remembered, ()  # a copy has tensors of its own
@@ -99,15 +103,15 @@ class FoldedConv2d(Conv2d):
     def __init__(self, conv: Conv2d):
         super().__init__(**_arguments(conv), norm=conv.norm, activation=conv.activation)
         self.weight, self.bias = conv.weight, conv.bias
-        self._folded = FoldedWeight(self, conv.norm)
+        self.folded = FoldedWeight(self, conv.norm)
         self.train(conv.training)
 
     def train(self, mode: bool = True) -> "FoldedConv2d":
-        self._folded.forget()
+        self.folded.forget()
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self._folded()
+        weight, bias = self.folded()
         x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 
@@ -123,15 +127,15 @@ class FoldedTimmConv2d(nn.Conv2d):
         self.weight, self.bias = conv.weight, conv.bias
         self._conv2d = conv2d_same if isinstance(conv, Conv2dSame) else F.conv2d
         self._is_depthwise = is_depthwise(conv)
-        self._folded = FoldedWeight(self, norm)
+        self.folded = FoldedWeight(self, norm)
         self.train(conv.training)
 
     def train(self, mode: bool = True) -> "FoldedTimmConv2d":
-        self._folded.forget()
+        self.folded.forget()
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self._folded()
+        weight, bias = self.folded()
         needs_grad = x.requires_grad or weight.requires_grad
         if not (self._is_depthwise and needs_grad and x.device.type == "cpu"):
             return self._conv(x, weight, bias)

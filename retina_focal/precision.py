@@ -5,7 +5,9 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from detectron2.config import CfgNode
 
+from retina_focal.config import retina_focal_node
 from retina_focal.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,8 +24,6 @@ class Computation(NamedTuple):
 def computation(precision: str, device_type: str, training: bool) -> Computation:
     """What a precision means on a device.
 
-    Half precision is fastest in channels_last; fp32 on a CPU is slowest in it, and stays as it is.
-
     Args:
         precision: one of `PRECISIONS`. "fp32" opens no autocast and leaves an outer one alone;
             "auto" is "bf16" where `has_bf16`, else "fp32".
@@ -35,7 +35,9 @@ def computation(precision: str, device_type: str, training: bool) -> Computation
     if precision == "auto":
         precision = "bf16" if has_bf16(device_type) else "fp32"
     if precision == "fp32":
-        return Computation(nullcontext(), torch.preserve_format)
+        # On a CPU an outer autocast was not measured to be faster in another layout.
+        outer = device_type != "cpu" and is_autocast_enabled(device_type)
+        return Computation(nullcontext(), layout(in_half_precision=outer))
     if precision == "fp16" and training:
         raise UserError(
             "MODEL.RETINA_FOCAL.PRECISION fp16 is for inference, as its gradients underflow unless "
@@ -48,7 +50,30 @@ def computation(precision: str, device_type: str, training: bool) -> Computation
             f"autocast to {outer}; set PRECISION fp32, which leaves that one alone, or open none "
             "(SOLVER.AMP.ENABLED False)"
         )
-    return Computation(torch.autocast(device_type, DTYPES[precision]), torch.channels_last)
+    autocast = torch.autocast(device_type, DTYPES[precision])
+    return Computation(autocast, layout(in_half_precision=True))
+
+
+def layout(in_half_precision: bool) -> torch.memory_format:
+    """Half precision is fastest in channels_last; fp32 on a CPU is slowest in it, and stays."""
+    return torch.channels_last if in_half_precision else torch.preserve_format
+
+
+def weights_layout(cfg: CfgNode) -> torch.memory_format:
+    """The layout to store the weights of convolutions in, before DDP and the optimizer see them.
+
+    A device would transpose them at every step if it were not that of the images. On a CPU oneDNN
+    has a layout of its own.
+    """
+    device_type, precision = torch.device(cfg.MODEL.DEVICE).type, retina_focal_node(cfg).PRECISION
+    in_half = precision in DTYPES or (precision == "auto" and has_bf16(device_type))
+    in_half = in_half or cfg.SOLVER.AMP.ENABLED
+    return layout(in_half_precision=in_half and device_type != "cpu")
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """Whether the code around opened an autocast; never on a device that has none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 @cache

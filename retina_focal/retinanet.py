@@ -1,9 +1,7 @@
 """FocalRetinaNet: the meta-architecture, and the surface that detectron2 scripts rely on."""
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.structures import Boxes, ImageList, Instances
@@ -14,18 +12,17 @@ from retina_focal.assigner import Assigner, build_assigner
 from retina_focal.box_tower import first_image
 from retina_focal.config import check_choice, retina_focal_node
 from retina_focal.criterion import Criterion
+from retina_focal.drawing import draw_training
 from retina_focal.errors import UserError
 from retina_focal.folding import fold_frozen_norms
+from retina_focal.graphs import GraphedNetwork
 from retina_focal.ground_truth import ground_truth
 from retina_focal.head import build_dense_head
 from retina_focal.padding import size_of_step
 from retina_focal.postprocess import Postprocessor
-from retina_focal.precision import PRECISIONS, computation
+from retina_focal.precision import PRECISIONS, computation, weights_layout
 from retina_focal.targets import find_targets
 from retina_focal.transfer import to_device
-
-# Highest-scoring predictions drawn beside the ground truth every VIS_PERIOD iterations.
-VIS_MAX_BOXES = 20
 
 
 def _forwarded(part: str, name: str) -> property:
@@ -60,6 +57,8 @@ class FocalRetinaNet(nn.Module):
         pixel_mean: list[float],
         pixel_std: list[float],
         precision: str = "fp32",
+        weights_layout: torch.memory_format = torch.preserve_format,
+        cuda_graphs: bool = False,
         vis_period: int = 0,
         input_format: str = "BGR",
         num_classes: int | None = None,
@@ -75,6 +74,8 @@ class FocalRetinaNet(nn.Module):
             postprocessor: predictions to detections.
             pixel_mean, pixel_std: per channel, in `input_format` order, 0 to 255.
             precision: of backbone and head, see `precision.computation`.
+            weights_layout: torch.channels_last where half precision will run on a device.
+            cuda_graphs: whether training launches backbone and head as `GraphedNetwork`.
             vis_period: iterations between training pictures in the event storage; 0: none.
             input_format: channel order of the images, for those pictures.
             num_classes: K; only checked against the parts: a LazyConfig's one place for it.
@@ -97,8 +98,10 @@ class FocalRetinaNet(nn.Module):
         self.criterion = criterion
         self.postprocessor = postprocessor
         self.precision = precision
+        self.graphed = GraphedNetwork() if cuda_graphs else None
         self.vis_period = vis_period
         self.input_format = input_format
+        self.to(memory_format=weights_layout)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self._check_num_classes(num_classes)
@@ -120,6 +123,8 @@ class FocalRetinaNet(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "precision": retina_focal_node(cfg).PRECISION,
+            "weights_layout": weights_layout(cfg),
+            "cuda_graphs": retina_focal_node(cfg).CUDA_GRAPHS,
             "vis_period": cfg.VIS_PERIOD,
             "input_format": cfg.INPUT.FORMAT,
         }
@@ -164,9 +169,15 @@ class FocalRetinaNet(nn.Module):
             )
         autocast, layout = computation(self.precision, images.tensor.device.type, self.training)
         with autocast:
-            features = self.backbone(images.tensor.to(memory_format=layout))
-            features = [features[name] for name in self.head_in_features]
-            logits, deltas = self.head(features)
+            batch = images.tensor.to(memory_format=layout)
+            if self.training and self.graphed:
+                network = self.backbone, self.head, self.head_in_features
+                logits, deltas = self.graphed(*network, batch)
+                features = logits  # of the same sizes
+            else:
+                features = self.backbone(batch)
+                features = [features[name] for name in self.head_in_features]
+                logits, deltas = self.head(features)
         if not self.training:
             anchors = self.anchor_generator(features)
             sizes = images.image_sizes
@@ -188,7 +199,7 @@ class FocalRetinaNet(nn.Module):
             if self.vis_period > 0 and storage.iter % self.vis_period == 0:
                 first = [x[:1] for x in logits], first_image(deltas), images.image_sizes[:1]
                 result = self.postprocessor(anchors, *first, images.image_sizes[:1])[0]
-                storage.put_image(*_draw_training(batched_inputs[0], result, self.input_format))
+                storage.put_image(*draw_training(batched_inputs[0], result, self.input_format))
         return losses
 
     def padded_size(self, batched_inputs: list[dict]) -> tuple[int, int]:
@@ -278,17 +289,3 @@ def _output_sizes(
         (x.get("height", height), x.get("width", width))
         for x, (height, width) in zip(batched_inputs, image_sizes, strict=True)
     ]
-
-
-def _draw_training(record: dict, result: Instances, input_format: str) -> tuple[str, np.ndarray]:
-    """Name and (3, 2H, W) uint8 picture: ground truth above the highest-scoring predictions."""
-    from detectron2.utils.visualizer import Visualizer
-
-    image = convert_image_to_rgb(record["image"].permute(1, 2, 0), input_format)
-    panels = [
-        Visualizer(image, None).overlay_instances(boxes=boxes.tensor.detach().cpu().numpy())
-        for boxes in (record["instances"].gt_boxes, result.pred_boxes[:VIS_MAX_BOXES])
-    ]
-    picture = np.vstack([panel.get_image() for panel in panels])
-    name = f"Top: ground truth; bottom: {VIS_MAX_BOXES} highest-scoring predictions"
-    return name, picture.transpose(2, 0, 1)

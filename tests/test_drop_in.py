@@ -20,7 +20,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.analysis import FlopCountAnalysis, parameter_count
 from detectron2.utils.events import EventStorage
 
-from retina_focal import box_tower, retinanet
+from retina_focal import box_tower, drawing
 
 SUBSETS = [
     names for count in range(1, 4) for names in itertools.combinations(sorted(PLUGIN), count)
@@ -171,7 +171,7 @@ def test_the_training_picture_shows_ground_truth_above_predictions():
     record["instances"] = Instances((60, 100), gt_boxes=Boxes(torch.tensor(truth)))
     scores = torch.tensor([0.9])
     result = Instances((60, 100), pred_boxes=Boxes(torch.tensor(prediction)), scores=scores)
-    _, picture = retinanet._draw_training(record, result, "BGR")
+    _, picture = drawing.draw_training(record, result, "BGR")
     height, width = picture.shape[1] // 2, picture.shape[2]
     drawn = (picture != 128).any(0)
     top, bottom = drawn[:height], drawn[height:]

@@ -151,13 +151,13 @@ def test_a_copy_takes_nothing_that_is_remembered():
     with torch.no_grad():
         folded(image())
         other = copy.deepcopy(folded)
-        assert not other._folded._whole._memory
+        assert not other.folded._whole._memory
         other.weight.zero_()
         torch.testing.assert_close(other(image()), conv_then_norm(other, image()))
     file = io.BytesIO()
     torch.save(folded, file)
     file.seek(0)
-    assert not torch.load(file, weights_only=False)._folded._whole._memory
+    assert not torch.load(file, weights_only=False).folded._whole._memory
 
 
 def frozen_models():

@@ -3,8 +3,10 @@
 import argparse
 
 import pytest
+from test_train import train_command
 
 from retina_focal.errors import UserError
+from retina_focal.tools import train
 from retina_focal.training.launchers import World, first_host, is_restarted, world_of
 
 TORCHRUN = {
@@ -130,7 +132,16 @@ def test_the_first_host_of_slurms_list(nodes, first):
     assert first_host(nodes) == first
 
 
-@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_process_that_is_started_again_resumes(name):
-    assert is_restarted({name: "1"})
-    assert not is_restarted({name: "0"}) and not is_restarted({})
+def test_a_process_that_torchrun_starts_again_resumes():
+    assert is_restarted({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "1"})
+    assert not is_restarted(TORCHRUN) and not is_restarted({})
+
+
+def test_a_run_that_may_be_restarted_does_not_begin_among_anothers_checkpoints(
+    data, tmp_path, monkeypatch
+):
+    command, _ = train_command(data, tmp_path)
+    (tmp_path / "model_0000001.pth").touch()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(SystemExit, match="holds those of another run"):
+        train.main(command[1:])

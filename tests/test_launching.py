@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from test_processes import needs_cpu_processes
-from trainings import LONG, PYTHON, STEPPING, WORKERS, Training, is_alive
+from trainings import (
+    LONG,
+    PYTHON,
+    STEPPING,
+    WORKERS,
+    Training,
+    is_alive,
+    no_training_outlives_its_test,  # noqa: F401
+)
 
 from retina_focal.training.launchers import free_port
 

@@ -134,6 +134,11 @@ def test_a_picture_that_cannot_be_used_is_replaced_by_one_of_the_same_draw(cfg, 
         next(iter(broken(cfg, data, tmp_path, faulty=6)))
 
 
+def test_the_largest_picture_is_that_of_the_config(cfg):
+    with pytest.raises(UserError, match=r"100 images .* pixels, more than"):
+        next(iter(build_train_loader(cfg, 0, max_pixels=10)))
+
+
 def test_a_mapper_may_ask_for_another_image(cfg):
     loader = build_train_loader(cfg, 1)
     mapper = loader._samples.mapper

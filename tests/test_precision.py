@@ -5,7 +5,7 @@ import torch
 from conftest import PLUGIN, pictures, small_cfg
 from detectron2.modeling import build_model
 
-from retina_focal import add_retina_focal_config, precision
+from retina_focal import FocalRetinaNet, add_retina_focal_config, precision
 from retina_focal.precision import PRECISIONS, computation
 
 SIZES = [(64, 96), (80, 64)]
@@ -115,3 +115,55 @@ def test_what_cannot_be_meant_is_refused_in_words():
 )
 def test_half_precision_runs_in_channels_last(precision, memory_format):
     assert computation(precision, "cpu", training=False).memory_format == memory_format
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda", "meta"])
+@pytest.mark.parametrize("outer", [False, True])
+def test_under_amp_a_device_computes_in_channels_last_and_a_cpu_as_it_comes(
+    device_type, outer, monkeypatch
+):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: outer)
+    expected = outer and device_type == "cuda"  # "meta" knows no autocast
+    _, memory_format = computation("fp32", device_type, training=True)
+    assert memory_format == (torch.channels_last if expected else torch.preserve_format)
+
+
+@pytest.mark.parametrize(
+    ("device", "value", "amp", "is_channels_last"),
+    [
+        ("cuda", "fp32", False, False),
+        ("cuda", "fp32", True, True),
+        ("cuda", "bf16", False, True),
+        ("cuda:1", "fp16", False, True),
+        ("cuda", "auto", False, True),
+        ("cpu", "bf16", False, False),
+        ("cpu", "auto", True, False),
+    ],
+)
+def test_weights_are_stored_in_the_layout_that_a_device_computes_in(
+    device, value, amp, is_channels_last, monkeypatch
+):
+    monkeypatch.setattr(precision, "has_bf16", lambda _: True)
+    cfg = small_cfg(**PLUGIN)
+    add_retina_focal_config(cfg)
+    cfg.MODEL.RETINA_FOCAL.PRECISION = value
+    cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED = device, amp
+    module = FocalRetinaNet(cfg)
+    weights = [x for x in module.parameters() if x.dim() == 4 and x[0, 0].numel() > 1]
+    assert len(weights) > 10
+    for weight in weights:
+        assert weight.is_contiguous(memory_format=torch.channels_last) == is_channels_last
+
+
+def test_the_layout_of_the_weights_changes_neither_losses_nor_the_layout_of_gradients():
+    batch, results = pictures(SIZES, [3, 2]), []
+    for memory_format in (torch.preserve_format, torch.channels_last):
+        module = model("fp32").train().to(memory_format=memory_format)
+        losses = module(batch)
+        sum(losses.values()).backward()
+        results.append([*losses.values(), module.head.cls_score.weight.grad])
+    for one, other in zip(*results, strict=True):
+        # The order of the sums differs.
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    trained = [p for p in module.parameters() if p.grad is not None]
+    assert all(p.grad.stride() == p.stride() for p in trained)

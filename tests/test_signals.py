@@ -9,7 +9,14 @@ import time
 import pytest
 import torch
 from test_processes import needs_cpu_processes
-from trainings import LONG, STEPPING, WORKERS, Training, is_alive
+from trainings import (
+    LONG,
+    STEPPING,
+    WORKERS,
+    Training,
+    is_alive,
+    no_training_outlives_its_test,  # noqa: F401
+)
 
 from retina_focal.training.signals import STOPS, Stop, StoppableLoader
 

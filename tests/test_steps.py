@@ -6,10 +6,13 @@ import pytest
 import torch
 from conftest import pictures
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from pretend import Counting, to_device
 from test_processes import tiny_cfg, tiny_model
+from torch import nn
 
 from retina_focal.errors import UserError
 from retina_focal.training.steps import StepTrainer, training_steps
@@ -112,6 +115,27 @@ def test_mixed_precision_scales_outside_autocast_and_updates_the_scale_after_eac
     assert calls == 2 * [*micro_batch, *micro_batch, "step", "update"]
     for name, weight in trained(batch, 1).items():
         torch.testing.assert_close(model.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
+
+
+class FourLosses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
+        return {f"loss_{i}": x for i, x in enumerate(self.weight.unbind())}
+
+
+def test_the_host_waits_once_for_the_metrics_of_a_step():
+    waits = {}
+    for kind in (SimpleTrainer, StepTrainer):
+        model = to_device(FourLosses())
+        trainer = kind(model, [[{}]], torch.optim.SGD(model.parameters(), lr=0.1, foreach=False))
+        with EventStorage() as trainer.storage, Counting() as counting:
+            trainer.run_step()
+        waits[kind] = sum(counting.waits.values())
+        assert not counting.copies
+    assert waits == {SimpleTrainer: 4, StepTrainer: 1}
 
 
 def step_cfg(**keys: object) -> CfgNode:

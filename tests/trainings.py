@@ -5,9 +5,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pytest
 from test_train import train_command
 
 # More steps than any test waits for, and no checkpoint but the one that is asked for.
@@ -15,6 +16,18 @@ LONG = ["SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "100000"]
 WORKERS = ["DATALOADER.NUM_WORKERS", "1"]
 STEPPING = "first step: "  # the line of the first step
 PYTHON = (sys.executable, "-W", "ignore")
+
+
+RUNNING: list["Training"] = []
+
+
+@pytest.fixture(autouse=True)
+def no_training_outlives_its_test() -> Iterator[None]:
+    """Imported by the tests that use `Training`."""
+    yield
+    while RUNNING:
+        for pid in RUNNING.pop().processes():
+            os.kill(pid, signal.SIGKILL)
 
 
 def is_alive(pid: int) -> bool:
@@ -40,6 +53,7 @@ class Training:
     ):
         self.log, self.output = folder.with_suffix(f".{log}"), folder
         command, inherited = train_command(data, folder, *arguments, opts=opts)
+        RUNNING.append(self)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [*launcher, *command],
@@ -62,15 +76,11 @@ class Training:
 
     def end(self, seconds: float = 60) -> int:
         """The exit status; asserts that no process is left two seconds later."""
-        try:
-            status = self.process.wait(seconds)
-            deadline = time.monotonic() + 2
-            while (left := self.processes()) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert not left, f"{left} are left: {self.text[-3000:]}"
-        finally:
-            for pid in self.processes():
-                os.kill(pid, signal.SIGKILL)
+        status = self.process.wait(seconds)
+        deadline = time.monotonic() + 2
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left, f"{left} are left: {self.text[-3000:]}"
         return status
 
     def processes(self) -> list[int]:

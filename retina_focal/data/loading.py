@@ -133,7 +133,7 @@ def build_train_loader(cfg: CfgNode | DictConfig, seed: int, **options: object) 
 
     Args:
         seed: not negative.
-        options: of torch's `DataLoader`, beside those of the config.
+        options: of `TrainLoader`, beside those of the config.
     Returns:
         A `TrainLoader`; or, for a LazyConfig's own kind of loader, an iterable dataset and another
         sampler than detectron2's, what the config says, which no run can go on with exactly.

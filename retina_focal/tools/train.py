@@ -15,7 +15,8 @@ from retina_focal.config import config_path, retina_focal_node
 from retina_focal.errors import UserError
 from retina_focal.tools.common import add_dataset_argument, command, read_cfg, set_up
 from retina_focal.training.assembly import evaluate, fit, plain_values
-from retina_focal.training.launchers import World, is_restarted, start, world_of
+from retina_focal.training.checkpoint_files import checkpoints_of
+from retina_focal.training.launchers import World, is_restarted, may_restart, start, world_of
 from retina_focal.training.peers import joined
 from retina_focal.training.processes import (
     closed_process_group,
@@ -95,8 +96,20 @@ def run(
         with joined(world or World(), timeout_of(cfg)):
             if not torch.cuda.is_available():
                 share_cores(comm.get_local_size())
+            resume = any(comm.all_gather(args.resume))  # torchrun counts one machine's restarts
+            if not (resume or args.eval_only):
+                _check_folder(plain_values(cfg).OUTPUT_DIR)
             cfg = set_up(args, cfg)
-            return evaluate(cfg, args.resume) if args.eval_only else fit(cfg, args.resume).results
+            return evaluate(cfg, resume) if args.eval_only else fit(cfg, resume).results
+
+
+def _check_folder(folder: str) -> None:
+    """Refuse to begin where torchrun, starting this run again, would go on with another."""
+    if may_restart(os.environ) and checkpoints_of(folder):
+        raise UserError(
+            f"torchrun would start this run again from its last checkpoint, but '{folder}' holds "
+            "those of another run; go on with that (--resume), or name another OUTPUT_DIR"
+        )
 
 
 def timeout_of(cfg: CfgNode | DictConfig) -> float:

@@ -4,21 +4,21 @@ import logging
 import traceback
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from retina_focal.config import flatten, get_cfg, merge_options, retina_focal_node
+from retina_focal.config import retina_focal_node
 from retina_focal.data.classes import class_names
 from retina_focal.data.loading import build_train_loader
 from retina_focal.errors import UserError
@@ -27,26 +27,18 @@ from retina_focal.training.best import EarlyStop, best_checkpoint, has_ended
 from retina_focal.training.checkpoints import RunCheckpointer
 from retina_focal.training.first_step import FirstStepCheck
 from retina_focal.training.measure import (
-    lazy_evaluator,
-    lazy_test_loader,
     load_trained,
+    measure_lazy,
     yaml_evaluator,
     yaml_test_loader,
 )
 from retina_focal.training.processes import distribute, keep_freed_memory
-from retina_focal.training.resume import (
-    ExactResume,
-    options_of_the_config,
-    with_seed,
-)
+from retina_focal.training.resume import ExactResume, options_of_the_config, with_seed
 from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader, handled_signals
 from retina_focal.training.steps import training_steps
 from retina_focal.training.trouble import Trouble
+from retina_focal.training.values import plain_values
 from retina_focal.training.words import words_only
-
-# What a LazyConfig has of MODEL.RETINA_FOCAL, in lower case, in `train.retina_focal`; all else is
-# an argument of one of its parts.
-TRAINING_KEYS = ("ACCUMULATE_STEPS", "TRAIN", "DATA", "TEST")
 
 
 @contextmanager
@@ -83,7 +75,7 @@ class Trainer(DefaultTrainer):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
                 setup_logger(name=name)
         keep_freed_memory()
-        draws_seed = plain_values(cfg).SEED < 0
+        self._draws_seed = plain_values(cfg).SEED < 0
         cfg = with_seed(cfg)
         self.cfg = self.auto_scale_workers(plain_values(cfg), comm.get_world_size())
         self.parts = cfg if isinstance(cfg, DictConfig) else self.cfg
@@ -105,7 +97,6 @@ class Trainer(DefaultTrainer):
         self._stop = StopOnSignal()
         self.evaluated = -1  # the iteration after which the last evaluation was made
         self.register_hooks(self.build_hooks())
-        self._resume.draws_seed = draws_seed
 
     @property
     def lazy_options(self) -> Mapping:
@@ -119,7 +110,8 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             saver = hooks.PeriodicCheckpointer(self.checkpointer, period)
             writer = hooks.PeriodicWriter(self.build_writers(), options.get("log_period", 20))
-        self._resume = ExactResume(cfg.SEED, period)
+        periods = (period, cfg.TEST.EVAL_PERIOD)
+        self._resume = ExactResume(cfg.SEED, periods, self._draws_seed)
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
@@ -175,15 +167,8 @@ class Trainer(DefaultTrainer):
         """As DefaultTrainer's; nothing where a LazyConfig has no evaluator."""
         if not isinstance(cfg, DictConfig):
             results = super().test(cfg, model, evaluators)
-        elif "evaluator" not in cfg.dataloader:
-            return {}
         else:
-            node = retina_focal_node(plain_values(cfg))
-            loader = lazy_test_loader(cfg, node.DATA.MAX_PIXELS)
-            loader = StoppableLoader(loader, node.TRAIN.TIMEOUT)
-            evaluator = evaluators or lazy_evaluator(cfg)
-            results = inference_on_dataset(model, loader, evaluator) or {}
-            print_csv_format(results)
+            results = measure_lazy(cfg, model, evaluators, retina_focal_node(plain_values(cfg)))
         explain_missing(results)
         return results
 
@@ -198,20 +183,20 @@ class Trainer(DefaultTrainer):
             super().load_state_dict({"_trainer": state_dict, **state_dict})
         self._resume.go_on()
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        if resume and self.start_iter == 0:
+            self._resume.begin()
+
     def before_train(self) -> None:
         super().before_train()
         self._resume.catch_up()
 
     def train(self) -> dict | None:
         """To the last iteration; a run that is there already makes no step, and says so."""
-        with words_only(self.cfg.OUTPUT_DIR, self.checkpointer.get_checkpoint_file):
-            if has_ended(self):
-                return None
-            try:
-                return super().train()
-            except EarlyStop as stop:
-                logging.getLogger(__name__).info("the run ends early: %s", stop)
-                return None
+        last = self.checkpointer.get_checkpoint_file
+        with words_only(self.cfg.OUTPUT_DIR, last), suppress(EarlyStop):
+            return None if has_ended(self) else super().train()
 
     def _evaluate(self) -> dict:
         if self.iter + 1 == self.max_iter:  # detectron2 asks for it when the last step failed, too
@@ -258,47 +243,3 @@ def evaluate(cfg: CfgNode | DictConfig, resume: bool) -> dict:
     checkpointer = RunCheckpointer(model, values.OUTPUT_DIR)
     load_trained(checkpointer, values.MODEL.WEIGHTS, resume, values.DATASETS.TEST)
     return Trainer.test(cfg, model)
-
-
-def plain_values(cfg: CfgNode | DictConfig) -> CfgNode:
-    """A YAML config as it is; of a LazyConfig the values of its training, under a YAML's names.
-
-    Raises:
-        UserError: in a LazyConfig's `train.retina_focal` is what is none of the `TRAINING_KEYS`.
-    """
-    if not isinstance(cfg, DictConfig):
-        return cfg
-    train = OmegaConf.to_container(cfg.train, resolve=True)
-    defaults = get_cfg().MODEL.RETINA_FOCAL
-    ours = CfgNode({key: defaults[key] for key in TRAINING_KEYS})
-    found = flatten(train.get("retina_focal", {}))
-    try:
-        merge_options(ours, [x for key, value in found.items() for x in (key.upper(), value)])
-    except UserError as error:
-        raise UserError(f"train.retina_focal: {str(error).lower()}") from error
-    names = {}
-    for split in ("train", "test"):
-        found = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=())
-        names[split.upper()] = (found,) if isinstance(found, str) else tuple(found)
-    ours.TRAIN.KEEP_CHECKPOINTS = train["checkpointer"].get("max_to_keep") or 0
-    images = OmegaConf.select(cfg, "dataloader.train.total_batch_size", default=0)
-    return CfgNode(
-        {
-            "OUTPUT_DIR": train["output_dir"],
-            "SEED": train.get("seed", -1),
-            "MODEL": {"WEIGHTS": train["init_checkpoint"] or "", "RETINA_FOCAL": ours},
-            "DATASETS": names,
-            "SOLVER": {
-                "MAX_ITER": train["max_iter"],
-                "IMS_PER_BATCH": images,
-                "REFERENCE_WORLD_SIZE": 0,
-                "CHECKPOINT_PERIOD": train["checkpointer"]["period"],
-                "AMP": {"ENABLED": train["amp"]["enabled"]},
-            },
-            "TEST": {
-                "EVAL_PERIOD": train["eval_period"],
-                "EXPECTED_RESULTS": [],
-                "PRECISE_BN": {"ENABLED": False},
-            },
-        }
-    )

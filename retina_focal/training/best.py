@@ -12,7 +12,8 @@ from detectron2.utils.events import EventStorage
 
 from retina_focal.errors import UserError
 from retina_focal.training.checkpoints import BEST
-from retina_focal.training.resume import FollowsEvaluation, results_in_metrics
+from retina_focal.training.metrics import results_in_metrics
+from retina_focal.training.resume import FollowsEvaluation
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,15 @@ class BestCheckpoint(FollowsEvaluation):
         self._judge()
         if self.has_stopped:
             trainer.checkpointer.save("model_final", iteration=trainer.iter)
-            raise EarlyStop(
-                f"no {self.metric} above {self.best:.4g}, of iteration {self.best_iteration}, in "
-                f"{self.num_worse} evaluations (TRAIN.PATIENCE)"
+            logger.info(
+                "the run ends early: no %s above %.4g, of iteration %d, in %d evaluations "
+                "(TRAIN.PATIENCE)",
+                self.metric,
+                self.best,
+                self.best_iteration,
+                self.num_worse,
             )
+            raise EarlyStop
 
     def after_train(self) -> None:
         if self.trainer.evaluated == self.trainer.iter != self.judged:

@@ -89,9 +89,13 @@ def world_of(args: argparse.Namespace, environment: Mapping[str, str]) -> World 
 
 
 def is_restarted(environment: Mapping[str, str]) -> bool:
-    """Whether torchrun or SLURM starts this process again, to go on with what it began."""
-    names = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any(_number(environment, name, 0) > 0 for name in names)
+    """Whether torchrun starts this process again, to go on with what it began."""
+    return _number(environment, "TORCHELASTIC_RESTART_COUNT", 0) > 0
+
+
+def may_restart(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun would start this process again (--max-restarts)."""
+    return _number(environment, "TORCHELASTIC_MAX_RESTARTS", 0) > 0
 
 
 def _refuse_other_launchers(num_machines: int, environment: Mapping[str, str]) -> None:

@@ -6,15 +6,22 @@ from collections.abc import Iterable
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetMapper, build_detection_test_loader
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+)
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from retina_focal.config import retina_focal_node
 from retina_focal.data.classes import match_checkpoint
 from retina_focal.data.images import naming
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import COCO_LIMIT, build_evaluator
+from retina_focal.training.signals import StoppableLoader
 from retina_focal.weights.trained import expect_trained, missing_parameters
 
 
@@ -24,8 +31,25 @@ def yaml_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
     return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
 
-def lazy_test_loader(cfg: DictConfig, max_pixels: int) -> Iterable[list[dict]]:
-    """`dataloader.test` of a LazyConfig, with a mapper that names the picture it can't use."""
+def measure_lazy(
+    cfg: DictConfig, model: nn.Module, evaluator: DatasetEvaluator | None, node: CfgNode
+) -> dict:
+    """Results of a LazyConfig's evaluation; nothing where it has no evaluator.
+
+    Args:
+        evaluator: default: `dataloader.evaluator`.
+        node: ``MODEL.RETINA_FOCAL``.
+    """
+    if "evaluator" not in cfg.dataloader:
+        return {}
+    loader = StoppableLoader(_lazy_test_loader(cfg, node.DATA.MAX_PIXELS), node.TRAIN.TIMEOUT)
+    results = inference_on_dataset(model, loader, evaluator or _lazy_evaluator(cfg)) or {}
+    print_csv_format(results)
+    return results
+
+
+def _lazy_test_loader(cfg: DictConfig, max_pixels: int) -> Iterable[list[dict]]:
+    """`dataloader.test`, with a mapper that names the picture it can't use."""
     loader = cfg.dataloader.test
     if "mapper" not in loader:
         return instantiate(loader)
@@ -39,8 +63,8 @@ def yaml_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     return build_evaluator(dataset_name, folder, cfg.TEST.DETECTIONS_PER_IMAGE)
 
 
-def lazy_evaluator(cfg: DictConfig) -> DatasetEvaluator:
-    """`dataloader.evaluator` of a LazyConfig, which counts all detections that the model makes."""
+def _lazy_evaluator(cfg: DictConfig) -> DatasetEvaluator:
+    """`dataloader.evaluator`, which counts all detections that the model makes."""
     evaluator, key = cfg.dataloader.evaluator, "model.postprocessor.max_detections_per_image"
     made = OmegaConf.select(cfg, key, default=COCO_LIMIT)
     target = evaluator["_target_"]
@@ -62,14 +86,13 @@ def load_trained(
     Raises:
         UserError: there are no weights, some are missing, or they are of other classes.
     """
-    resume = resume and checkpointer.has_checkpoint()
-    if not (resume or path):
+    with missing_parameters(checkpointer.model) as missing:
+        checkpoint = checkpointer.resume_or_load(path, resume=resume)
+    path = (checkpointer.get_checkpoint_file() if resume else "") or path
+    if not path:
         raise UserError(
             "no weights are given; add: MODEL.WEIGHTS output/model_final.pth (in a LazyConfig: "
             "train.init_checkpoint=output/model_final.pth)"
         )
-    with missing_parameters(checkpointer.model) as missing:
-        checkpoint = checkpointer.resume_or_load(path, resume=resume)
-    path = checkpointer.get_checkpoint_file() if resume else path
     expect_trained(checkpointer.model, missing, path)
     match_checkpoint(datasets, checkpoint, path)

@@ -1,20 +1,17 @@
 """What makes an interrupted run end with the weights of one that never stopped."""
 
-import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -22,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from retina_focal.data.loading import TrainLoader
 from retina_focal.data.sampler import seed_everything
 from retina_focal.training.checkpoint_files import checkpoints_of, peek
+from retina_focal.training.metrics import cut_metrics
 
 # What is drawn, beside the seed and the iteration; the loader has 0 and 1.
 STEP = 2
@@ -39,16 +37,17 @@ class ExactResume(HookBase):
     hook that saves, in every process.
     """
 
-    def __init__(self, seed: int, periods: Sequence[int]):
+    def __init__(self, seed: int, periods: Sequence[int], draws_seed: bool = False):
         """
         Args:
             seed: not negative.
             periods: iterations between checkpoints, and between evaluations, in which a signal may
                 ask for one; 0: none.
+            draws_seed: the seed of a checkpoint takes the place of this one.
         """
-        self.seed, self.periods = seed, [period for period in periods if period > 0]
-        self.draws_seed = False  # True: the checkpoint's seed takes the place of this one
-        self._criteria: tuple[int, list[dict]] = (-1, [])  # of which iteration, by process
+        self.seed, self.draws_seed = seed, draws_seed
+        self.periods = [period for period in periods if period > 0]
+        self._buffers: tuple[int, list[dict]] = (-1, [])  # of which iteration, by process
         self._metrics_begin = 0  # bytes of earlier runs in the same folder
         self._loaded: dict | None = None
 
@@ -65,20 +64,19 @@ class ExactResume(HookBase):
         seed_everything(STEP, self.seed, self.trainer.iter, comm.get_rank())
 
     def after_step(self) -> None:
-        # A moving average of positives is each process's own.
+        # Moving averages, of positives and of batch norms, are each process's own.
         trainer, done = self.trainer, self.trainer.iter + 1
         is_last = done == trainer.max_iter or trainer._trainer.stop_signal
         if is_last or any(done % period == 0 for period in self.periods):
-            buffers = dict(_criterion_buffers(trainer.model))
-            self._criteria = (trainer.iter, comm.gather({k: x.cpu() for k, x in buffers.items()}))
+            self._buffers = (trainer.iter, _differing(comm.gather(_saved_buffers(trainer.model))))
 
     def state_dict(self) -> dict:
         trainer, loader = self.trainer, self.trainer.data_loader
-        iteration, criteria = self._criteria
+        iteration, buffers = self._buffers
         state = {
             "seed": self.seed,
             "processes": comm.get_world_size(),
-            "criteria": criteria if iteration == trainer.iter else [],
+            "buffers": buffers if iteration == trainer.iter else [],
             "evaluated": trainer.evaluated,
             "metrics_begin": self._metrics_begin,
             "scalars": _recent_scalars(trainer.storage),
@@ -135,9 +133,9 @@ class ExactResume(HookBase):
                 state["processes"],
                 processes,
             )
-        elif len(state["criteria"]) == processes:
-            buffers = dict(_criterion_buffers(self.trainer.model))
-            for name, value in state["criteria"][comm.get_rank()].items():
+        elif len(state["buffers"]) == processes:
+            buffers = dict(_undistributed(trainer.model).named_buffers())
+            for name, value in state["buffers"][comm.get_rank()].items():
                 if name in buffers:  # not after a change of the normaliser
                     buffers[name].copy_(value)
 
@@ -156,7 +154,7 @@ class ExactResume(HookBase):
         for name, (is_smoothed, values) in state["scalars"].items():
             for value, iteration in values:
                 storage.put_scalar(name, value, is_smoothed, iteration)
-        self._criteria = (start - 1, state["criteria"])
+        self._buffers = (start - 1, state["buffers"])
         if start == trainer.max_iter:
             trainer.checkpointer.save("model_final", iteration=start - 1)
         for hook in trainer._hooks:
@@ -176,10 +174,22 @@ class FollowsEvaluation(HookBase):
     """A hook whose `after_step` is repeated with an evaluation that is."""
 
 
-def _criterion_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    criterion = getattr(model, "criterion", None)
-    return criterion.named_buffers() if isinstance(criterion, nn.Module) else iter(())
+def _undistributed(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers of a `state_dict`, which several processes have each their own of; else none."""
+    if comm.get_world_size() == 1:
+        return {}
+    model = _undistributed(model)
+    saved = model.state_dict().keys()
+    return {name: x.cpu() for name, x in model.named_buffers() if name in saved}
+
+
+def _differing(buffers: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Of each process what the main one has otherwise."""
+    return [{k: x for k, x in own.items() if not x.equal(buffers[0][k])} for own in buffers]
 
 
 def _recent_scalars(storage: EventStorage) -> dict[str, tuple[bool, list[tuple[float, int]]]]:
@@ -189,49 +199,6 @@ def _recent_scalars(storage: EventStorage) -> dict[str, tuple[bool, list[tuple[f
         name: (smoothed[name], [(float(x), int(i)) for x, i in history.values()[-WINDOW:]])
         for name, history in storage.histories().items()
     }
-
-
-def cut_metrics(path: Path, iteration: int, begin: int = 0) -> int:
-    """Cut `metrics.json` off before the first line from `iteration` on, and a torn one.
-
-    Args:
-        begin: bytes of earlier runs in the same folder, which stay.
-    Returns:
-        The last iteration of this run that stays; -1 where none does.
-    """
-    if not path.is_file():
-        return -1
-    last, end, content = -1, begin, path.read_bytes()
-    for line in content[begin:].splitlines(keepends=True):
-        try:
-            current = json.loads(line)["iteration"]
-        except (ValueError, KeyError, TypeError):
-            break
-        if current >= iteration or not line.endswith(b"\n"):
-            break
-        # What is written at once is in no order.
-        last, end = max(last, current), end + len(line)
-    if end < len(content):
-        os.truncate(path, end)
-    return last
-
-
-def results_in_metrics(path: Path, iteration: int) -> dict | None:
-    """The results, {"bbox": {"AP": ...}}, that were written at an iteration; None: none were."""
-    try:
-        line = json.loads(path.read_text().splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        return None
-    if not isinstance(line, dict) or line.pop("iteration", None) != iteration:
-        return None
-    results: dict = {}
-    for name, value in line.items():
-        *groups, metric = name.split("/")
-        node = results
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[metric] = value
-    return results
 
 
 def with_seed(cfg: CfgNode | DictConfig, seed: int | None = None) -> CfgNode | DictConfig:

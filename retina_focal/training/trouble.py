@@ -26,8 +26,8 @@ SHOWN = 5  # files that a message names
 logger = logging.getLogger(__name__)
 
 
-class BadLoss(UserError):
-    """A loss that is not finite."""
+class BadLoss(UserError, FloatingPointError):
+    """A loss that is not finite, which detectron2 raises as a FloatingPointError."""
 
 
 class Trouble(HookBase):
@@ -86,7 +86,7 @@ class Trouble(HookBase):
     def _stop_beyond_limit(self) -> None:
         if len(self.bad) > self.max_bad_images:
             raise UserError(
-                f"{len(self.bad)} pictures can't be used, and "
+                f"pictures that can't be used: {len(self.bad)}; "
                 f"MODEL.RETINA_FOCAL.DATA.MAX_BAD_IMAGES is {self.max_bad_images}: "
                 f"{_listed(list(self.bad.values()))}. To go on without them raise that key (in a "
                 "LazyConfig: train.retina_focal.data.max_bad_images)"
@@ -130,7 +130,8 @@ def stop_for_bad_loss(
     where = f" in process {processes[0]}" if comm.get_world_size() > 1 else ""
     kept = f"; the batch, the weights and the random state are in '{path}'" if path else ""
     raise BadLoss(
-        f"the loss is not finite at iteration {iteration}{where} ({numbers}; learning rate "
+        f"the loss became infinite or NaN (FloatingPointError) at iteration {iteration}{where} "
+        f"({numbers}; learning rate "
         f"{rate:.4g}; {images} images per step). {said}{kept}. {_remedy(model, rate, images)}"
     )
 

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -32,6 +33,9 @@ def words_only(folder: str, last_checkpoint: Callable[[], str]) -> Iterator[None
 
     logger = logging.getLogger("detectron2.engine.train_loop")
     logger.addFilter(without_traceback)
+    # TensorBoard writes in a thread, and raises what that raised at its next call.
+    hook = threading.excepthook
+    threading.excepthook = lambda args: is_of_folder(args.exc_value) or hook(args)
     try:
         yield
     except OSError as error:
@@ -43,10 +47,11 @@ def words_only(folder: str, last_checkpoint: Callable[[], str]) -> Iterator[None
             f"folder, and type --resume; the last checkpoint is {path or 'none'}"
         ) from error
     finally:
+        threading.excepthook = hook
         logger.removeFilter(without_traceback)
 
 
 def _is_inside(path: str | bytes | int | None, folder: str) -> bool:
-    if not isinstance(path, str):
+    if not isinstance(path, (str, bytes)):
         return False
-    return os.path.abspath(path).startswith(os.path.abspath(folder) + os.sep)
+    return os.path.abspath(os.fsdecode(path)).startswith(os.path.abspath(folder) + os.sep)

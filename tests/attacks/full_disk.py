@@ -71,7 +71,7 @@ def in_a_closed_folder(work: Path, whole: Path, after: int) -> None:
     output.mkdir()
 
     def close() -> bool:
-        if len(list(output.glob("model_0*.pth.sha256"))) >= after:
+        if len(list(output.glob("model_0*.pth"))) >= after:
             output.chmod(0o555)
         return output.stat().st_mode & 0o777 == 0o555
 
