@@ -42,6 +42,14 @@ def test_smooth_l1_equals_fvcore_and_its_definition(case, beta):
     torch.testing.assert_close(ours, definition.sum(1), rtol=1e-5, atol=1e-6)
 
 
+def test_smooth_l1_is_fp64_where_the_deltas_are(case):
+    deltas, anchors, gt_boxes = (x.double() for x in case)
+    gt_deltas = TRANSFORM.get_deltas(anchors, gt_boxes)
+    expected = smooth_l1_loss(deltas, gt_deltas, beta=0.0).sum(1)
+    ours = box_regression_loss(deltas, anchors.float(), gt_boxes.float(), TRANSFORM)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     "name, theirs",
     [

@@ -13,7 +13,7 @@ from torch import nn
 from retina_focal.errors import UserError
 from retina_focal.training import checkpoint_files
 from retina_focal.training.checkpoint_files import hash_file, write_checkpoint
-from retina_focal.training.checkpoints import RunCheckpointer
+from retina_focal.training.checkpoints import RunCheckpointer, expect_classes_of_run
 
 
 def model(value: float = 0.0, num_classes: int = 2) -> nn.Module:
@@ -214,6 +214,10 @@ def test_another_model_is_refused_in_words(options, shape, message, tmp_path):
     checkpointer = RunCheckpointer(model(num_classes=shape), str(tmp_path), **options)
     with pytest.raises(UserError, match=message):
         checkpointer.resume_or_load("")
+    if options:
+        with pytest.raises(UserError, match=message):
+            expect_classes_of_run(str(tmp_path), options["classes"])
+        expect_classes_of_run(str(tmp_path), ["a", "b"])
     more = RunCheckpointer(nn.Sequential(model()), str(tmp_path))
     with pytest.raises(UserError, match="another architecture"):
         more.resume_or_load("")

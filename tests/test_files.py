@@ -8,8 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from retina_focal import files
 from retina_focal.errors import UserError
-from retina_focal.files import Wheel, cached_wheel, whole_file, write_whole
+from retina_focal.files import (
+    Wheel,
+    cached_wheel,
+    leads_outside,
+    open_regular,
+    whole_file,
+    write_whole,
+)
 
 
 def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path):
@@ -59,6 +67,29 @@ def test_an_error_of_what_the_body_reads_is_not_one_of_writing(tmp_path, error):
         raise error
     assert raised.value is error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_is_not_even_opened(monkeypatch):
+    monkeypatch.setattr("builtins.open", None)
+    with pytest.raises(UserError, match="'/dev/zero' is a device"):
+        open_regular("/dev/zero")
+
+
+def test_what_became_a_fifo_since_it_was_looked_at_is_not_waited_for(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "x")
+    monkeypatch.setattr(files, "check_regular", lambda path: None)
+    with pytest.raises(UserError, match="x' is a FIFO"):
+        open_regular(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["..", "../a", "a/../../b", "a/..", "/a", "/a/../b"])
+def test_a_path_leads_outside(name):
+    assert leads_outside(name)
+
+
+@pytest.mark.parametrize("name", ["a", "a/b", "./a", "..a", "a..", "a/...", ""])
+def test_a_path_stays_inside(name):
+    assert not leads_outside(name)
 
 
 @pytest.fixture

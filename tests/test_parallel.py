@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from test_processes import needs_cpu_processes, tiny_model
 from torch import nn
 
+from retina_focal import NORMALIZER_REGISTRY
 from retina_focal.training.accumulation import accumulate_gradients
 from retina_focal.training.processes import closed_process_group, distribute
 from retina_focal.training.steps import StepTrainer
@@ -63,6 +64,22 @@ def test_four_micro_batches_give_what_the_whole_batch_gives(dtype, keys):
     worst, together = errors(whole, parts)
     print(f"1 process, 4 micro-batches, global, {dtype}: worst {worst:.1e}, all {together:.1e}")
     assert worst < 1e-12 if dtype == torch.float64 else together < 1e-6
+
+
+def test_the_losses_of_an_fp64_model_are_divided_in_fp64():
+    model, batch = model_of(torch.float64, "batch"), pictures(SIZES, NUM_BOXES)
+    num_positives = int(model.count_positives(batch).sum())
+    assert num_positives & (num_positives - 1)  # else its reciprocal is the same in fp32
+    losses, sums = model(batch), model(batch, torch.ones(len(batch)))
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(sums[name].item() / num_positives, rel=1e-14)
+
+
+def test_three_processes_divide_by_a_third_of_the_positives_in_fp64(monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "all_reduce", lambda total: None)
+    (normalizer,) = NORMALIZER_REGISTRY.get("global")(torch.tensor([100]), None)
+    assert normalizer.item() == 100 / 3
 
 
 @contextmanager

@@ -129,7 +129,7 @@ TEXTS = {
     "deep nodes": ("{A: " * 200_000, "deeper than 32"),
     "deep text": (f"OUTPUT_DIR: '{'-' * 9000}1'", "nested too deeply"),
     "deep sum": (f"OUTPUT_DIR: '{'1+' * 4900}1j'", "nested too deeply"),
-    "many values": ("A: [" + "1," * 490_000 + "]", "more than 20,000 values"),
+    "many values": ("A: [" + "1," * 490_000 + "]", "more than 20,000 values$"),
     "long value": ("A: " + "x" * 900_000, "more than 10,000 letters"),
     "large file": ("# " * 600_000, "more than 1,000,000 bytes"),
     "huge number": ("SEED: " + "9" * 5000, "line 1: a number has more than 100 digits"),

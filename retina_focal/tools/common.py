@@ -27,7 +27,7 @@ from retina_focal.config import (
     merge_file,
     merge_options,
 )
-from retina_focal.data.classes import match_classes
+from retina_focal.data.classes import class_names, match_classes
 from retina_focal.data.registration import (
     check_datasets,
     check_num_classes,
@@ -37,6 +37,7 @@ from retina_focal.data.registration import (
 )
 from retina_focal.errors import UserError
 from retina_focal.training.assembly import plain_values
+from retina_focal.training.checkpoints import expect_classes_of_run
 from retina_focal.training.processes import available_device
 from retina_focal.training.resume import saved_seed, with_seed
 
@@ -255,6 +256,8 @@ def set_up(
         match_classes(names)
     else:
         use_datasets(cfg, names, trained_on)
+    if getattr(args, "resume", False) and trained_on:  # before the folder's config.yaml is replaced
+        expect_classes_of_run(values.OUTPUT_DIR, class_names(trained_on))
     default_setup(cfg, args)
     setup_logger(values.OUTPUT_DIR, comm.get_rank(), name="retina_focal")
     report_datasets(names, trained_on)

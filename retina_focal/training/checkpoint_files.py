@@ -166,11 +166,15 @@ def not_finite(weights: Mapping[str, object]) -> str:
 
     The host waits for a device once.
     """
-    floats = [(k, x) for k, x in weights.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    floats = {k: x for k, x in weights.items() if isinstance(x, Tensor) and x.is_floating_point()}
     if not floats:
         return ""
-    finite = torch.stack([x.isfinite().all().to(floats[0][1].device) for _, x in floats]).tolist()
-    return next((name for (name, _), ok in zip(floats, finite, strict=True) if not ok), "")
+    # Not `isfinite` of each, which makes three copies: a NaN or an infinity stays in a sum.
+    device = next(iter(floats.values())).device
+    sums = torch.stack([x.sum(dtype=torch.float32).to(device) for x in floats.values()])
+    if sums.isfinite().all():
+        return ""
+    return next((name for name, x in floats.items() if not x.isfinite().all()), "")
 
 
 def is_regular(path: Path) -> bool:

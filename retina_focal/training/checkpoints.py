@@ -15,6 +15,7 @@ from retina_focal.training.checkpoint_files import (
     hash_file,
     not_finite,
     number_of,
+    peek,
     read_checkpoint,
     tagged_checkpoint,
     write_checkpoint,
@@ -156,22 +157,16 @@ class RunCheckpointer(Checkpointer):
         # A criterion's buffers come and go with the normaliser.
         names = [*incompatible.missing_keys, *incompatible.unexpected_keys]
         names = [name for name in names if not name.startswith("criterion.")]
+        _expect_same_classes(self._last, classes, self.classes)
         reason = None
-        if classes is not None and self.classes is not None and classes != self.classes:
-            reason = f"the classes {_listed(classes)}, and the config {_listed(self.classes)}"
-        elif incompatible.incorrect_shapes:
+        if incompatible.incorrect_shapes:
             name, there, here = incompatible.incorrect_shapes[-1]
             reason = f"'{name}' of shape {there}, and the config one of {here}"
         elif names:
             there = "is" if names[0] in incompatible.unexpected_keys else "isn't"
             reason = f"another architecture ('{names[0]}' {there} among its weights)"
         if reason:
-            raise UserError(
-                f"{self._last} has {reason}; --resume goes on with the same model. To start "
-                f"another from its weights, leave out --resume and type: MODEL.WEIGHTS "
-                f"{self._last} OUTPUT_DIR ANOTHER (in a LazyConfig: train.init_checkpoint=... "
-                "train.output_dir=...)"
-            )
+            raise _another_model(self._last, reason)
 
     def _whole_one(self) -> str:
         path = self.get_checkpoint_file()
@@ -185,6 +180,28 @@ class RunCheckpointer(Checkpointer):
             for file in (path, hash_file(path)):
                 with suppress(OSError):
                     file.unlink()
+
+
+def expect_classes_of_run(folder: str, classes: list[str] | None) -> None:
+    """Refuse (UserError) other classes than those of the checkpoint that a run would go on from."""
+    for path in checkpoints_of(folder)[:1]:
+        _expect_same_classes(path, peek(path).get("classes"), classes)
+
+
+def _expect_same_classes(
+    path: str | Path, saved: list[str] | None, classes: list[str] | None
+) -> None:
+    if None not in (saved, classes) and saved != classes:
+        reason = f"the classes {_listed(saved)}, and the config {_listed(classes)}"
+        raise _another_model(path, reason)
+
+
+def _another_model(path: str | Path, reason: str) -> UserError:
+    return UserError(
+        f"{path} has {reason}; --resume goes on with the same model. To start another from its "
+        f"weights, leave out --resume and type: MODEL.WEIGHTS {path} OUTPUT_DIR ANOTHER (in a "
+        "LazyConfig: train.init_checkpoint=... train.output_dir=...)"
+    )
 
 
 def _listed(classes: list[str]) -> str:

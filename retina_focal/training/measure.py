@@ -86,14 +86,13 @@ def load_trained(
     Raises:
         UserError: there are no weights, some are missing, or they are of other classes.
     """
-    resume = resume and checkpointer.has_checkpoint()
-    if not (resume or path):
+    with missing_parameters(checkpointer.model) as missing:
+        checkpoint = checkpointer.resume_or_load(path, resume=resume)
+    path = (checkpointer.get_checkpoint_file() if resume else "") or path
+    if not path:
         raise UserError(
             "no weights are given; add: MODEL.WEIGHTS output/model_final.pth (in a LazyConfig: "
             "train.init_checkpoint=output/model_final.pth)"
         )
-    with missing_parameters(checkpointer.model) as missing:
-        checkpoint = checkpointer.resume_or_load(path, resume=resume)
-    path = checkpointer.get_checkpoint_file() if resume else path
     expect_trained(checkpointer.model, missing, path)
     match_checkpoint(datasets, checkpoint, path)

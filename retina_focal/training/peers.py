@@ -1,4 +1,4 @@
-"""The processes that train one model: how they meet, and who is missing when one does not answer.
+"""The processes that train one model: who is missing when one does not answer, and why.
 
 Beside the collectives each process beats: about once a second it tells all others, through
 process 0's store, that it lives and what its main thread does. A collective that fails says only
@@ -6,22 +6,19 @@ that it failed; the beats say why.
 """
 
 import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
 from retina_focal.errors import UserError
 from retina_focal.training.launchers import World
-from retina_focal.training.processes import interface_towards
+from retina_focal.training.meeting import Meeting, keys_of
 from retina_focal.training.signals import STOPS
 
 LOST = "it was killed (out of memory?) or stopped, or its machine or the link to it is lost"
@@ -30,125 +27,14 @@ LOST_PEER = ("gloo", "NCCL", "ncclRemoteError", "Connection closed by peer", "Co
 
 
 class Peers:
-    """This process's view of all processes of a training; made by `joined`."""
+    """This process's view of all processes of a training, once they have met."""
 
-    def __init__(self, world: World, timeout: float):
-        """
-        Args:
-            timeout: seconds that a process may let the others wait.
-        """
-        self.world, self.timeout = world, timeout
-        self.period = min(1.0, timeout / 60)
-        self.patience = timeout - 15 * self.period  # the rest is for the words
+    def __init__(self, meeting: Meeting):
+        self.world, self.timeout, self.store = meeting.world, meeting.timeout, meeting.store
+        self.period, self.patience, self.names = meeting.period, meeting.patience, meeting.names
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="beat", daemon=True)
-
-    def join(self) -> None:
-        """Meet all others and start the process group.
-
-        Raises:
-            UserError: somebody is missing after the timeout, or there twice.
-        """
-        world, deadline = self.world, time.monotonic() + self.timeout
-        self.store = dist.PrefixStore("retina_focal", self._connect(deadline))
-        keys = self._keys("name")
-        own = f"process {world.rank} of {world.size} (on {socket.gethostname()}, pid {os.getpid()})"
-        size = self.store.compare_set("size", "", str(world.size)).decode()
-        if int(size) != world.size:
-            raise UserError(
-                f"{own} meets a process of {size} at {world.host}:{world.port}; give all machines "
-                "the same --num-gpus and --num-machines"
-            )
-        if self.store.add(f"count/{world.rank}", 1) > 1:
-            raise UserError(
-                f"{own} is there twice; give each machine its own --machine-rank, and each run its "
-                "own --dist-url"
-            )
-        self.store.set(f"local/{world.rank}", str(world.local_rank))
-        self.store.set(f"beat/{world.rank}", "0 its start")
-        self.store.set(keys[world.rank], own)
-        while not self.store.check(keys):
-            if time.monotonic() > deadline:
-                missing = [str(r) for r, key in enumerate(keys) if not self.store.check([key])]
-                raise UserError(
-                    f"of {world.size} processes {', '.join(missing)} did not come to {world.host}:"
-                    f"{world.port} within {self.timeout:g} s (MODEL.RETINA_FOCAL.TRAIN.TIMEOUT); "
-                    "start the command on every machine"
-                )
-            time.sleep(min(0.1, self.period))
-        self.names = [x.decode() for x in self.store.multi_get(keys)]
-        self._start_process_group(self._local_size())
         self._thread.start()
-
-    def _connect(self, deadline: float) -> dist.Store:
-        world, timeout = self.world, timedelta(seconds=self.timeout)
-        options = {"timeout": timeout, "wait_for_workers": False}
-        if world.rank == 0 and not world.has_server:
-            try:  # by hand, since torch tries for twice the timeout, and prints its own stack
-                both = {"family": socket.AF_INET6, "dualstack_ipv6": True}
-                both = both if socket.has_dualstack_ipv6() else {}
-                server = socket.create_server(("", world.port), **both)
-            except OSError as error:
-                raise UserError(
-                    f"process 0 can't listen on port {world.port} ({error.strerror}); choose "
-                    "another: --dist-url tcp://ADDRESS:PORT, or MASTER_PORT"
-                ) from error
-            options["master_listen_fd"] = server.detach()
-            return dist.TCPStore(world.host, world.port, world.size, True, **options)
-        while True:
-            try:
-                socket.create_connection((world.host, world.port), timeout=self.period).close()
-                return dist.TCPStore(world.host, world.port, world.size, False, **options)
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"process {world.rank} of {world.size} found nobody at {world.host}:"
-                        f"{world.port} within {self.timeout:g} s ({error}); process 0 runs there: "
-                        "was it started, and is the port open?"
-                    ) from error
-                time.sleep(self.period)
-
-    def _local_size(self) -> int:
-        """Processes per machine, which detectron2 wants equal, and its ranks in one row."""
-        local_ranks = [int(x) for x in self.store.multi_get(self._keys("local"))]
-        size = self.world.size // max(1, local_ranks.count(0))
-        if local_ranks != [rank % size for rank in range(self.world.size)]:
-            raise UserError(
-                f"the processes' numbers on their machines are {local_ranks}; expected as many on "
-                "each machine, numbered one machine after the other (srun --ntasks-per-node N "
-                "--distribution block)"
-            )
-        return size
-
-    def _start_process_group(self, local_size: int) -> None:
-        world, has_gpu = self.world, torch.cuda.is_available()
-        if local_size < world.size and "GLOO_SOCKET_IFNAME" not in os.environ:
-            name = interface_towards(world.host, world.port)
-            if name:  # else gloo takes the host name's address, which is often 127.0.1.1
-                os.environ["GLOO_SOCKET_IFNAME"] = name
-        if has_gpu:
-            # srun --gpus-per-task shows each process its own GPU alone.
-            visible = torch.cuda.device_count()
-            if 1 < visible < local_size:
-                raise UserError(f"{local_size} processes on a machine that has {visible} GPUs")
-            torch.cuda.set_device(world.local_rank if visible > 1 else 0)
-        try:
-            dist.init_process_group(
-                "nccl" if has_gpu else "gloo",
-                store=dist.PrefixStore("group", self.store),
-                rank=world.rank,
-                world_size=world.size,
-                # NCCL aborts the process without words, so it comes after the beats.
-                timeout=timedelta(seconds=self.timeout if has_gpu else self.patience),
-            )
-            comm.create_local_process_group(local_size)
-            comm.synchronize()
-        except (dist.DistError, RuntimeError) as error:
-            raise UserError(
-                f"{self.names[world.rank]} met the others at {world.host}:{world.port}, but can't "
-                f"talk to all of them ({str(error).splitlines()[0]}); if a machine has several "
-                "networks, name the one to use: GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
-            ) from error
 
     def tell(self, reason: str) -> None:
         """Tell the others why this process ends."""
@@ -192,7 +78,7 @@ class Peers:
         return f"all processes live, but one took no part: {places}"
 
     def _beats(self, store: dist.Store) -> list[str]:
-        return [x.decode() for x in store.multi_get(self._keys("beat"))]
+        return [x.decode() for x in store.multi_get(keys_of("beat", self.world.size))]
 
     def _fault(self, store: dist.Store) -> str:
         """What another process said when it ended; "" where none did."""
@@ -231,11 +117,7 @@ class Peers:
     def close(self) -> None:
         """Stop beating, before process 0 takes the store away."""
         self._closed.set()
-        if self._thread.is_alive():
-            self._thread.join(2 * self.period)
-
-    def _keys(self, kind: str) -> list[str]:
-        return [f"{kind}/{rank}" for rank in range(self.world.size)]
+        self._thread.join(2 * self.period)
 
 
 @contextmanager
@@ -247,9 +129,11 @@ def joined(world: World, timeout: float) -> Iterator[None]:
     Raises:
         UserError: somebody is missing, at the start or when a collective fails in the block.
     """
-    peers = Peers(world, timeout) if world.size > 1 else None
-    if peers:
-        peers.join()
+    peers = None
+    if world.size > 1:
+        meeting = Meeting(world, timeout)
+        meeting.join()
+        peers = Peers(meeting)
     try:
         yield
         comm.synchronize()

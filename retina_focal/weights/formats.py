@@ -115,9 +115,7 @@ def _check_model(model: object) -> None:
         raise NotWeights(f"holds a {type(model).__name__} as its model, not names and tensors")
     for name, value in model.items():
         # numpy's numbers too: Detectron wrote its learning rate among the arrays.
-        is_tensor = isinstance(value, np.ndarray | np.generic) or (
-            isinstance(value, Tensor) and value.layout == torch.strided
-        )
+        is_tensor = isinstance(value, Tensor | np.ndarray | np.generic)
         if not isinstance(name, str) or not is_tensor:
             raise NotWeights(
                 f"holds a {type(value).__name__} under {str(name)[:100]!r} among its weights, "

@@ -125,10 +125,7 @@ class _Machine:
             state = stack.pop()
             self._spend(state)
             _build(stack[-1], state)
-        elif name == "STOP":
-            if self.marks:
-                raise ValueError("it stops behind an open mark")
-        elif name not in ("PROTO", "FRAME"):
+        elif name not in ("PROTO", "FRAME", "STOP"):
             raise NotWeights(f"has the instruction {name}, which no weights need")
 
     def _name(self, argument: str | None) -> None:
@@ -218,10 +215,8 @@ def _build(value: object, state: object) -> None:
         # It compares the length of the content with the shape.
         value.__setstate__((1, _shape(shape), dtype, bool(is_fortran), content))
     elif isinstance(value, np.dtype):
-        byte_order, *rest = state[1:]
-        if byte_order not in ("<", ">", "|", "=") or rest[:3] != [None] * 3:
-            raise NotWeights("has an array of what is no numbers")
-        value.__setstate__((3, byte_order, None, None, None, -1, -1, 0))
+        # Of the state only the order of the bytes: the rest is of arrays that are no numbers.
+        value.__setstate__((3, state[1], None, None, None, -1, -1, 0))
     elif not isinstance(value, dict):  # the attributes of an OrderedDict are nothing that we need
         raise NotWeights(f"asks to change a {type(value).__name__}, which no weights need")
 

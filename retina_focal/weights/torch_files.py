@@ -13,6 +13,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 
 from retina_focal.weights.pickles import (
+    Name,
     NotWeights,
     encode_latin1,
     ordered_dict,
@@ -35,7 +36,9 @@ class _Storage(NamedTuple):
 def _storage(key: object) -> _Storage:
     """("storage", type, key, device, elements, ...), as torch writes it."""
     kind, type_name, name, _, num_elements = key[:5]
-    if kind != "storage" or type(name) is not str or type(num_elements) is not int:
+    types = [type(x) for x in (type_name, name, num_elements)]
+    # Before the type is looked up: the hash of a nested tuple recurses as deep as that.
+    if kind != "storage" or types != [Name, str, int] or num_elements < 0:
         raise TypeError("a storage has another description than torch gives it")
     return _Storage(name, num_elements, num_elements * _ITEM_BYTES[type_name])
 
@@ -62,6 +65,8 @@ def _tensor_of_bytes(
     dtype: str,
 ) -> None:
     """As `_tensor`, of a dtype that no storage has a name for."""
+    if type(dtype) is not Name:
+        raise TypeError("a tensor has no dtype")
     _check_tensor(storage.num_bytes // _DTYPE_BYTES[dtype], offset, size, stride, hooks)
 
 
