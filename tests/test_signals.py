@@ -28,9 +28,9 @@ def checkpoint_of(training: Training) -> dict:
 @needs_cpu_processes
 @pytest.mark.parametrize(("processes", "to_group"), [("1", True), ("2", False)])
 def test_sigterm_saves_after_the_step_and_ends_everything(processes, to_group, data, tmp_path):
-    training = Training(
-        tmp_path / "run", data, "--num-gpus", processes, opts=[*LONG, *WORKERS]
-    ).wait_for(STEPPING)
+    opts = [*LONG, *WORKERS] if to_group else LONG
+    training = Training(tmp_path / "run", data, "--num-gpus", processes, opts=opts)
+    training.wait_for(STEPPING)
     os.kill(-training.process.pid if to_group else training.process.pid, signal.SIGTERM)
     assert training.end() == 143
     assert training.checkpoint.name == f"model_{checkpoint_of(training)['iteration']:07d}.pth"
