@@ -145,3 +145,12 @@ def test_a_run_that_may_be_restarted_does_not_begin_among_anothers_checkpoints(
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(SystemExit, match="holds those of another run"):
         train.main(command[1:])
+
+
+def test_a_contradiction_is_refused_before_anything_is_written(data, tmp_path, monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    command, _ = train_command(data, tmp_path / "run", "--num-gpus", "2")
+    with pytest.raises(SystemExit, match="torchrun started 8 processes"):
+        train.main(command[1:])
+    assert not (tmp_path / "run").exists()

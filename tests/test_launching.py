@@ -71,17 +71,6 @@ def test_srun_trains_one_model(data, tmp_path):
     assert is_one_model(trainings[0].output)
 
 
-def test_a_contradiction_is_refused_before_anything_is_written(data, tmp_path):
-    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    training = Training(
-        tmp_path / "run", data, "--num-gpus", "2", environment={**environment, **address}
-    )
-    assert training.end() == 1
-    assert "train_net.py: torchrun started 2 processes" in training.text
-    assert "Traceback" not in training.text and not training.output.exists()
-
-
 @slow
 @pytest.mark.parametrize("kind", ["torchrun", "srun", "two machines"])
 def test_evaluation_alone_works_through_each_launcher(kind, data, tmp_path):
@@ -148,12 +137,12 @@ def test_a_signal_while_the_processes_start_ends_them_in_words(seconds, data, tm
 
 @slow
 def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_made_on_resuming(data, tmp_path):
-    # A hundred pictures; the evaluation comes after the second of four iterations.
+    # Many pictures; the evaluations come after the second of four iterations and at the end.
     many = tmp_path / "many"
     shutil.copytree(data, many)
     content = json.loads((many / "a.json").read_text())
     content["images"] = [
-        {**image, "id": 6 * i + image["id"]} for i in range(200) for image in content["images"]
+        {**image, "id": 6 * i + image["id"]} for i in range(60) for image in content["images"]
     ]
     (many / "a.json").write_text(json.dumps(content))
     opts = ["SOLVER.MAX_ITER", "4", "SOLVER.CHECKPOINT_PERIOD", "100", "TEST.EVAL_PERIOD", "2"]
@@ -166,7 +155,7 @@ def test_a_signal_during_an_evaluation_saves_and_the_evaluation_is_made_on_resum
     assert again.end(300) == 0, again.text[-3000:]
     assert again.text.count("Start inference on") == 2
     lines = [json.loads(x) for x in (again.output / "metrics.json").read_text().splitlines()]
-    assert [x["iteration"] for x in lines if "bbox/AP" in x] == [1, 3]
+    assert [x["iteration"] for x in lines if "bbox/AP" in x] == [1, 4]
 
 
 @slow

@@ -1,5 +1,6 @@
 """Signals to a training: finish the step, save, and end with the status that schedulers expect."""
 
+import json
 import os
 import signal
 import subprocess
@@ -28,9 +29,9 @@ def checkpoint_of(training: Training) -> dict:
 @needs_cpu_processes
 @pytest.mark.parametrize(("processes", "to_group"), [("1", True), ("2", False)])
 def test_sigterm_saves_after_the_step_and_ends_everything(processes, to_group, data, tmp_path):
-    training = Training(
-        tmp_path / "run", data, "--num-gpus", processes, opts=[*LONG, *WORKERS]
-    ).wait_for(STEPPING)
+    opts = [*LONG, *WORKERS] if to_group else LONG
+    training = Training(tmp_path / "run", data, "--num-gpus", processes, opts=opts)
+    training.wait_for(STEPPING)
     os.kill(-training.process.pid if to_group else training.process.pid, signal.SIGTERM)
     assert training.end() == 143
     assert training.checkpoint.name == f"model_{checkpoint_of(training)['iteration']:07d}.pth"
@@ -38,54 +39,26 @@ def test_sigterm_saves_after_the_step_and_ends_everything(processes, to_group, d
     assert "Traceback" not in training.text
 
 
-def in_a_process(script: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import os, signal, time\n" + script],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-SENT = [  # signals and the seconds after each, and the exit status
-    ([(signal.SIGTERM, 0.2)], 0),  # whoever runs the step ends it
-    # What the launcher passes on, of a signal that the whole group got.
-    ([(signal.SIGTERM, 0.2), (signal.SIGTERM, 0.2)], 0),
-    ([(signal.SIGTERM, 1.2), (signal.SIGTERM, 9)], 143),
-    ([(signal.SIGINT, 1.2), (signal.SIGINT, 9)], 130),
-    ([(signal.SIGUSR1, 0.2), (signal.SIGTERM, 9)], 138),  # the first one's
-]
-
-
-def test_a_second_signal_ends_at_once_with_the_status_of_the_first():
-    run = in_a_process(
-        f"""
-from retina_focal.training import signals
-children = []
-for sent in {[[(int(x), wait) for x, wait in sent] for sent, _ in SENT]}:
-    children.append(os.fork())
-    if not children[-1]:
-        with signals.handled_signals():
-            asked = []
-            signals.STOPS.on_request = asked.append
-            for signum, wait in sent:
-                os.kill(os.getpid(), signum)
-                time.sleep(wait)
-            assert asked == [sent[0][0]]
-            os._exit(0)
-print(*[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children])
+IN_A_STEP = """
+with signals.handled_signals():
+    asked = []
+    signals.STOPS.on_request = asked.append
+    for signum, wait in {sent}:
+        os.kill(os.getpid(), signum)
+        time.sleep(wait)
+    assert asked == [{sent}[0][0]]
 """
-    )
-    assert run.stdout.split() == [str(status) for _, status in SENT], run.stderr
-    assert run.stderr.count("again: ends at once;") == 3
-
-
-def test_a_signal_ends_at_once_where_nothing_would_be_finished_even_inside_a_library():
-    run = in_a_process(
+# What runs in a process of its own, and the exit status that it has.
+SCENARIOS = {
+    # Signals, and the seconds after each. Whoever runs the step ends it.
+    "one": (IN_A_STEP.format(sent=[(15, 0.2)]), 0),
+    # What the launcher passes on, of a signal that the whole group got.
+    "passed on": (IN_A_STEP.format(sent=[(15, 0.2), (15, 0.2)]), 0),
+    "second SIGTERM": (IN_A_STEP.format(sent=[(15, 1.2), (15, 9)]), 143),
+    "second SIGINT": (IN_A_STEP.format(sent=[(2, 1.2), (2, 9)]), 130),
+    "SIGUSR1, then SIGTERM": (IN_A_STEP.format(sent=[(10, 0.2), (15, 9)]), 138),
+    "inside a library": (
         """
-import torch
-from retina_focal.training import signals
 store = torch.distributed.TCPStore("127.0.0.1", 0, 1, True)
 with signals.handled_signals():
     pid = os.getpid()
@@ -93,20 +66,12 @@ with signals.handled_signals():
         time.sleep(0.5)
         os.kill(pid, signal.SIGTERM)
         os._exit(0)
-    try:
-        store.wait(["never"], torch.distributed.default_pg_timeout)  # not Python: no handler runs
-    finally:
-        print("never")
-"""
-    )
-    assert run.returncode == 143, run.stderr
-    assert "SIGTERM outside of the training's steps" in run.stderr and not run.stdout
-
-
-def test_a_signal_that_was_ignored_stays_ignored_and_handlers_come_back():
-    run = in_a_process(
+    store.wait(["never"], torch.distributed.default_pg_timeout)  # not Python: no handler runs
+""",
+        143,
+    ),
+    "ignored": (
         """
-from retina_focal.training import signals
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 before = [signal.getsignal(x) for x in signals.SIGNALS]
 with signals.handled_signals():
@@ -115,18 +80,12 @@ with signals.handled_signals():
 assert [signal.getsignal(x) for x in signals.SIGNALS] == before
 assert signal.set_wakeup_fd(-1) == -1
 os.kill(os.getpid(), signal.SIGTERM)
-time.sleep(5)
-"""
-    )
-    assert run.returncode == -signal.SIGTERM, run.stderr
-
-
-def test_a_loaders_workers_leave_signals_to_their_process_and_die_with_it():
-    run = in_a_process(
+time.sleep(9)
+""",
+        -signal.SIGTERM,
+    ),
+    "loader": (
         """
-import torch
-from retina_focal.training import signals
-
 class Slow(torch.utils.data.Dataset):
     def __len__(self):
         return 40
@@ -134,7 +93,6 @@ class Slow(torch.utils.data.Dataset):
         time.sleep(0.02)
         return os.getpid()
 
-signals.STOPS.__init__()
 with signals.handled_signals():
     signals.STOPS.on_request = print
     seen = set()
@@ -150,10 +108,73 @@ with signals.handled_signals():
     it = iter(torch.utils.data.DataLoader(Slow(), num_workers=2))
     print(*{int(next(it)) for _ in range(4)}, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
+""",
+        -signal.SIGKILL,
+    ),
+}
+SCRIPT = """
+import json, os, signal, sys, tempfile, time, traceback
+import torch
+from retina_focal.training import signals
+
+running = {}
+for name, code in json.loads(sys.argv[1]).items():
+    files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+    pid = os.fork()
+    if not pid:
+        os.dup2(files[0].fileno(), 1)
+        os.dup2(files[1].fileno(), 2)
+        status = 0
+        try:
+            exec(code, globals())
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    running[pid] = name, files
+ends = {}
+for pid, (name, files) in running.items():
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    for file in files:
+        file.seek(0)
+    ends[name] = [status, *(file.read() for file in files)]
+print(json.dumps(ends))
 """
+
+
+@pytest.fixture(scope="module")
+def ends() -> dict[str, tuple[int, str, str]]:
+    """Of each scenario the exit status and what it printed, to stdout and to stderr."""
+    codes = json.dumps({name: code for name, (code, _) in SCENARIOS.items()})
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, codes],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
-    assert run.returncode == -signal.SIGKILL, run.stderr
-    all_seen, pids = run.stdout.splitlines()
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_each_process_ends_with_its_status(name, ends):
+    assert ends[name][0] == SCENARIOS[name][1], ends[name]
+
+
+def test_a_second_signal_ends_at_once_and_says_so(ends):
+    said = {name for name, (_, _, text) in ends.items() if "again: ends at once; --resume" in text}
+    assert said == {"second SIGTERM", "second SIGINT", "SIGUSR1, then SIGTERM"}
+
+
+def test_a_signal_where_nothing_would_be_finished_ends_at_once_in_words(ends):
+    assert "SIGTERM outside of the training's steps" in ends["inside a library"][2]
+
+
+def test_a_loaders_workers_leave_signals_to_their_process_and_die_with_it(ends):
+    all_seen, pids = ends["loader"][1].splitlines()
     assert all_seen == "2 39"
     time.sleep(0.5)
     assert not [pid for pid in pids.split() if is_alive(int(pid))]
