@@ -122,8 +122,8 @@ class Assigner:
         labels = torch.full(size, self._unmatched, device=device)
         matched_idxs = torch.zeros_like(labels)
         for i, instances in enumerate(gt_instances):
-            gt_boxes = instances.gt_boxes.tensor.to(device)
-            if len(gt_boxes) > 0:
+            if len(instances) > 0:
+                gt_boxes = instances.gt_boxes.tensor.to(device)
                 matches = match_on_grid(self.grid, gt_boxes, self.iou_thresholds[0])
                 gt_classes = instances.gt_classes.to(device)[matches.box_idxs]
                 labels[i, matches.anchor_idxs] = self._label(matches, gt_classes)

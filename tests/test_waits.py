@@ -126,6 +126,16 @@ def test_images_cross_in_one_copy_and_in_their_dtype(model, act, dtype):
     assert sum(x.num_bytes for x in copies) < num_bytes + 1_000  # boxes, classes, sizes
 
 
+def test_boxes_and_classes_of_all_images_cross_in_one_copy(steps):
+    for n, step in steps.items():
+        targets = [x["instances"] for x in batch_of(n)]
+        num_bytes = sum(x.gt_boxes.tensor.nbytes + x.gt_classes.nbytes for x in targets)
+        of_images = sum(x["image"].nbytes for x in batch_of(n))
+        others = [x.num_bytes for x in step.copies if x.num_bytes != of_images]
+        # Besides: boxes of each image, the first of them, and a table of four numbers per level.
+        assert sorted(others) == sorted([num_bytes, 8 * n, 8 * n, 8 * 4 * 5])
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_images_are_normalised_and_padded_as_detectron2_does(model, dtype):
     batch = batch_of(3)
