@@ -101,6 +101,7 @@ def test_a_stage_that_takes_too_long_is_stopped_and_the_other_runs(python, tmp_p
     assert (tmp_path / "out" / "tests.log").read_text() == "begun\n"
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_it(python, tmp_path):
     program = python(tests="echo begun; exec sleep 60", benchmark="echo measured")
     process = subprocess.Popen(
