@@ -221,3 +221,8 @@ def test_another_model_is_refused_in_words(options, shape, message, tmp_path):
     more = RunCheckpointer(nn.Sequential(model()), str(tmp_path))
     with pytest.raises(UserError, match="another architecture"):
         more.resume_or_load("")
+
+
+def test_a_negative_number_of_checkpoints_is_refused(tmp_path):
+    with pytest.raises(UserError, match="KEEP_CHECKPOINTS is -1; expected"):
+        RunCheckpointer(nn.Linear(1, 1), str(tmp_path), keep=-1)

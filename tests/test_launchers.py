@@ -143,8 +143,10 @@ def test_a_run_that_may_be_restarted_does_not_begin_among_anothers_checkpoints(
     command, _ = train_command(data, tmp_path)
     (tmp_path / "model_0000001.pth").touch()
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    with pytest.raises(SystemExit, match="holds those of another run"):
-        train.main(command[1:])
+    for restarts in ("0", "1"):  # the second time it has begun nothing that it could go on with
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        with pytest.raises(SystemExit, match="holds those of another run"):
+            train.main(command[1:])
 
 
 def test_a_contradiction_is_refused_before_anything_is_written(data, tmp_path, monkeypatch):

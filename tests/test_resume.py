@@ -246,6 +246,8 @@ def test_a_finished_run_says_so_and_makes_no_step(whole, toy, tmp_path, caplog):
     trainer = train(small(tmp_path / "run"), resume=True, seed=9)
     assert "has ended, after iteration 6; to train on, type for example --resume" in caplog.text
     assert "AP50" in trainer.results["bbox"]
+    # Nor does one that is beyond a smaller number of iterations, where the schedule has no rate.
+    assert train(small(tmp_path / "run", **{"SOLVER.MAX_ITER": 3}), resume=True).start_iter == 6
     after = torch.load(tmp_path / "run/model_final.pth")["model"]
     assert all(torch.equal(x, after[name]) for name, x in before.items())
     assert metrics(tmp_path / "run") == lines

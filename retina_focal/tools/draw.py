@@ -21,3 +21,4 @@ def main(argv: list[str]) -> None:
     cfg = load_cfg(args.config_file, args.opts, args.dataset)
     use_datasets(cfg, cfg.DATASETS.TEST[:1])
     draw_detections(cfg, load_model(cfg), args.output, args.num_images, args.score_thresh)
+    print(f"detections beside ground truth: {args.output}")

@@ -4,6 +4,8 @@ import argparse
 import logging
 import math
 import os
+import tempfile
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -41,7 +43,7 @@ Examples:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run on every process that it or another launcher asks for."""
     args = parse_args(argv)
-    args.resume = args.resume or is_restarted(os.environ)
+    args.resume = args.resume or (is_restarted(os.environ) and not _refusal().exists())
     world = world_of(args, os.environ)
     if world and world.launcher == "torchrun" and os.getppid() > 1:
         die_with_parent(os.getppid())
@@ -106,11 +108,20 @@ def run(
 
 def _check_folder(folder: str) -> None:
     """Refuse to begin where torchrun, starting this run again, would go on with another."""
-    if may_restart(os.environ) and checkpoints_of(folder):
+    if not may_restart(os.environ):
+        return
+    if checkpoints_of(folder):
+        _refusal().touch()
         raise UserError(
             f"torchrun would start this run again from its last checkpoint, but '{folder}' holds "
             "those of another run; go on with that (--resume), or name another OUTPUT_DIR"
         )
+    _refusal().unlink(missing_ok=True)  # of another process that had this parent's number
+
+
+def _refusal() -> Path:
+    """A file that tells this torchrun's next start that it has nothing to go on with."""
+    return Path(tempfile.gettempdir(), f"retina_focal_refused_by_{os.getppid()}")
 
 
 def timeout_of(cfg: CfgNode | DictConfig) -> float:

@@ -179,7 +179,7 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Of a checkpoint of ours, or of detectron2's lazyconfig_train_net.py: one trainer less."""
-        with options_of_the_config(self.optimizer, self.scheduler):
+        with options_of_the_config(self.optimizer, self.scheduler, self.max_iter):
             super().load_state_dict({"_trainer": state_dict, **state_dict})
         self._resume.go_on()
 

@@ -45,6 +45,11 @@ class RunCheckpointer(Checkpointer):
             checkpointables: have a `state_dict` and are saved under these names.
         """
         super().__init__(model, save_dir, **checkpointables)
+        if keep < 0:
+            raise UserError(
+                f"MODEL.RETINA_FOCAL.TRAIN.KEEP_CHECKPOINTS is {keep}; expected a number of "
+                "checkpoints, or 0 for all"
+            )
         self.keep, self.classes = keep, classes
         self._last: str | None = None
         self._read: dict[str, dict] = {}

@@ -233,7 +233,9 @@ def saved_seed(folder: str) -> int | None:
 
 
 @contextmanager
-def options_of_the_config(optimizer: Optimizer, scheduler: LRScheduler) -> Iterator[None]:
+def options_of_the_config(
+    optimizer: Optimizer, scheduler: LRScheduler, max_iter: int
+) -> Iterator[None]:
     """What is loaded in the block leaves rates, decays and schedule as the config has them.
 
     torch puts those of the checkpoint in their place.
@@ -251,6 +253,8 @@ def options_of_the_config(optimizer: Optimizer, scheduler: LRScheduler) -> Itera
         group.update({key: x for key, x in wanted.items() if key not in keeps})
     for was, is_now in changed.items():
         logger.info("the checkpoint has %s; from here on it is %s", was, is_now)
+    if is_ours and scheduler.last_epoch > max_iter:
+        return  # beyond the end, where a schedule has no rate and no step is made
     if is_ours:
         scheduler.base_lrs = bases
         for group, rate in zip(optimizer.param_groups, scheduler.get_lr(), strict=True):
