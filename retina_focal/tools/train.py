@@ -18,7 +18,7 @@ from retina_focal.errors import UserError
 from retina_focal.tools.common import add_dataset_argument, command, read_cfg, set_up
 from retina_focal.training.assembly import evaluate, fit, plain_values
 from retina_focal.training.checkpoint_files import checkpoints_of
-from retina_focal.training.launchers import World, is_restarted, may_restart, start, world_of
+from retina_focal.training.launchers import World, is_restarted, may_restart, world_of
 from retina_focal.training.peers import joined
 from retina_focal.training.processes import (
     closed_process_group,
@@ -26,6 +26,7 @@ from retina_focal.training.processes import (
     share_cores,
 )
 from retina_focal.training.signals import handled_signals
+from retina_focal.training.spawning import start
 
 EPILOG = """
 Examples:

@@ -34,6 +34,15 @@ class Meeting:
         Raises:
             UserError: somebody is missing after the timeout, or there twice.
         """
+        try:
+            self._join()
+        except dist.DistError as error:
+            raise UserError(
+                f"process {self.world.rank} of {self.world.size} lost process 0 at "
+                f"{self.world.host}:{self.world.port} before all had come; that one says why"
+            ) from error
+
+    def _join(self) -> None:
         world, deadline = self.world, time.monotonic() + self.timeout
         store = self._connect(deadline)
         attempt = self._attempt(store, deadline)
