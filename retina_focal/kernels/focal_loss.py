@@ -195,7 +195,8 @@ def _block(block, length, BLOCK: tl.constexpr):
 @triton.jit
 def _number(x):
     """fp32 of a number, or of the one that a tensor holds."""
-    x = tl.to_tensor(x)
+    if isinstance(x, float):  # the interpreter leaves numbers as they are
+        return x
     if x.dtype.is_ptr():
         x = tl.load(x)
     return x.to(tl.float32)
