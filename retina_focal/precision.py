@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode
+from torch import Tensor
 
 from retina_focal.config import retina_focal_node
 from retina_focal.errors import UserError
@@ -74,6 +75,14 @@ def weights_layout(cfg: CfgNode) -> torch.memory_format:
 def is_autocast_enabled(device_type: str) -> bool:
     """Whether the code around opened an autocast; never on a device that has none."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """What a convolution with this weight multiplies in: that of an autocast around it, if any."""
+    device_type = weight.device.type
+    if weight.dtype == torch.float64 or not is_autocast_enabled(device_type):
+        return weight.dtype
+    return torch.get_autocast_dtype(device_type)
 
 
 @cache
