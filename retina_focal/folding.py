@@ -43,12 +43,16 @@ class FoldedWeight:
         self.norm = norm
         self.keeps_dtype = keeps_dtype
         self.folded_before: tuple[Tensor, Tensor] | None = None  # by `FoldedWeights`
+        self.of_step: tuple[Tensor, Tensor] | None = None  # what was, until its backward pass
         self._norm = Remembered()
         self._whole = Remembered()
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         if self.folded_before is not None:
+            self.of_step = self.folded_before if torch.is_grad_enabled() else None
             return self.folded_before
+        if self.of_step is not None and torch._C._current_graph_task_id() >= 0:
+            return self.of_step  # activation checkpointing computes once more what there was
         weight, bias = self.conv.weight, self.conv.bias
         if torch.compiler.is_compiling():
             return self.fold(*self.scale_and_shift())
@@ -126,7 +130,7 @@ class FoldedWeights:
                 dtypes = [x.dtype() for x in group]
                 norms = [x.remembered_norm(y) for x, y in zip(group, dtypes, strict=True)]
                 scales = [scale for scale, _ in norms]
-                weights = _Products.apply(dtypes, scales, *(x.conv.weight for x in group))
+                weights = _Products.apply(group, dtypes, scales, *(x.conv.weight for x in group))
                 for own, weight, (_, shift) in zip(group, weights, norms, strict=True):
                     own.folded_before = weight, shift
             yield
@@ -152,8 +156,8 @@ class _Products(torch.autograd.Function):
     """Weights times scales, each rounded once to a dtype; gradients in that of the weight."""
 
     @staticmethod
-    def forward(ctx, dtypes, scales, *weights):
-        ctx.scales = scales
+    def forward(ctx, group, dtypes, scales, *weights):
+        ctx.group, ctx.scales = group, scales
         ctx.set_materialize_grads(False)
         return tuple(
             torch.mul(weight, scale, out=torch.empty_like(weight, dtype=dtype))
@@ -162,8 +166,10 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        for own in ctx.group:
+            own.of_step = None
         pairs = zip(grads, ctx.scales, strict=True)
-        return None, None, *(None if grad is None else grad * scale for grad, scale in pairs)
+        return None, None, None, *(None if grad is None else grad * scale for grad, scale in pairs)
 
 
 class Remembered:
