@@ -21,6 +21,7 @@ LAYERS = [
         "matching",
         "precision",
         "folding",
+        "folding_timm",
         "normalizers",
         "transfer",
         "padding",
