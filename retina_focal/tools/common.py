@@ -13,10 +13,7 @@ from typing import TypeVar
 
 import torch
 from detectron2.config import CfgNode, LazyConfig
-from detectron2.engine import default_setup
 from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY, BACKBONE_REGISTRY, META_ARCH_REGISTRY
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
 from retina_focal.config import (
@@ -40,6 +37,7 @@ from retina_focal.training.assembly import plain_values
 from retina_focal.training.checkpoints import expect_classes_of_run
 from retina_focal.training.processes import available_device
 from retina_focal.training.resume import saved_seed, with_seed
+from retina_focal.training.run_files import open_log
 
 Item = TypeVar("Item")
 REGISTRIES = {
@@ -256,9 +254,8 @@ def set_up(
         match_classes(names)
     else:
         use_datasets(cfg, names, trained_on)
-    if getattr(args, "resume", False) and trained_on:  # before the folder's config.yaml is replaced
+    if getattr(args, "resume", False) and trained_on:
         expect_classes_of_run(values.OUTPUT_DIR, class_names(trained_on))
-    default_setup(cfg, args)
-    setup_logger(values.OUTPUT_DIR, comm.get_rank(), name="retina_focal")
+    open_log(cfg, args)
     report_datasets(names, trained_on)
     return cfg

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from detectron2.config import CfgNode, instantiate
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -34,6 +35,7 @@ from retina_focal.training.measure import (
 )
 from retina_focal.training.processes import distribute, keep_freed_memory
 from retina_focal.training.resume import ExactResume, options_of_the_config, with_seed
+from retina_focal.training.run_files import SETTINGS, SavedConfig
 from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader, handled_signals
 from retina_focal.training.steps import training_steps
 from retina_focal.training.trouble import Trouble
@@ -77,6 +79,7 @@ class Trainer(DefaultTrainer):
         keep_freed_memory()
         self._draws_seed = plain_values(cfg).SEED < 0
         cfg = with_seed(cfg)
+        self._saved_config = SavedConfig(cfg, plain_values(cfg).OUTPUT_DIR)
         self.cfg = self.auto_scale_workers(plain_values(cfg), comm.get_world_size())
         self.parts = cfg if isinstance(cfg, DictConfig) else self.cfg
         model = self.build_model(self.parts)
@@ -117,6 +120,7 @@ class Trainer(DefaultTrainer):
             hooks.LRScheduler(),
             FirstStepCheck(cfg.DATASETS.TRAIN),
             Trouble(cfg.OUTPUT_DIR, retina_focal_node(cfg).DATA.MAX_BAD_IMAGES),
+            self._saved_config,
             self._precise_bn(),
             self._resume,
             saver,  # before the evaluation: should that fail, the weights are kept
@@ -130,7 +134,9 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode | DictConfig) -> nn.Module:
         if isinstance(cfg, DictConfig):
             return instantiate(cfg.model).to(cfg.train.device)
-        return super().build_model(cfg)
+        model = build_model(cfg)
+        SETTINGS.info("model:\n%s", model)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode | DictConfig, model: nn.Module) -> Optimizer:
