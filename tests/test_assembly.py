@@ -310,7 +310,10 @@ def test_what_does_not_fit_is_judged_from_the_model_that_a_lazy_config_builds(to
     ("override", "message"),
     [
         ("accumulate_step=2", "train.retina_focal: there is no key 'accumulate_step'; near it"),
-        ("accumulate_steps=2.5", "train.retina_focal: accumulate_steps is a int, which 2.5 is not"),
+        (
+            "accumulate_steps=2.5",
+            "train.retina_focal: accumulate_steps is of type int, which 2.5 is not",
+        ),
         ("normalizer=image", "there is no key 'normalizer'"),  # an argument of the criterion
         ("train.nope=1", "there is no key 'train.nope'"),
     ],

@@ -221,6 +221,14 @@ model.num_classes = 2
             "--dist-url tcp://ADDRESS:PORT",
         ),
         (
+            "--config-file quick_start/trees.yaml --num-machines 2 --machine-rank 2".split(),
+            "--machine-rank is 2 with --num-machines 2; expected 0 to 1",
+        ),
+        (
+            "--config-file quick_start/trees.yaml --num-machines 0".split(),
+            "expected at least one machine",
+        ),
+        (
             ["--config-file", "quick_start/trees.yaml", "SOLVER.MAX_ITER", "2", "--resume"],
             "--resume comes after the options SOLVER.MAX_ITER",
         ),
