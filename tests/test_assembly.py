@@ -492,6 +492,21 @@ def test_a_wrong_name_in_a_config_is_the_users_to_put_right(kind, change, messag
             run(cfg)
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"MODEL.RESNETS.NORM": "nope"}, "batch_norm can't build .*: nope"),
+        ({"MODEL.RESNETS.DEPTH": 19}, "resnet can't build .*: 19"),
+        ({"MODEL.FPN.OUT_CHANNELS": -1}, r"torch.* can't build .*-1"),
+        ({"SOLVER.STEPS": (3, 1)}, "Milestone"),
+    ],
+    ids=str,
+)
+def test_what_a_library_refuses_is_the_users_to_put_right(keys, message, toy, tmp_path):
+    with pytest.raises(UserError, match=message):
+        Trainer(yaml_cfg(tmp_path, toy, **keys))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("error", [KeyError, TypeError])
 def test_a_fault_of_ours_keeps_its_type_and_traceback(kind, error, toy, tmp_path, monkeypatch):

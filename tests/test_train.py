@@ -211,6 +211,9 @@ model.num_classes = 2
         train.run(train.parse_args([*common, "model.criterion.normalizer=sum"]))
 
 
+TREES = ["--config-file", "quick_start/trees.yaml"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -221,11 +224,11 @@ model.num_classes = 2
             "--dist-url tcp://ADDRESS:PORT",
         ),
         (
-            "--config-file quick_start/trees.yaml --num-machines 2 --machine-rank 2".split(),
+            [*TREES, "--num-machines", "2", "--machine-rank", "2"],
             "--machine-rank is 2 with --num-machines 2; expected 0 to 1",
         ),
         (
-            "--config-file quick_start/trees.yaml --num-machines 0".split(),
+            [*TREES, "--num-machines", "0"],
             "expected at least one machine",
         ),
         (

@@ -33,11 +33,12 @@ from retina_focal.data.registration import (
     use_datasets,
 )
 from retina_focal.errors import UserError
-from retina_focal.training.assembly import plain_values
+from retina_focal.limits import check_ranges, check_values
 from retina_focal.training.checkpoints import expect_classes_of_run
 from retina_focal.training.processes import available_device
 from retina_focal.training.resume import saved_seed, with_seed
 from retina_focal.training.run_files import open_log
+from retina_focal.training.values import LAZY_NAMES, plain_values
 
 Item = TypeVar("Item")
 REGISTRIES = {
@@ -151,8 +152,8 @@ def load_cfg(
         opts: KEY VALUE pairs.
         datasets: rows of [name, annotation json, image folder].
     Raises:
-        UserError: no such file, an unknown key, device or registered name, a value of another
-            type, a dataset that the config does not use, or files of proposals.
+        UserError: no such file, an unknown key, device or registered name, a value that can't be
+            (`limits.check_values`), a dataset that the config does not use, or files of proposals.
     """
     flags = [x for x in opts if str(x).startswith("--")]
     if flags:
@@ -161,6 +162,7 @@ def load_cfg(
     merge_file(cfg, config_path(config_file))
     merge_options(cfg, opts)
     refuse_proposal_files(cfg)
+    check_values(cfg)
     unnamed = [x for x, *_ in datasets if x not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
     if unnamed:
         raise UserError(
@@ -216,6 +218,7 @@ def load_lazy_cfg(
     except Exception as error:  # what hydra and omegaconf raise has no other base in common
         raise UserError(f"{' '.join(opts)}: {str(error).splitlines()[0]}") from error
     allow = OmegaConf.select(cfg, "train.retina_focal.data.allow_outside", default=False)
+    check_ranges(plain_values(cfg), LAZY_NAMES)
     for row in datasets:
         register_coco_json(*row, allow_outside=allow)
     cfg.train.device = available_device(cfg.train.device)

@@ -42,18 +42,34 @@ from retina_focal.training.trouble import Trouble
 from retina_focal.training.values import plain_values
 from retina_focal.training.words import words_only
 
+# What libraries raise for a value that they don't take.
+FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
+FAULTS += (RuntimeError, TypeError, ValueError)
+
 
 @contextmanager
 def faults_of_the_config() -> Iterator[None]:
-    """A name that no registry has, and an argument that no part takes, end as a UserError."""
+    """What a library refuses while parts are looked up and built ends as a UserError.
+
+    What our own code raises, and what other processes are the reason of, stays as it is.
+    """
     try:
         yield
-    except (KeyError, TypeError) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        # Raised where parts are looked up and called; what a part itself raises is no user's fault.
-        if frame.f_globals["__name__"].startswith(("fvcore.common.registry", "detectron2.config")):
-            raise UserError(f"{error.args[0]}; correct that name in the config") from error
+    except UserError:
         raise
+    except FAULTS as error:
+        names = [f.f_globals["__name__"] for f, _ in traceback.walk_tb(error.__traceback__)]
+        libraries = ("detectron2.", "fvcore.", "torch.", "yacs.", "timm.")
+        if not names[-1].startswith(libraries) or any("distributed" in x for x in names):
+            raise
+        SETTINGS.info("what the config asks for can't be built", exc_info=True)
+        reason = error.args[0] if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        if names[-1].startswith(("fvcore.common.registry", "detectron2.config")):
+            raise UserError(f"{reason}; correct that name in the config") from error
+        raise UserError(
+            f"{names[-1]} can't build what the config asks for ({type(error).__name__}: {reason}); "
+            "correct the value of the key that this is about"
+        ) from error
 
 
 class Trainer(DefaultTrainer):
