@@ -92,7 +92,10 @@ def _head(cfg: CfgNode) -> Misfits:
     model, channels = cfg.MODEL, cfg.MODEL.FPN.OUT_CHANNELS
     for key in ("FPN", "RETINANET"):
         if model[key].NORM == "GN" and channels % 32:
-            yield f"MODEL.{key}.NORM", f"none of 32 groups, or FPN.OUT_CHANNELS not {channels}"
+            yield (
+                f"MODEL.{key}.NORM",
+                f"another one with FPN.OUT_CHANNELS {channels}, no multiple of 32",
+            )
     if model.META_ARCHITECTURE == "FocalRetinaNet" and "Rotated" in model.ANCHOR_GENERATOR.NAME:
         yield "MODEL.ANCHOR_GENERATOR.NAME", "boxes of four numbers: OctaveAnchorGenerator"
 

@@ -16,13 +16,13 @@ from retina_focal.errors import UserError
 
 TINY, HUGE = 1e-6, 1e6
 MANY = 10**9
-SIDE = 20_000  # px that a picture is resized to
+SIDE = 10_000  # px that a picture is resized to
 
 # The least and the most of a number, or of each number in a list.
 RANGES = {
     "SEED": (-1, 2**31),
     "VIS_PERIOD": (0, MANY),
-    "DATALOADER.NUM_WORKERS": (0, 1000),
+    "DATALOADER.NUM_WORKERS": (0, 256),
     "DATALOADER.REPEAT_THRESHOLD": (0, 1),
     "INPUT.MIN_SIZE_TRAIN": (0, SIDE),  # 0: not resized
     "INPUT.MAX_SIZE_TRAIN": (1, MANY),
@@ -43,7 +43,7 @@ RANGES = {
     "SOLVER.WARMUP_FACTOR": (0, HUGE),
     "SOLVER.WARMUP_ITERS": (0, MANY),
     "SOLVER.CHECKPOINT_PERIOD": (1, MANY),
-    "SOLVER.IMS_PER_BATCH": (1, 10**6),
+    "SOLVER.IMS_PER_BATCH": (1, 2**16),
     "SOLVER.REFERENCE_WORLD_SIZE": (0, 10**6),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": (0, math.inf),
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": (TINY, math.inf),
@@ -156,8 +156,9 @@ def check_ranges(cfg: CfgNode, names: dict[str, str] | None = None) -> None:
         name, each = (names or {}).get(key, key), "each " if isinstance(value, list) else ""
         for x in numbers:
             if not _is_a(x, (int, float)) or not least <= x <= most:
-                end = f" to {most:g}" if most < MANY else ""
-                raise _unexpected(name, value, f"{each}a number of at least {least:g}{end}")
+                is_open = most >= MANY
+                bounds = f"of at least {least:g}" if is_open else f"from {least:g} to {most:g}"
+                raise _unexpected(name, value, f"{each}a number {bounds}")
         lists = [value, *(x for x in value if isinstance(x, list))] if each else []
         if [] in lists and key not in MAY_BE_EMPTY:
             raise _unexpected(name, value, "at least one number")

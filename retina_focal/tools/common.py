@@ -35,6 +35,7 @@ from retina_focal.data.registration import (
 from retina_focal.errors import UserError
 from retina_focal.limits import check_ranges, check_values
 from retina_focal.training.checkpoints import expect_classes_of_run
+from retina_focal.training.launchers import world_of
 from retina_focal.training.processes import available_device
 from retina_focal.training.resume import saved_seed, with_seed
 from retina_focal.training.run_files import open_log
@@ -80,7 +81,10 @@ def tool_parser(
         doc: its first line describes the command.
         epilog: printed as it is, behind the options.
         has_folder: the command writes a folder; adds `--output DIR`, default ``output/<name>``.
+    Raises:
+        UserError: torchrun or srun started several of it.
     """
+    expect_one_process(f"retina-focal {name}")
     parser = argparse.ArgumentParser(
         prog=f"retina-focal {name}",
         description=doc.splitlines()[0],
@@ -91,6 +95,17 @@ def tool_parser(
         folder = {"type": _folder, "default": Path("output", name), "metavar": "DIR"}
         parser.add_argument("--output", **folder, help="folder; default: %(default)s")
     return parser
+
+
+def expect_one_process(name: str) -> None:
+    """Refuse a command that torchrun or srun started several times, to do the same (UserError)."""
+    on_purpose = argparse.Namespace(num_gpus=1, num_machines=1)  # in a job of several tasks
+    world = world_of(on_purpose, os.environ)
+    if world and world.size > 1:
+        raise UserError(
+            f"{world.launcher} started {world.size} processes, each of which would do all of "
+            f"{name}; type it without torchrun, or with: srun --ntasks 1"
+        )
 
 
 def _folder(text: str) -> Path:
