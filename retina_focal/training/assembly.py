@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from retina_focal.config import retina_focal_node
 from retina_focal.data.classes import class_names
+from retina_focal.data.existence import expect_test_pictures
 from retina_focal.data.loading import build_train_loader
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import explain_missing
@@ -102,6 +103,7 @@ class Trainer(DefaultTrainer):
         steps = training_steps(self.cfg, model)
         optimizer = self.build_optimizer(self.parts, model)
         data_loader = self.build_train_loader(self.parts)
+        expect_test_pictures(self.cfg.DATASETS.TEST)
         model = distribute(model, **self.lazy_options.get("ddp", {}))
         self._trainer = steps(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(self.parts, optimizer)
@@ -167,7 +169,7 @@ class Trainer(DefaultTrainer):
         values = plain_values(cfg)
         node = retina_focal_node(values)
         options = {"timeout": node.TRAIN.TIMEOUT, "max_pixels": node.DATA.MAX_PIXELS}
-        return build_train_loader(cfg, values.SEED, **options)
+        return build_train_loader(cfg, values.SEED, node.DATA.MAX_BAD_IMAGES, **options)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
@@ -263,5 +265,6 @@ def evaluate(cfg: CfgNode | DictConfig, resume: bool) -> dict:
     values = plain_values(cfg)
     model = Trainer.build_model(cfg)
     checkpointer = RunCheckpointer(model, values.OUTPUT_DIR)
+    expect_test_pictures(values.DATASETS.TEST)
     load_trained(checkpointer, values.MODEL.WEIGHTS, resume, values.DATASETS.TEST)
     return Trainer.test(cfg, model)
