@@ -35,6 +35,7 @@ LAYERS = [
         "backbone",
         "ground_truth",
         "drawing",
+        "network",
         "graphs",
     },
     {"atss", "head", "targets"},
