@@ -63,10 +63,11 @@ def merge_file(cfg: CfgNode, path: str) -> None:
             cfg.update(new)
         else:
             raise UserError(f"VERSION is {version}; expected at most {cfg.VERSION}")
-    except (AssertionError, KeyError, TypeError, ValueError) as error:  # yacs asserts
-        # The text of a KeyError has quotes around it.
-        message = error.args[0] if isinstance(error, KeyError) else error
-        raise UserError(f"{path}: {message}") from error
+    except KeyError as error:
+        key = str(error.args[0]).rpartition(": ")[2]
+        raise UserError(f"{path}: {_no_such_key(cfg, key)}") from error
+    except (AssertionError, TypeError, ValueError) as error:  # yacs asserts
+        raise UserError(f"{path}: {error}") from error
     except (MemoryError, RecursionError) as error:  # yacs reads a text as Python writes a value
         raise UserError(f"{path}: a value is nested too deeply") from error
     if "RETINA_FOCAL" in cfg.MODEL:
@@ -88,17 +89,22 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
         try:
             cfg.merge_from_list([key, value])
         except (AssertionError, KeyError) as error:
-            near = difflib.get_close_matches(key, flatten(cfg), n=3)
-            raise UserError(
-                f"there is no key '{key}'" + (f"; near it: {', '.join(near)}" if near else "")
-            ) from error
+            raise UserError(_no_such_key(cfg, key)) from error
         except (MemoryError, RecursionError, TypeError, ValueError) as error:
             wanted = flatten(cfg)[key]
             is_int = str(value).lstrip("+-").isdecimal()
             example = f"{int(value)}.0" if is_int and isinstance(wanted, float) else wanted
             raise UserError(
-                f"{key} is a {type(wanted).__name__}, which {value} is not; type {key} {example}"
+                f"{key} is of type {type(wanted).__name__}, which {value} is not; type {key} "
+                f"{example}"
             ) from error
+
+
+def _no_such_key(cfg: CfgNode, key: str) -> str:
+    keys = flatten(cfg)
+    nodes = {x[:i] for x in keys for i, letter in enumerate(x) if letter == "."}
+    near = difflib.get_close_matches(key, [*keys, *sorted(nodes)], n=3)
+    return f"there is no key '{key}'" + (f"; near it: {', '.join(near)}" if near else "")
 
 
 def flatten(node: dict, prefix: str = "") -> dict[str, object]:

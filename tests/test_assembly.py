@@ -310,7 +310,10 @@ def test_what_does_not_fit_is_judged_from_the_model_that_a_lazy_config_builds(to
     ("override", "message"),
     [
         ("accumulate_step=2", "train.retina_focal: there is no key 'accumulate_step'; near it"),
-        ("accumulate_steps=2.5", "train.retina_focal: accumulate_steps is a int, which 2.5 is not"),
+        (
+            "accumulate_steps=2.5",
+            "train.retina_focal: accumulate_steps is of type int, which 2.5 is not",
+        ),
         ("normalizer=image", "there is no key 'normalizer'"),  # an argument of the criterion
         ("train.nope=1", "there is no key 'train.nope'"),
     ],
@@ -487,6 +490,21 @@ def test_a_wrong_name_in_a_config_is_the_users_to_put_right(kind, change, messag
             continue
         with pytest.raises(UserError, match=message):
             run(cfg)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"MODEL.RESNETS.NORM": "nope"}, "batch_norm can't build .*: nope"),
+        ({"MODEL.RESNETS.DEPTH": 19}, "resnet can't build .*: 19"),
+        ({"MODEL.FPN.OUT_CHANNELS": -1}, r"torch.* can't build .*-1"),
+        ({"SOLVER.STEPS": (3, 1)}, "Milestone"),
+    ],
+    ids=str,
+)
+def test_what_a_library_refuses_is_the_users_to_put_right(keys, message, toy, tmp_path):
+    with pytest.raises(UserError, match=message):
+        Trainer(yaml_cfg(tmp_path, toy, **keys))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,7 @@ PACKAGE = Path(retina_focal.__file__).parent
 LAYERS = [
     {"errors", "kernels"},
     {"config", "files", "safe_yaml"},
+    {"consistency", "limits"},
     {
         "places",
         "losses",

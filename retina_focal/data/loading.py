@@ -14,6 +14,7 @@ from detectron2.utils.serialize import PicklableWrapper
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
 
+from retina_focal.data.existence import expect_pictures
 from retina_focal.data.images import MAX_PIXELS, BadPicture, naming
 from retina_focal.data.sampler import BatchSampler, seeded
 from retina_focal.errors import UserError
@@ -128,15 +129,20 @@ def _as_list(batch: list[dict]) -> list[dict]:
     return batch
 
 
-def build_train_loader(cfg: CfgNode | DictConfig, seed: int, **options: object) -> Iterable:
+def build_train_loader(
+    cfg: CfgNode | DictConfig, seed: int, max_missing: int = 0, **options: object
+) -> Iterable:
     """The loader of a config's training images, for both kinds of config.
 
     Args:
         seed: not negative.
+        max_missing: pictures that may be missing.
         options: of `TrainLoader`, beside those of the config.
     Returns:
         A `TrainLoader`; or, for a LazyConfig's own kind of loader, an iterable dataset and another
         sampler than detectron2's, what the config says, which no run can go on with exactly.
+    Raises:
+        UserError: more pictures are missing, or the images can't be shared among the processes.
     """
     with seeded(ORDER, seed):  # samplers draw their seed
         if isinstance(cfg, DictConfig):
@@ -149,6 +155,8 @@ def build_train_loader(cfg: CfgNode | DictConfig, seed: int, **options: object) 
         else:
             arguments = _train_loader_from_config(cfg)
         dataset = arguments["dataset"]
+        if isinstance(dataset, list):
+            expect_pictures(dataset, "the training data", max_missing)
         if arguments.get("sampler") is None and not isinstance(
             dataset, torch.utils.data.IterableDataset
         ):

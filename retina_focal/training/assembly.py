@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from detectron2.config import CfgNode, instantiate
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -20,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from retina_focal.config import retina_focal_node
 from retina_focal.data.classes import class_names
+from retina_focal.data.existence import expect_test_pictures
 from retina_focal.data.loading import build_train_loader
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import explain_missing
@@ -34,24 +36,41 @@ from retina_focal.training.measure import (
 )
 from retina_focal.training.processes import distribute, keep_freed_memory
 from retina_focal.training.resume import ExactResume, options_of_the_config, with_seed
+from retina_focal.training.run_files import SETTINGS, SavedConfig
 from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader, handled_signals
 from retina_focal.training.steps import training_steps
 from retina_focal.training.trouble import Trouble
 from retina_focal.training.values import plain_values
 from retina_focal.training.words import words_only
 
+# What libraries raise for a value that they don't take.
+FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
+FAULTS += (RuntimeError, TypeError, ValueError)
+
 
 @contextmanager
 def faults_of_the_config() -> Iterator[None]:
-    """A name that no registry has, and an argument that no part takes, end as a UserError."""
+    """What a library refuses while parts are looked up and built ends as a UserError.
+
+    What our own code raises, and what other processes are the reason of, stays as it is.
+    """
     try:
         yield
-    except (KeyError, TypeError) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        # Raised where parts are looked up and called; what a part itself raises is no user's fault.
-        if frame.f_globals["__name__"].startswith(("fvcore.common.registry", "detectron2.config")):
-            raise UserError(f"{error.args[0]}; correct that name in the config") from error
+    except UserError:
         raise
+    except FAULTS as error:
+        names = [f.f_globals["__name__"] for f, _ in traceback.walk_tb(error.__traceback__)]
+        libraries = ("detectron2.", "fvcore.", "torch.", "yacs.", "timm.")
+        if not names[-1].startswith(libraries) or any("distributed" in x for x in names):
+            raise
+        SETTINGS.info("what the config asks for can't be built", exc_info=True)
+        reason = error.args[0] if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        if names[-1].startswith(("fvcore.common.registry", "detectron2.config")):
+            raise UserError(f"{reason}; correct that name in the config") from error
+        raise UserError(
+            f"{names[-1]} can't build what the config asks for ({type(error).__name__}: {reason}); "
+            "correct the value of the key that this is about"
+        ) from error
 
 
 class Trainer(DefaultTrainer):
@@ -77,12 +96,14 @@ class Trainer(DefaultTrainer):
         keep_freed_memory()
         self._draws_seed = plain_values(cfg).SEED < 0
         cfg = with_seed(cfg)
+        self._saved_config = SavedConfig(cfg, plain_values(cfg).OUTPUT_DIR)
         self.cfg = self.auto_scale_workers(plain_values(cfg), comm.get_world_size())
         self.parts = cfg if isinstance(cfg, DictConfig) else self.cfg
         model = self.build_model(self.parts)
         steps = training_steps(self.cfg, model)
         optimizer = self.build_optimizer(self.parts, model)
         data_loader = self.build_train_loader(self.parts)
+        expect_test_pictures(self.cfg.DATASETS.TEST)
         model = distribute(model, **self.lazy_options.get("ddp", {}))
         self._trainer = steps(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(self.parts, optimizer)
@@ -117,6 +138,7 @@ class Trainer(DefaultTrainer):
             hooks.LRScheduler(),
             FirstStepCheck(cfg.DATASETS.TRAIN),
             Trouble(cfg.OUTPUT_DIR, retina_focal_node(cfg).DATA.MAX_BAD_IMAGES),
+            self._saved_config,
             self._precise_bn(),
             self._resume,
             saver,  # before the evaluation: should that fail, the weights are kept
@@ -130,7 +152,9 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode | DictConfig) -> nn.Module:
         if isinstance(cfg, DictConfig):
             return instantiate(cfg.model).to(cfg.train.device)
-        return super().build_model(cfg)
+        model = build_model(cfg)
+        SETTINGS.info("model:\n%s", model)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode | DictConfig, model: nn.Module) -> Optimizer:
@@ -145,7 +169,7 @@ class Trainer(DefaultTrainer):
         values = plain_values(cfg)
         node = retina_focal_node(values)
         options = {"timeout": node.TRAIN.TIMEOUT, "max_pixels": node.DATA.MAX_PIXELS}
-        return build_train_loader(cfg, values.SEED, **options)
+        return build_train_loader(cfg, values.SEED, node.DATA.MAX_BAD_IMAGES, **options)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
@@ -241,5 +265,6 @@ def evaluate(cfg: CfgNode | DictConfig, resume: bool) -> dict:
     values = plain_values(cfg)
     model = Trainer.build_model(cfg)
     checkpointer = RunCheckpointer(model, values.OUTPUT_DIR)
+    expect_test_pictures(values.DATASETS.TEST)
     load_trained(checkpointer, values.MODEL.WEIGHTS, resume, values.DATASETS.TEST)
     return Trainer.test(cfg, model)
