@@ -25,6 +25,8 @@ from retina_focal.training.metrics import cut_metrics
 STEP = 2
 # Iterations that the writers' medians look back.
 WINDOW = 20
+# Scalars that belong to the process that took them; the first steps of the next have none.
+CLOCK = ("time", "data_time", "rank_data_time", "eta_seconds")
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +200,7 @@ def _recent_scalars(storage: EventStorage) -> dict[str, tuple[bool, list[tuple[f
     return {
         name: (smoothed[name], [(float(x), int(i)) for x, i in history.values()[-WINDOW:]])
         for name, history in storage.histories().items()
+        if name not in CLOCK
     }
 
 
