@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor
+from torch.optim import Optimizer
 
 from retina_focal.errors import UserError
 from retina_focal.files import whole_file, write_error
+from retina_focal.training.saved_state import check_state, tensors_of
 from retina_focal.weights.formats import read_weights
 
 TAG = "last_checkpoint"
@@ -114,24 +115,29 @@ def number_of(path: Path) -> int | None:
 
 
 def peek(path: Path) -> Mapping:
-    """What a checkpoint holds, without reading its tensors; empty where it isn't whole."""
+    """What a checkpoint holds, without reading its tensors; empty where no run can go on."""
     try:
-        return read_weights(path, mmap=True)
+        content = read_weights(path, mmap=True)
+        check_state(path, content)
     except UserError:
         return {}
+    return content
 
 
-def read_checkpoint(path: Path) -> dict:
-    """A checkpoint that is whole and whose weights are finite.
+def read_checkpoint(path: Path, optimizer: Optimizer | None = None) -> dict:
+    """A checkpoint that is whole, whose tensors are finite and that a run can go on from.
 
+    Args:
+        optimizer: of that run; None: it is to be evaluated.
     Raises:
-        UserError: it is neither; the file is named.
+        UserError: it is not; the file is named, and why.
     """
     _check_content(path)
     content = read_weights(path, "it is no checkpoint of a run")
-    wrong = not_finite(content["model"])
+    check_state(path, content, optimizer)
+    wrong = not_finite(content)
     if wrong:
-        raise UserError(f"'{path}' has weights that are not finite: {wrong}")
+        raise UserError(f"'{path}' is not finite: {wrong}")
     return content
 
 
@@ -161,12 +167,12 @@ def hash_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def not_finite(weights: Mapping[str, object]) -> str:
-    """The name of a floating point tensor that has a NaN or an infinity, or "".
+def not_finite(content: Mapping) -> str:
+    """The place of a floating point tensor that has a NaN or an infinity, or "".
 
     The host waits for a device once.
     """
-    floats = {k: x for k, x in weights.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    floats = {place: x for place, x in tensors_of(content) if x.is_floating_point()}
     if not floats:
         return ""
     # Not `isfinite` of each, which makes three copies: a NaN or an infinity stays in a sum.
