@@ -1,6 +1,7 @@
 """What a training is made of, put together in one place: YAML, LazyConfig and ablation runs."""
 
 import logging
+import os
 import traceback
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from omegaconf import DictConfig
@@ -34,6 +36,7 @@ from retina_focal.training.measure import (
     yaml_evaluator,
     yaml_test_loader,
 )
+from retina_focal.training.metrics import MetricsHook, MetricsWriter
 from retina_focal.training.processes import distribute, keep_freed_memory
 from retina_focal.training.resume import ExactResume, options_of_the_config, with_seed
 from retina_focal.training.run_files import SETTINGS, SavedConfig
@@ -130,7 +133,7 @@ class Trainer(DefaultTrainer):
         period = cfg.SOLVER.CHECKPOINT_PERIOD
         if comm.is_main_process():
             saver = hooks.PeriodicCheckpointer(self.checkpointer, period)
-            writer = hooks.PeriodicWriter(self.build_writers(), options.get("log_period", 20))
+            writer = MetricsHook(self.build_writers(), options.get("log_period", 20))
         periods = (period, cfg.TEST.EVAL_PERIOD)
         self._resume = ExactResume(cfg.SEED, periods, self._draws_seed)
         return [
@@ -147,6 +150,12 @@ class Trainer(DefaultTrainer):
             best_checkpoint(retina_focal_node(cfg).TRAIN),
             writer,
         ]
+
+    def build_writers(self) -> list[EventWriter]:
+        folder = self.cfg.OUTPUT_DIR
+        os.makedirs(folder, exist_ok=True)
+        metrics = MetricsWriter(os.path.join(folder, "metrics.json"))
+        return [CommonMetricPrinter(self.max_iter), metrics, TensorboardXWriter(folder)]
 
     @classmethod
     def build_model(cls, cfg: CfgNode | DictConfig) -> nn.Module:

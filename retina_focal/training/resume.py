@@ -26,6 +26,8 @@ from retina_focal.training.run_files import seed_of_config
 STEP = 2
 # Iterations that the writers' medians look back.
 WINDOW = 20
+# Scalars that belong to the process that took them; the first steps of the next have none.
+CLOCK = ("time", "data_time", "rank_data_time", "eta_seconds")
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +201,7 @@ def _recent_scalars(storage: EventStorage) -> dict[str, tuple[bool, list[tuple[f
     return {
         name: (smoothed[name], [(float(x), int(i)) for x, i in history.values()[-WINDOW:]])
         for name, history in storage.histories().items()
+        if name not in CLOCK
     }
 
 
