@@ -29,6 +29,8 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import inference_on_dataset
 from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import BasicStem, ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock
 from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 from test_processes import distance, tiny_cfg
@@ -96,10 +98,20 @@ def lazy_cfg(output: Path, dataset: str, *overrides: str) -> DictConfig:
     """A shipped LazyConfig made small; it has no key that detectron2's own script lacks."""
     cfg = LazyConfig.load(config_path("lazy/retinanet_R_50_FPN_1x.py"))
     bottom_up = cfg.model.backbone.bottom_up
-    bottom_up.stages.depth, bottom_up.freeze_at = 18, 0
-    bottom_up.stages.norm = bottom_up.stem.norm = "GN"
-    del bottom_up.stages["stride_in_1x1"]
-    cfg.model.backbone.top_block.in_channels = 512
+    bottom_up.freeze_at = 0
+    bottom_up.stem = L(BasicStem)(in_channels=3, out_channels=32, norm="GN")
+    bottom_up.stages = [  # a block with a stride needs another number of channels
+        L(ResNet.make_stage)(
+            block_class=BasicBlock,
+            num_blocks=1,
+            stride_per_block=[stride],
+            in_channels=channels,
+            out_channels=out_channels,
+            norm="GN",
+        )
+        for stride, channels, out_channels in [(1, 32, 32), (2, 32, 64), (2, 64, 32), (2, 32, 64)]
+    ]
+    cfg.model.backbone.top_block.in_channels = 64
     cfg.model.backbone.out_channels = 32
     cfg.model.head.input_shape = [ShapeSpec(channels=32)] * 5
     cfg.model.head.conv_dims = [32]

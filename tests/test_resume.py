@@ -14,8 +14,6 @@ from detectron2.config import CfgNode
 from detectron2.config import LazyCall as L
 from detectron2.data import transforms as T
 from detectron2.engine import HookBase, hooks
-from detectron2.modeling.backbone import BasicStem, ResNet
-from detectron2.modeling.backbone.resnet import BasicBlock
 from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig, OmegaConf
 from test_assembly import lazy_cfg
@@ -72,20 +70,6 @@ def small(output: Path, dataset: str = "toy", **keys: object) -> CfgNode:
 
 def small_lazy(output: Path) -> DictConfig:
     cfg = lazy_cfg(output, "toy", "train.max_iter=6", "train.log_period=3", "+train.seed=3")
-    bottom_up = cfg.model.backbone.bottom_up
-    bottom_up.stem = L(BasicStem)(in_channels=3, out_channels=32, norm="GN")
-    bottom_up.stages = [  # a block with a stride needs another number of channels
-        L(ResNet.make_stage)(
-            block_class=BasicBlock,
-            num_blocks=1,
-            stride_per_block=[stride],
-            in_channels=channels,
-            out_channels=out_channels,
-            norm="GN",
-        )
-        for stride, channels, out_channels in [(1, 32, 32), (2, 32, 64), (2, 64, 32), (2, 32, 64)]
-    ]
-    cfg.model.backbone.top_block.in_channels = 64
     cfg.dataloader.train.mapper.augmentations = [
         L(T.ResizeShortestEdge)(short_edge_length=[56, 64, 72], sample_style="choice"),
         L(T.RandomFlip)(),
