@@ -38,7 +38,8 @@ class Check:
 
     `counts` has what becomes of each of the `num_annotations`: "boxes" are trained on and measured
     with, "crowds" are ignored, "empty" and "outside" are not trained on, "elsewhere" are of images
-    that are not in the file.
+    that are not in the file; "faulty" have an error, and beside one in the ids or categories the
+    others are "not looked at".
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -72,6 +73,7 @@ class Section:
         """
         self.name, self.records, self.findings = name, records, findings
         self.is_read = is_read
+        self.faulty: set[int] = set()  # records with an error
 
     def column(self, key: str, default: object = None) -> list:
         return [record.get(key, default) for record in self.records]
@@ -80,7 +82,10 @@ class Section:
         self, kind: str, severity: Severity, indices: Iterable[int], text: str, key: str = ""
     ) -> None:
         """Add a finding where there are records; `text` comes after their number."""
+        indices = [int(i) for i in indices]
         records = tuple(self._label(i, key) for i in indices)
+        if severity == "error":
+            self.faulty.update(indices)
         if records:
             text = f"{len(records)} of {len(self.records)} {self.name} {text}"
             self.findings.append(Finding(kind, severity, text, records))

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from retina_focal.data.duplicates import HEIGHT, WIDTH
 from retina_focal.data.images import MAX_PIXELS, BadPicture, check_head
-from retina_focal.errors import UserError
 from retina_focal.files import open_regular
 
 CHUNK = 1 << 20  # bytes
@@ -39,6 +38,9 @@ class Look:
     num_frames: int = 1
     digest: bytes = b""  # SHA-256 of the file
     thumbnail: bytes = b""  # HEIGHT x WIDTH grey values
+
+    def with_fault(self, kind: str, reason: str) -> "Look":
+        return replace(self, kind=kind, reason=reason)
 
 
 def look_at_all(
@@ -74,10 +76,10 @@ def look_at(path: str, max_pixels: int = MAX_PIXELS) -> Look:
             look = replace(look, size=size, is_turned=turned, num_frames=frames)
             return replace(look, thumbnail=_thumbnail(image))
     except BadPicture as error:
-        return replace(look, kind=error.kind, reason=error.reason)
+        return look.with_fault(error.kind, error.reason)
     except Exception as error:  # Pillow may raise anything
         reason = f"it can't be decoded: {str(error).strip() or type(error).__name__}"
-        return replace(look, kind="picture-broken", reason=reason)
+        return look.with_fault("picture-broken", reason)
 
 
 def _digest(path: str) -> bytes:
@@ -106,11 +108,3 @@ def thumbnails(looks: Sequence[Look]) -> np.ndarray:
     """(n, HEIGHT, WIDTH) of uint8, of pictures that can be used."""
     joined = b"".join(look.thumbnail for look in looks)
     return np.frombuffer(joined, np.uint8).reshape(-1, HEIGHT, WIDTH)
-
-
-def expect_usable(paths: Sequence[str], looks: Sequence[Look]) -> None:
-    """Refuse pictures that can't be used (UserError), with the first few."""
-    bad = [(path, look) for path, look in zip(paths, looks, strict=True) if look.kind]
-    if bad:
-        shown = "; ".join(f"'{path}': {look.reason}" for path, look in bad[:3])
-        raise UserError(f"{len(bad)} of {len(paths)} pictures can't be used: {shown}")
