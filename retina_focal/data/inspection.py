@@ -30,6 +30,7 @@ REFUSED: tuple[Severity, ...] = ("error", "training", "outside", "picture")
 # In the order of reports, and what each kind of a finding of pictures says after its number.
 PICTURES: dict[str, tuple[Severity, str]] = {
     "picture-missing": ("picture", "are missing, or no regular files"),
+    "picture-outside": ("outside", "lie outside the image folder, and are not looked at"),
     "picture-broken": ("picture", "can't be decoded: truncated, empty, or no pictures"),
     "picture-too-large": ("picture", "have too many pixels, and are not decoded"),
     "picture-wide": ("picture", "have more than 8 bits a channel, which Pillow cuts off"),
@@ -93,9 +94,8 @@ def inspect(
     seen.boxes_per_class = _boxes_per_class(seen)
     if with_pictures:
         seen.paths = [_path(image, root, allow_outside) for image in seen.images]
-        seen.looks = [
-            _compared(*x) for x in zip(look_at_all(seen.paths, max_pixels, data), seen.images)
-        ]
+        looks = look_at_all(seen.paths, max_pixels, data)
+        seen.looks = [_compared(*x) for x in zip(looks, seen.images, seen.paths, strict=True)]
         seen.findings += _picture_findings(seen)
     return seen
 
@@ -119,8 +119,10 @@ def _path(image: dict, root: Path, allow_outside: bool) -> str:
     return "" if leads_outside(name) and not allow_outside else os.path.join(root, name)
 
 
-def _compared(look: Look, image: dict) -> Look:
+def _compared(look: Look, image: dict, path: str) -> Look:
     """With the size that the annotations say."""
+    if not path:
+        return look.with_fault("picture-outside", "")
     expected = (image.get("width"), image.get("height"))
     if look.kind or look.size == expected:
         return look
