@@ -11,7 +11,7 @@ from test_sources import CLASSES, cache, scene_of, write_coco, write_voc  # noqa
 
 from retina_focal.data.duplicates import near_pairs
 from retina_focal.data.inspection import DONE, PICTURES, SPLITS, compare, inspect
-from retina_focal.tools.check import as_json, main
+from retina_focal.tools.check.command import as_json, main
 
 BCCD = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "bccd")
 

@@ -446,8 +446,8 @@ def test_yolo_and_voc_are_what_supervision_reads(tmp_path):
         *(str(tmp_path / "yolo" / x) for x in ("images/train", "labels/train", "data.yaml"))
     )
     records = records_of(f"voc:{tmp_path}/voc?classes={','.join(CLASSES)}")
-    # It takes 1 from VOC's corners, keeps YOLO's in fp32, and numbers classes by appearance.
-    for other, shift, pixels in ((voc, 1, 0), (yolo, 0, 1e-4)):
+    # It takes 1 from xmin and ymin of VOC, keeps YOLO's in fp32, and numbers classes by appearance.
+    for other, shift, pixels in ((voc, [1, 1, 0, 0], 0), (yolo, 0, 1e-4)):
         theirs = {os.path.basename(path): found for path, _, found in other}
         for record in records:
             found = theirs[os.path.basename(record["file_name"])]
