@@ -26,6 +26,7 @@ setup(
     extras_require={
         "timm": ["timm"],
         "ablate": ["submitit"],
+        "report": ["jinja2"],
         "test": ["timm", "submitit", "pytest", "pytest-xdist", "hypothesis"],
         "dev": ["ruff"],
     },

@@ -15,7 +15,7 @@ from retina_focal.files import write_whole
 SIDE = 160  # px of a thumbnail
 SHOWN = 8  # pictures of a finding
 LISTED = 50  # records of a finding
-MARGIN = 1.0  # around a box, of its larger side
+MARGIN, MIN_MARGIN = 1.0, 60.0  # around a box: of its larger side, and px
 # What can't be shown.
 HIDDEN = set(PICTURES) - {"picture-size"}
 
@@ -114,7 +114,7 @@ def _thumbnail(path: str, box: object) -> Image.Image:
             return picture
         picture = image.convert("RGB")
     x, y, width, height = box
-    margin = max(MARGIN * max(width, height), SIDE / 8)
+    margin = max(MARGIN * max(width, height), MIN_MARGIN)
     left, top = max(0, x - margin), max(0, y - margin)
     right, bottom = min(picture.width, x + width + margin), min(picture.height, y + height + margin)
     if right - left < 1 or bottom - top < 1:  # outside: the whole picture
