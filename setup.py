@@ -11,6 +11,7 @@ setup(
     package_dir={"retina_focal.configs": "configs"},
     package_data={
         "retina_focal.configs": ["**/*.yaml", "**/*.py", "**/*.md", "**/*.json"],
+        "retina_focal.tools.check": ["page.html"],
         "retina_focal.tools.fidelity": ["settings.yaml"],
     },
     # Not detectron2: pip can't build it unaided, and would replace a user's own build.
@@ -25,6 +26,7 @@ setup(
     extras_require={
         "timm": ["timm"],
         "ablate": ["submitit"],
+        "report": ["jinja2"],
         "test": ["timm", "submitit", "pytest", "pytest-xdist", "hypothesis"],
         "dev": ["ruff"],
     },
