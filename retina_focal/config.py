@@ -190,12 +190,19 @@ def _default_node() -> CfgNode:
     # Loss of each class of each anchor: "focal" with MODEL.RETINANET.FOCAL_LOSS_ALPHA and _GAMMA
     # (gamma 0: alpha-balanced cross entropy); "cross_entropy" -log(p_t), without alpha;
     # "focal_star" -log(sigmoid(gamma x_t + beta)) / gamma with FOCAL_LOSS_GAMMA and FOCAL_STAR.BETA
-    # (appendix A); "hinge" max(0, HINGE.MARGIN - p_t) (Sec. 5.1).
+    # (appendix A); "hinge" max(0, HINGE.MARGIN - p_t) (Sec. 5.1). Later ones, see later_losses.py:
+    # "quality_focal" and "varifocal", whose target is the IoU; "poly1"; "asymmetric".
     node.CLS_LOSS = "focal"
     node.FOCAL_STAR = CfgNode()
     node.FOCAL_STAR.BETA = 1.0
     node.HINGE = CfgNode()
     node.HINGE.MARGIN = 0.5
+    node.POLY1 = CfgNode()
+    node.POLY1.EPSILON = 1.0
+    node.ASYMMETRIC = CfgNode()
+    node.ASYMMETRIC.GAMMA_POS = 0.0
+    node.ASYMMETRIC.GAMMA_NEG = 4.0
+    node.ASYMMETRIC.MARGIN = 0.05
 
     # True: the alpha of "focal" is the inverse class frequency of each batch (Sec. 3.1), not
     # FOCAL_LOSS_ALPHA.
