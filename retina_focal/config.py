@@ -243,6 +243,10 @@ def _default_node() -> CfgNode:
     node.TRAIN.BEST = ""
     # Evaluations without a better TRAIN.BEST after which the run ends; 0: it goes to the end.
     node.TRAIN.PATIENCE = 0
+    # Decay d of the average of the weights: W <- d_t W + (1 - d_t) w after each step t of the
+    # optimizer, d_t = min(d, (1 + t) / (10 + t)). It is what is evaluated, and `model` in a
+    # checkpoint; `raw_model` is what a resumed run goes on with. 0: none.
+    node.TRAIN.EMA = 0.0
     # Which images and boxes are read, and the dataset that choices are made on.
     node.DATA = CfgNode()
     # Pictures that a training may skip, as they can't be used, before it stops: 0 stops at the

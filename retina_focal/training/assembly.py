@@ -4,7 +4,7 @@ import logging
 import traceback
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
@@ -23,6 +23,7 @@ from retina_focal.data.classes import class_names
 from retina_focal.data.loading import build_train_loader
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import explain_missing
+from retina_focal.training.average import weight_average
 from retina_focal.training.best import EarlyStop, best_checkpoint, has_ended
 from retina_focal.training.checkpoints import RunCheckpointer
 from retina_focal.training.first_step import FirstStepCheck
@@ -83,6 +84,7 @@ class Trainer(DefaultTrainer):
         steps = training_steps(self.cfg, model)
         optimizer = self.build_optimizer(self.parts, model)
         data_loader = self.build_train_loader(self.parts)
+        self._average = weight_average(retina_focal_node(self.cfg).TRAIN, model)
         model = distribute(model, **self.lazy_options.get("ddp", {}))
         self._trainer = steps(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(self.parts, optimizer)
@@ -91,6 +93,7 @@ class Trainer(DefaultTrainer):
             self.cfg.OUTPUT_DIR,
             keep=retina_focal_node(self.cfg).TRAIN.KEEP_CHECKPOINTS,
             classes=class_names(self.cfg.DATASETS.TRAIN),
+            average=self._average,
             trainer=weakref.proxy(self),
         )
         self.start_iter, self.max_iter = 0, self.cfg.SOLVER.MAX_ITER
@@ -117,6 +120,7 @@ class Trainer(DefaultTrainer):
             hooks.LRScheduler(),
             FirstStepCheck(cfg.DATASETS.TRAIN),
             Trouble(cfg.OUTPUT_DIR, retina_focal_node(cfg).DATA.MAX_BAD_IMAGES),
+            self._average,
             self._precise_bn(),
             self._resume,
             saver,  # before the evaluation: should that fail, the weights are kept
@@ -202,7 +206,8 @@ class Trainer(DefaultTrainer):
         if self.iter + 1 == self.max_iter:  # detectron2 asks for it when the last step failed, too
             return {}
         try:
-            self._last_eval_results = self.test(self.parts, self.model)
+            with self._average.in_the_model() if self._average else nullcontext():
+                self._last_eval_results = self.test(self.parts, self.model)
         except Stop as stop:
             self._trainer.stop_signal = stop.signum
             self._resume.after_step()
