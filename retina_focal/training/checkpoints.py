@@ -21,6 +21,7 @@ from retina_focal.training.checkpoint_files import (
     tagged_checkpoint,
     write_checkpoint,
 )
+from retina_focal.weights.class_rows import match_class_rows
 from retina_focal.weights.load import Checkpointer
 
 BEST = "model_best"
@@ -154,6 +155,7 @@ class RunCheckpointer(Checkpointer):
         return ""
 
     def _load_file(self, filename: str) -> dict:
+        self._path = filename
         read = self._read.pop(filename, None)
         return super()._load_file(filename) if read is None else read
 
@@ -162,6 +164,8 @@ class RunCheckpointer(Checkpointer):
         averaged, raw = checkpoint["model"], checkpoint.pop("raw_model", None)
         if goes_on and raw is not None:
             checkpoint["model"] = raw
+        if not self._resumes and self.classes is not None:
+            match_class_rows(self.model, checkpoint, self.classes, self._path)
         incompatible = super()._load_model(checkpoint)
         if goes_on and self.average is not None:
             self.average.start_from(averaged)
