@@ -252,6 +252,12 @@ def _default_node() -> CfgNode:
     # Pictures that a training may skip, as they can't be used, before it stops: 0 stops at the
     # first. Each is counted once and named.
     node.DATA.MAX_BAD_IMAGES = 0
+    # True: pictures without a box are trained on, as background (as detectron2's
+    # DATALOADER.FILTER_EMPTY_ANNOTATIONS False).
+    node.DATA.KEEP_EMPTY = False
+    # True: an anchor of which at least half lies in a crowd (iscrowd 1) is ignored, unless it is
+    # positive. False: it is background.
+    node.DATA.IGNORE_REGIONS = False
     # Pixels of the largest picture that is decoded; the file tells them beforehand.
     node.DATA.MAX_PIXELS = 50_000_000
     # Whether pictures may lie outside of their dataset's image folder, by ".." or an absolute path

@@ -5,7 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from detectron2.config import CfgNode, instantiate
-from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data import (
+    DatasetFromList,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.data.build import _train_loader_from_config
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
@@ -14,7 +18,9 @@ from detectron2.utils.serialize import PicklableWrapper
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
 
+from retina_focal.config import get_cfg, retina_focal_node
 from retina_focal.data.images import MAX_PIXELS, BadPicture, naming
+from retina_focal.data.regions import keeping_regions
 from retina_focal.data.sampler import BatchSampler, seeded
 from retina_focal.errors import UserError
 
@@ -128,16 +134,21 @@ def _as_list(batch: list[dict]) -> list[dict]:
     return batch
 
 
-def build_train_loader(cfg: CfgNode | DictConfig, seed: int, **options: object) -> Iterable:
+def build_train_loader(
+    cfg: CfgNode | DictConfig, seed: int, node: CfgNode | None = None, **options: object
+) -> Iterable:
     """The loader of a config's training images, for both kinds of config.
 
     Args:
         seed: not negative.
+        node: ``MODEL.RETINA_FOCAL``; default: that of a YAML config, and of a LazyConfig stock's.
         options: of `TrainLoader`, beside those of the config.
     Returns:
         A `TrainLoader`; or, for a LazyConfig's own kind of loader, an iterable dataset and another
         sampler than detectron2's, what the config says, which no run can go on with exactly.
     """
+    if node is None:
+        node = retina_focal_node(get_cfg() if isinstance(cfg, DictConfig) else cfg)
     with seeded(ORDER, seed):  # samplers draw their seed
         if isinstance(cfg, DictConfig):
             loader = cfg.dataloader.train
@@ -145,16 +156,33 @@ def build_train_loader(cfg: CfgNode | DictConfig, seed: int, **options: object) 
             target = locate(target) if isinstance(target, str) else target
             if target is not build_detection_train_loader:
                 return instantiate(loader)
-            arguments = {key: instantiate(x) for key, x in loader.items() if key != "_target_"}
+            arguments = {
+                key: instantiate(_keep_empty(x) if key == "dataset" and node.DATA.KEEP_EMPTY else x)
+                for key, x in loader.items()
+                if key != "_target_"
+            }
         else:
+            if node.DATA.KEEP_EMPTY:
+                cfg = cfg.clone()
+                cfg.defrost()
+                cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
             arguments = _train_loader_from_config(cfg)
         dataset = arguments["dataset"]
         if arguments.get("sampler") is None and not isinstance(
             dataset, torch.utils.data.IterableDataset
         ):
             arguments["sampler"] = TrainingSampler(len(dataset))
+    if node.DATA.IGNORE_REGIONS:
+        arguments["mapper"] = keeping_regions(arguments["mapper"])
     if not hasattr(arguments.get("sampler"), "_infinite_indices"):
         return build_detection_train_loader(**arguments)
     if not arguments.get("num_workers"):
         options.pop("timeout", None)
     return TrainLoader(**{**options, **arguments}, seed=seed)
+
+
+def _keep_empty(dataset: DictConfig) -> DictConfig:
+    """A LazyConfig's dataset with the images that have no box; one of another kind as it is."""
+    target = dataset.get("_target_") if isinstance(dataset, DictConfig) else None
+    target = locate(target) if isinstance(target, str) else target
+    return {**dataset, "filter_empty": False} if target is get_detection_dataset_dicts else dataset

@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from retina_focal.assigner import IgnoreRegions
 from retina_focal.config import retina_focal_node
 from retina_focal.data.classes import class_names
 from retina_focal.data.loading import build_train_loader
@@ -133,7 +134,10 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode | DictConfig) -> nn.Module:
         if isinstance(cfg, DictConfig):
-            return instantiate(cfg.model).to(cfg.train.device)
+            model = instantiate(cfg.model).to(cfg.train.device)
+            if retina_focal_node(plain_values(cfg)).DATA.IGNORE_REGIONS:
+                model.assigner = IgnoreRegions(model.assigner)
+            return model
         return super().build_model(cfg)
 
     @classmethod
@@ -149,7 +153,7 @@ class Trainer(DefaultTrainer):
         values = plain_values(cfg)
         node = retina_focal_node(values)
         options = {"timeout": node.TRAIN.TIMEOUT, "max_pixels": node.DATA.MAX_PIXELS}
-        return build_train_loader(cfg, values.SEED, **options)
+        return build_train_loader(cfg, values.SEED, node, **options)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
