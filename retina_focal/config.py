@@ -247,6 +247,9 @@ def _default_node() -> CfgNode:
     # optimizer, d_t = min(d, (1 + t) / (10 + t)). It is what is evaluated, and `model` in a
     # checkpoint; `raw_model` is what a resumed run goes on with. 0: none.
     node.TRAIN.EMA = 0.0
+    # Names of modules and parameters that stay as they are, such as ["backbone.bottom_up"]; their
+    # batch norms keep their statistics.
+    node.TRAIN.FREEZE = []
     # Which images and boxes are read, and the dataset that choices are made on.
     node.DATA = CfgNode()
     # Pictures that a training may skip, as they can't be used, before it stops: 0 stops at the

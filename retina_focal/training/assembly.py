@@ -28,6 +28,7 @@ from retina_focal.training.average import weight_average
 from retina_focal.training.best import EarlyStop, best_checkpoint, has_ended
 from retina_focal.training.checkpoints import RunCheckpointer
 from retina_focal.training.first_step import FirstStepCheck
+from retina_focal.training.freezing import freeze
 from retina_focal.training.measure import (
     load_trained,
     measure_lazy,
@@ -82,6 +83,7 @@ class Trainer(DefaultTrainer):
         self.cfg = self.auto_scale_workers(plain_values(cfg), comm.get_world_size())
         self.parts = cfg if isinstance(cfg, DictConfig) else self.cfg
         model = self.build_model(self.parts)
+        self._frozen = freeze(model, retina_focal_node(self.cfg).TRAIN.FREEZE)
         steps = training_steps(self.cfg, model)
         optimizer = self.build_optimizer(self.parts, model)
         data_loader = self.build_train_loader(self.parts)
@@ -119,6 +121,7 @@ class Trainer(DefaultTrainer):
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
+            self._frozen,
             FirstStepCheck(cfg.DATASETS.TRAIN),
             Trouble(cfg.OUTPUT_DIR, retina_focal_node(cfg).DATA.MAX_BAD_IMAGES),
             self._average,
