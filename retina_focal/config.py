@@ -261,6 +261,9 @@ def _default_node() -> CfgNode:
     # True: an anchor of which at least half lies in a crowd (iscrowd 1) is ignored, unless it is
     # positive. False: it is background.
     node.DATA.IGNORE_REGIONS = False
+    # Names of the classes that count, numbered as they stand here; objects of others become
+    # background, in training and in evaluation. []: all.
+    node.DATA.CLASSES = []
     # Pixels of the largest picture that is decoded; the file tells them beforehand.
     node.DATA.MAX_PIXELS = 50_000_000
     # Whether pictures may lie outside of their dataset's image folder, by ".." or an absolute path
