@@ -250,6 +250,16 @@ def _default_node() -> CfgNode:
     # Names of modules and parameters that stay as they are, such as ["backbone.bottom_up"]; their
     # batch norms keep their statistics.
     node.TRAIN.FREEZE = []
+    # Augmentations beyond INPUT. SCALE: objects are resized by a random factor from low to high,
+    # the picture cut or filled up to its size. COLOUR c: brightness, contrast and saturation each
+    # times 1 - c to 1 + c. GREY: probability of a picture without colours. MOSAIC: probability of
+    # four pictures in one, but not in the last share MOSAIC_OFF of the iterations.
+    node.TRAIN.AUGMENT = CfgNode()
+    node.TRAIN.AUGMENT.SCALE = [1.0, 1.0]
+    node.TRAIN.AUGMENT.COLOUR = 0.0
+    node.TRAIN.AUGMENT.GREY = 0.0
+    node.TRAIN.AUGMENT.MOSAIC = 0.0
+    node.TRAIN.AUGMENT.MOSAIC_OFF = 0.2
     # Which images and boxes are read, and the dataset that choices are made on.
     node.DATA = CfgNode()
     # Pictures that a training may skip, as they can't be used, before it stops: 0 stops at the

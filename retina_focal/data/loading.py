@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
 
 from retina_focal.config import get_cfg, retina_focal_node
+from retina_focal.data.augmentation import Mosaic, add_augmentations, refuse_for_lazy
 from retina_focal.data.images import MAX_PIXELS, BadPicture, naming
 from retina_focal.data.regions import keeping_regions
 from retina_focal.data.sampler import BatchSampler, seeded
@@ -50,6 +51,7 @@ class TrainLoader:
         aspect_ratio_grouping: bool = True,
         collate_fn: Callable[[list[dict]], object] | None = None,
         max_pixels: int = MAX_PIXELS,
+        mosaic: Mosaic | None = None,
         **options: object,
     ):
         """
@@ -63,6 +65,7 @@ class TrainLoader:
             aspect_ratio_grouping: a batch has either wide images or others.
             collate_fn: default: a batch is a list of what `mapper` returns.
             max_pixels: of the largest picture that is decoded.
+            mosaic: makes one sample of four.
             options: of torch's `DataLoader`, such as `num_workers`.
         Raises:
             UserError: the images can't be shared among the processes.
@@ -79,7 +82,7 @@ class TrainLoader:
         self.seed, self.num_images = seed, len(dataset)
         if isinstance(dataset, list):
             dataset = DatasetFromList(dataset, copy=False)
-        self._samples = _Samples(dataset, naming(mapper, max_pixels), seed)
+        self._samples = _Samples(dataset, naming(mapper, max_pixels), seed, mosaic)
         # detectron2's samplers are a process's part of this order.
         self._batches = BatchSampler(sampler._infinite_indices, total_batch_size, groups)
         self._options = {"collate_fn": collate_fn or _as_list, **options}
@@ -107,8 +110,15 @@ class TrainLoader:
 class _Samples(Dataset):
     """What the mapper makes of (position, index), the same in whichever process."""
 
-    def __init__(self, dataset: Dataset, mapper: Callable[[dict], dict], seed: int):
+    def __init__(
+        self,
+        dataset: Dataset,
+        mapper: Callable[[dict], dict],
+        seed: int,
+        mosaic: Mosaic | None = None,
+    ):
         self.dataset, self.mapper, self.seed = dataset, PicklableWrapper(mapper), seed
+        self.mosaic = mosaic
 
     def __getitem__(self, place: tuple[int, int]) -> dict:
         position, index = place
@@ -118,7 +128,7 @@ class _Samples(Dataset):
                 if attempt:
                     index = int(torch.randint(len(self.dataset), ()))
                 try:
-                    sample = self.mapper(self.dataset[index])
+                    sample = self._sample(position, index)
                 except BadPicture as error:
                     skipped.append((error.file_name, str(error)))
                     continue
@@ -128,6 +138,13 @@ class _Samples(Dataset):
             f"none of {MAX_REPLACEMENTS} images that were tried for one place of a batch can be "
             f"used; the last: {skipped[-1][1] if skipped else 'the mapper returned None'}"
         )
+
+    def _sample(self, position: int, index: int) -> dict | None:
+        """Of one image, or of four."""
+        is_mosaic = self.mosaic is not None and self.mosaic.is_due(position)
+        others = torch.randint(len(self.dataset), (3,)).tolist() if is_mosaic else []
+        samples = [self.mapper(self.dataset[i]) for i in (index, *others)]
+        return self.mosaic(samples) if is_mosaic and None not in samples else samples[0]
 
 
 def _as_list(batch: list[dict]) -> list[dict]:
@@ -151,6 +168,7 @@ def build_train_loader(
         node = retina_focal_node(get_cfg() if isinstance(cfg, DictConfig) else cfg)
     with seeded(ORDER, seed):  # samplers draw their seed
         if isinstance(cfg, DictConfig):
+            refuse_for_lazy(node.TRAIN.AUGMENT)
             loader = cfg.dataloader.train
             target = loader["_target_"]
             target = locate(target) if isinstance(target, str) else target
@@ -167,6 +185,7 @@ def build_train_loader(
                 cfg.defrost()
                 cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
             arguments = _train_loader_from_config(cfg)
+            add_augmentations(arguments["mapper"], node.TRAIN.AUGMENT)
         dataset = arguments["dataset"]
         if arguments.get("sampler") is None and not isinstance(
             dataset, torch.utils.data.IterableDataset

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from retina_focal.assigner import IgnoreRegions
 from retina_focal.config import retina_focal_node
+from retina_focal.data.augmentation import mosaic
 from retina_focal.data.classes import class_names
 from retina_focal.data.loading import build_train_loader
 from retina_focal.errors import UserError
@@ -156,6 +157,8 @@ class Trainer(DefaultTrainer):
         values = plain_values(cfg)
         node = retina_focal_node(values)
         options = {"timeout": node.TRAIN.TIMEOUT, "max_pixels": node.DATA.MAX_PIXELS}
+        num_samples = values.SOLVER.MAX_ITER * values.SOLVER.IMS_PER_BATCH
+        options["mosaic"] = mosaic(node.TRAIN.AUGMENT, num_samples)
         return build_train_loader(cfg, values.SEED, node, **options)
 
     @classmethod
