@@ -41,7 +41,7 @@ LAYERS = [
         "network",
         "graphs",
     },
-    {"atss", "head", "targets"},
+    {"atss", "head", "later_losses", "targets"},
     {"criterion", "postprocess"},
     {"retinanet", "proposals"},
     {"data", "weights"},

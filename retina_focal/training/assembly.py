@@ -5,7 +5,7 @@ import os
 import traceback
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
@@ -21,15 +21,19 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from retina_focal.assigner import IgnoreRegions
 from retina_focal.config import retina_focal_node
+from retina_focal.data.augmentation import mosaic
 from retina_focal.data.classes import class_names
 from retina_focal.data.existence import expect_test_pictures
 from retina_focal.data.loading import build_train_loader
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import explain_missing
+from retina_focal.training.average import weight_average
 from retina_focal.training.best import EarlyStop, best_checkpoint, has_ended
 from retina_focal.training.checkpoints import RunCheckpointer
 from retina_focal.training.first_step import FirstStepCheck
+from retina_focal.training.freezing import freeze
 from retina_focal.training.measure import (
     load_trained,
     measure_lazy,
@@ -103,10 +107,12 @@ class Trainer(DefaultTrainer):
         self.cfg = self.auto_scale_workers(plain_values(cfg), comm.get_world_size())
         self.parts = cfg if isinstance(cfg, DictConfig) else self.cfg
         model = self.build_model(self.parts)
+        self._frozen = freeze(model, retina_focal_node(self.cfg).TRAIN.FREEZE)
         steps = training_steps(self.cfg, model)
         optimizer = self.build_optimizer(self.parts, model)
         data_loader = self.build_train_loader(self.parts)
         expect_test_pictures(self.cfg.DATASETS.TEST)
+        self._average = weight_average(retina_focal_node(self.cfg).TRAIN, model)
         model = distribute(model, **self.lazy_options.get("ddp", {}))
         self._trainer = steps(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(self.parts, optimizer)
@@ -115,6 +121,7 @@ class Trainer(DefaultTrainer):
             self.cfg.OUTPUT_DIR,
             keep=retina_focal_node(self.cfg).TRAIN.KEEP_CHECKPOINTS,
             classes=class_names(self.cfg.DATASETS.TRAIN),
+            average=self._average,
             trainer=weakref.proxy(self),
         )
         self.start_iter, self.max_iter = 0, self.cfg.SOLVER.MAX_ITER
@@ -139,8 +146,10 @@ class Trainer(DefaultTrainer):
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
+            self._frozen,
             FirstStepCheck(cfg.DATASETS.TRAIN),
             Trouble(cfg.OUTPUT_DIR, retina_focal_node(cfg).DATA.MAX_BAD_IMAGES),
+            self._average,
             self._saved_config,
             self._precise_bn(),
             self._resume,
@@ -160,7 +169,10 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode | DictConfig) -> nn.Module:
         if isinstance(cfg, DictConfig):
-            return instantiate(cfg.model).to(cfg.train.device)
+            model = instantiate(cfg.model).to(cfg.train.device)
+            if retina_focal_node(plain_values(cfg)).DATA.IGNORE_REGIONS:
+                model.assigner = IgnoreRegions(model.assigner)
+            return model
         model = build_model(cfg)
         SETTINGS.info("model:\n%s", model)
         return model
@@ -178,7 +190,9 @@ class Trainer(DefaultTrainer):
         values = plain_values(cfg)
         node = retina_focal_node(values)
         options = {"timeout": node.TRAIN.TIMEOUT, "max_pixels": node.DATA.MAX_PIXELS}
-        return build_train_loader(cfg, values.SEED, node.DATA.MAX_BAD_IMAGES, **options)
+        num_samples = values.SOLVER.MAX_ITER * values.SOLVER.IMS_PER_BATCH
+        options["mosaic"] = mosaic(node.TRAIN.AUGMENT, num_samples)
+        return build_train_loader(cfg, values.SEED, node, **options)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
@@ -235,7 +249,8 @@ class Trainer(DefaultTrainer):
         if self.iter + 1 == self.max_iter:  # detectron2 asks for it when the last step failed, too
             return {}
         try:
-            self._last_eval_results = self.test(self.parts, self.model)
+            with self._average.in_the_model() if self._average else nullcontext():
+                self._last_eval_results = self.test(self.parts, self.model)
         except Stop as stop:
             self._trainer.stop_signal = stop.signum
             self._resume.after_step()
