@@ -83,9 +83,11 @@ def set_num_classes(cfg: CfgNode) -> None:
     first = next((x for x in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if x in uris), None)
     if cfg.MODEL.RETINANET.NUM_CLASSES == 0:
         default = get_cfg().MODEL.RETINANET.NUM_CLASSES
-        allow_outside = retina_focal_node(cfg).DATA.ALLOW_OUTSIDE
+        data = retina_focal_node(cfg).DATA
         cfg.MODEL.RETINANET.NUM_CLASSES = (
-            default if first is None else len(load(uris[first], allow_outside).classes)
+            default
+            if first is None
+            else len(data.CLASSES or load(uris[first], data.ALLOW_OUTSIDE).classes)
         )
 
 
