@@ -42,17 +42,18 @@ class Stops:
         self.handled = False
         self.speaks = True  # to the user; one of several processes does
         self.requested = 0  # a signal's number
-        self.since = 0.0
+        self.since: float | None = None  # when this process itself received a signal first
         # Told of the request; None: nobody would finish anything, so a signal ends at once.
         self.on_request: Callable[[int], None] | None = None
 
     def receive(self, signum: int) -> None:
         """A signal came, to this process or to its launcher."""
         now = time.monotonic()
-        if signum == self.requested and now - self.since < FORWARDED_WITHIN:
+        if signum == self.requested and self.since and now - self.since < FORWARDED_WITHIN:
             return
         name = signal.Signals(signum).name
-        if self.requested:
+        # Another process may have told of the signal that its launcher sends to all.
+        if self.requested and not (signum == self.requested and self.since is None):
             self._exit(f"{name} again: ends at once; --resume goes on from the last checkpoint")
         if self.on_request is None:
             self.requested = signum
