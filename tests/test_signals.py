@@ -80,6 +80,14 @@ with signals.handled_signals():
 """,
         143,
     ),
+    "stopped": (
+        """
+with signals.ended_at_once():
+    print("whole")
+    raise signals.Stop(signal.SIGUSR1)
+""",
+        138,
+    ),
     "ignored": (
         """
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -189,6 +197,10 @@ def test_each_process_ends_with_its_status(name, ends):
 def test_a_second_signal_ends_at_once_and_says_so(ends):
     said = {name for name, (_, _, text) in ends.items() if "again: ends at once; --resume" in text}
     assert said == {"second SIGTERM", "second SIGINT", "told, and again", "SIGUSR1, then SIGTERM"}
+
+
+def test_what_was_said_before_the_end_is_kept(ends):
+    assert ends["stopped"][1] == "whole\n"
 
 
 def test_a_signal_where_nothing_would_be_finished_ends_at_once_in_words(ends):
