@@ -31,7 +31,7 @@ from retina_focal.training.processes import (
     die_with_parent,
     share_cores,
 )
-from retina_focal.training.signals import handled_signals
+from retina_focal.training.signals import ended_at_once, handled_signals
 from retina_focal.training.spawning import start
 
 EPILOG = """
@@ -60,10 +60,11 @@ def main(argv: list[str] | None = None) -> None:
         logging.disable(logging.WARNING)  # the first process of the training says it
     cfg = read_cfg(args)
     logging.disable(logging.NOTSET)
-    if starts_others:
-        start(run, args, timeout_of(cfg))
-    else:
-        run(args, world or World(), cfg)
+    with ended_at_once():
+        if starts_others:
+            start(run, args, timeout_of(cfg))
+        else:
+            run(args, world or World(), cfg)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
