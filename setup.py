@@ -26,8 +26,9 @@ setup(
     extras_require={
         "timm": ["timm"],
         "ablate": ["submitit"],
+        "evaluation": ["hotcoco==1.3.0"],  # the version whose numbers were compared
         "report": ["jinja2"],
-        "test": ["timm", "submitit", "pytest", "pytest-xdist", "hypothesis"],
+        "test": ["timm", "submitit", "hotcoco==1.3.0", "pytest", "pytest-xdist", "hypothesis"],
         "dev": ["ruff"],
     },
     entry_points={"console_scripts": ["retina-focal = retina_focal.tools.cli:main"]},
