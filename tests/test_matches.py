@@ -126,7 +126,7 @@ def test_matches_are_those_of_a_loop(seed, num_images, digits, by_class):
                 a, b, c, e = truth.boxes[g]
                 both = max(min(x + w, a + c) - max(x, a), 0) * max(min(y + h, b + e) - max(y, b), 0)
                 iou = both / (w * h if truth.crowd[g] else w * h + c * e - both)
-                if iou >= min(t, 1 - 1e-10):
+                if iou >= t:
                     best = max(best, (not truth.crowd[g], iou, g))
             assert row[d] == best[2]
             if best[0]:
