@@ -72,6 +72,7 @@ def test_the_ap_of_two_boxes_is_known(results, ap):
 def test_a_match_ends_where_the_iou_does():
     evaluated = collect(dataset_of([BOX], [False]), results_of((1, SMALLER, 0.9)))
     assert (match(evaluated).box[:, 0] == np.where(THRESHOLDS <= 0.75, 0, -1)).all()
+    assert match(evaluated, np.array([0.75])).box[0, 0] == 0
 
 
 def test_a_crowd_counts_neither_for_nor_against_and_is_never_used_up():
