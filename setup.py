@@ -11,6 +11,7 @@ setup(
     package_dir={"retina_focal.configs": "configs"},
     package_data={
         "retina_focal.configs": ["**/*.yaml", "**/*.py", "**/*.md", "**/*.json"],
+        "retina_focal.tools.check": ["page.html"],
         "retina_focal.tools.fidelity": ["settings.yaml"],
     },
     # Not detectron2: pip can't build it unaided, and would replace a user's own build.
@@ -26,6 +27,7 @@ setup(
         "timm": ["timm"],
         "ablate": ["submitit"],
         "evaluation": ["hotcoco==1.3.0"],  # the version whose numbers were compared
+        "report": ["jinja2"],
         "test": ["timm", "submitit", "hotcoco==1.3.0", "pytest", "pytest-xdist", "hypothesis"],
         "dev": ["ruff"],
     },

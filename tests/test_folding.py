@@ -17,11 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from retina_focal import folding
 from retina_focal.folding import (
     FoldedConv2d,
-    FoldedTimmConv2d,
     FoldedWeights,
     fold_frozen_norms,
-    fold_timm_norms,
 )
+from retina_focal.folding_timm import FoldedTimmConv2d, fold_timm_norms
 
 
 def conv(bias=False, seed=0, **kwargs):

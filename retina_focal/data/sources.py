@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from retina_focal.data.coco import CocoFile, read_coco
 from retina_focal.data.readers import csv_rows, voc, yolo
-from retina_focal.data.readers.base import Inputs, Reading
+from retina_focal.data.readers.base import Inputs, Reading, folder_of
 from retina_focal.data.splits import held_out
 from retina_focal.data.uri import Location, parse
 from retina_focal.errors import UserError
@@ -41,19 +41,27 @@ def load(data: str, allow_outside: bool = False) -> Source:
     Raises:
         UserError: it is not there, or can't be used; with all findings.
     """
-    if data in DatasetCatalog:
-        metadata = MetadataCatalog.get(data)
-        json_file = metadata.get("json_file")
-        if json_file is None:
-            raise UserError(f"dataset '{data}' is not in COCO format; expected a file of that")
-        file = read_coco(metadata.get("source_file") or PathManager.get_local_path(json_file))
-        file.refuse(data, trained_on=False)
-        classes = metadata.get("thing_classes") or file.check.classes
-        return Source(data, Path(file.mended), Path(metadata.image_root), tuple(classes))
-    path, image_root = locate(data, allow_outside)
-    file = open_coco(data, path)
+    file, image_root = find(data, allow_outside)
     file.refuse(data, trained_on=False, allow_outside=allow_outside)
-    return Source(data, Path(file.mended), image_root, tuple(file.check.classes))
+    classes = MetadataCatalog.get(data).get("thing_classes") if data in DatasetCatalog else None
+    return Source(data, Path(file.mended), image_root, tuple(classes or file.check.classes))
+
+
+def find(data: str, allow_outside: bool = False) -> tuple[CocoFile, Path]:
+    """The COCO file, checked and not refused yet, and the image folder; see `load`.
+
+    Raises:
+        UserError: there is no dataset, or nothing of it can be read.
+    """
+    if data not in DatasetCatalog:
+        path, image_root = locate(data, allow_outside)
+        return open_coco(data, path), image_root
+    metadata = MetadataCatalog.get(data)
+    json_file = metadata.get("json_file")
+    if json_file is None or not PathManager.isfile(json_file):
+        raise UserError(f"dataset '{data}' has no annotation file in COCO format: {json_file}")
+    path = metadata.get("source_file") or PathManager.get_local_path(json_file)
+    return read_coco(path, metadata.get("uri")), Path(metadata.image_root)
 
 
 def open_coco(data: str, json_file: Path) -> CocoFile:
@@ -114,16 +122,10 @@ def _coco(location: Location) -> tuple[Path, Path]:
         raise UserError(
             f"'{location.uri}': a COCO file has no splits; name a file for each, or add &val=0.2"
         )
-    file, folder = location.path, location.path.parent
+    file = location.path
     if location.images:
         return file, location.images
-    # train2017 beside annotations/instances_train2017.json, images/ beside train.json.
-    stem = file.stem.removeprefix("instances_")
-    named = [folder, folder / "images", folder / stem, folder / "images" / stem]
-    named += [folder.parent / stem, folder.parent / "images", folder.parent / "images" / stem]
-    first = _first_image(file)
-    found = [x for x in named if first and "\0" not in first and (x / first).is_file()]
-    return file, found[0] if found else folder
+    return file, folder_of(file, _first_image(file))
 
 
 def _first_image(file: Path) -> str | None:
@@ -132,7 +134,7 @@ def _first_image(file: Path) -> str | None:
         name = json.loads(file.read_bytes())["images"][0]["file_name"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    return name if isinstance(name, str) and not Path(name).is_absolute() else None
+    return name if isinstance(name, str) else None
 
 
 def _cached(location: Location, reader: ModuleType) -> Path:
