@@ -46,6 +46,12 @@ def test_the_numbers_of_a_file_are_pycocotools(files, capsys):
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     assert [report["metrics"][x] for x in names] == pytest.approx(stats[:6], abs=NUMBERS)
     assert list(report["classes"]) == list(CLASSES)
+    precision = of_pycocotools(*made(0, 20), [1, 10, 100]).eval["precision"][..., -1]
+    for label, row in enumerate(report["classes"].values()):
+        for area, size in enumerate(names[3:], start=1):
+            of_size = precision[:, :, label, area]
+            expected = 100 * of_size[of_size > -1].mean() if (of_size > -1).any() else None
+            assert row[size] == pytest.approx(expected, abs=NUMBERS)
     mean = np.mean([row["AP"] for row in report["classes"].values()])
     assert mean == pytest.approx(report["metrics"]["AP"], abs=NUMBERS)
     for name in names[:3]:
