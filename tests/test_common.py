@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from retina_focal.errors import UserError
+from retina_focal.tools import ablate
 from retina_focal.tools.common import (
     command,
     ignore_deprecations,
@@ -117,3 +118,25 @@ def test_options_that_cannot_be_are_refused_with_what_to_type(opts, message):
 def test_a_dataset_that_the_config_does_not_use_is_refused():
     with pytest.raises(UserError, match=r"add: DATASETS\.TRAIN \"\('mine',\)\""):
         load_cfg(CONFIG, datasets=[["mine", "a.json", "."]])
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+        {
+            **{"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+            **{"SLURM_STEP_ID": "0", "SLURM_NODELIST": "a"},
+        },
+    ],
+)
+def test_a_command_of_one_process_is_refused_to_launchers(environment, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="started 2 processes, each of which would do all of ret"):
+        ablate.main(["hinge"])
+
+
+def test_in_a_job_of_several_tasks_a_command_without_srun_is_meant(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert tool_parser("ablate", "Ablate.")

@@ -279,7 +279,7 @@ def test_differences_from_another_reference_are_not_inherited(tmp_path):
     [
         ("# Follows: the paper\nVERSION: 2\n", "expected one of paper, detectron, detectron2"),
         ("MODEL: {META_ARCHITECTURE: GeneralizedRCNN}\n", "can be compared are RetinaNet"),
-        ("MODEL: {RETINANET: {GAMMA: 2}}\n", "Non-existent config key"),
+        ("MODEL: {RETINANET: {GAMMA: 2}}\n", "there is no key .MODEL.RETINANET.GAMMA"),
     ],
 )
 def test_what_cannot_be_compared_is_said_in_words(text, message, tmp_path):

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from retina_focal.config import get_cfg, retina_focal_node
 from retina_focal.data.augmentation import Mosaic, add_augmentations, refuse_for_lazy
+from retina_focal.data.existence import expect_pictures
 from retina_focal.data.images import MAX_PIXELS, BadPicture, naming
 from retina_focal.data.regions import keeping_regions
 from retina_focal.data.sampler import BatchSampler, seeded
@@ -163,6 +164,8 @@ def build_train_loader(
     Returns:
         A `TrainLoader`; or, for a LazyConfig's own kind of loader, an iterable dataset and another
         sampler than detectron2's, what the config says, which no run can go on with exactly.
+    Raises:
+        UserError: more pictures are missing, or the images can't be shared among the processes.
     """
     if node is None:
         node = retina_focal_node(get_cfg() if isinstance(cfg, DictConfig) else cfg)
@@ -187,6 +190,8 @@ def build_train_loader(
             arguments = _train_loader_from_config(cfg)
             add_augmentations(arguments["mapper"], node.TRAIN.AUGMENT)
         dataset = arguments["dataset"]
+        if isinstance(dataset, list):
+            expect_pictures(dataset, "the training data", node.DATA.MAX_BAD_IMAGES)
         if arguments.get("sampler") is None and not isinstance(
             dataset, torch.utils.data.IterableDataset
         ):

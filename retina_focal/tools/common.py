@@ -13,10 +13,7 @@ from typing import TypeVar
 
 import torch
 from detectron2.config import CfgNode, LazyConfig
-from detectron2.engine import default_setup
 from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY, BACKBONE_REGISTRY, META_ARCH_REGISTRY
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
 from retina_focal.config import (
@@ -36,10 +33,13 @@ from retina_focal.data.registration import (
     use_datasets,
 )
 from retina_focal.errors import UserError
-from retina_focal.training.assembly import plain_values
+from retina_focal.limits import check_ranges, check_values
 from retina_focal.training.checkpoints import expect_classes_of_run
+from retina_focal.training.launchers import world_of
 from retina_focal.training.processes import available_device
 from retina_focal.training.resume import saved_seed, with_seed
+from retina_focal.training.run_files import open_log
+from retina_focal.training.values import LAZY_NAMES, plain_values
 
 Item = TypeVar("Item")
 REGISTRIES = {
@@ -81,7 +81,10 @@ def tool_parser(
         doc: its first line describes the command.
         epilog: printed as it is, behind the options.
         has_folder: the command writes a folder; adds `--output DIR`, default ``output/<name>``.
+    Raises:
+        UserError: torchrun or srun started several of it.
     """
+    expect_one_process(f"retina-focal {name}")
     parser = argparse.ArgumentParser(
         prog=f"retina-focal {name}",
         description=doc.splitlines()[0],
@@ -92,6 +95,17 @@ def tool_parser(
         folder = {"type": _folder, "default": Path("output", name), "metavar": "DIR"}
         parser.add_argument("--output", **folder, help="folder; default: %(default)s")
     return parser
+
+
+def expect_one_process(name: str) -> None:
+    """Refuse a command that torchrun or srun started several times, to do the same (UserError)."""
+    on_purpose = argparse.Namespace(num_gpus=1, num_machines=1)  # in a job of several tasks
+    world = world_of(on_purpose, os.environ)
+    if world and world.size > 1:
+        raise UserError(
+            f"{world.launcher} started {world.size} processes, each of which would do all of "
+            f"{name}; type it without torchrun, or with: srun --ntasks 1"
+        )
 
 
 def _folder(text: str) -> Path:
@@ -153,8 +167,8 @@ def load_cfg(
         opts: KEY VALUE pairs.
         datasets: rows of [name, annotation json, image folder].
     Raises:
-        UserError: no such file, an unknown key, device or registered name, a value of another
-            type, a dataset that the config does not use, or files of proposals.
+        UserError: no such file, an unknown key, device or registered name, a value that can't be
+            (`limits.check_values`), a dataset that the config does not use, or files of proposals.
     """
     flags = [x for x in opts if str(x).startswith("--")]
     if flags:
@@ -163,6 +177,7 @@ def load_cfg(
     merge_file(cfg, config_path(config_file))
     merge_options(cfg, opts)
     refuse_proposal_files(cfg)
+    check_values(cfg)
     unnamed = [x for x, *_ in datasets if x not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
     if unnamed:
         raise UserError(
@@ -218,6 +233,7 @@ def load_lazy_cfg(
     except Exception as error:  # what hydra and omegaconf raise has no other base in common
         raise UserError(f"{' '.join(opts)}: {str(error).splitlines()[0]}") from error
     allow = OmegaConf.select(cfg, "train.retina_focal.data.allow_outside", default=False)
+    check_ranges(plain_values(cfg), LAZY_NAMES)
     for row in datasets:
         register_coco_json(*row, allow_outside=allow)
     cfg.train.device = available_device(cfg.train.device)
@@ -256,9 +272,8 @@ def set_up(
         match_classes(names)
     else:
         use_datasets(cfg, names, trained_on)
-    if getattr(args, "resume", False) and trained_on:  # before the folder's config.yaml is replaced
+    if getattr(args, "resume", False) and trained_on:
         expect_classes_of_run(values.OUTPUT_DIR, class_names(trained_on))
-    default_setup(cfg, args)
-    setup_logger(values.OUTPUT_DIR, comm.get_rank(), name="retina_focal")
+    open_log(cfg, args)
     report_datasets(names, trained_on)
     return cfg

@@ -66,6 +66,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.config_file:
         parser.error("--config-file is missing; for example: --config-file quick_start/trees.yaml")
+    if (args.num_gpus or 0) < 0 or args.num_machines < 1:
+        parser.error(
+            f"--num-gpus is {args.num_gpus} and --num-machines {args.num_machines}; expected at "
+            "least one machine, and no negative number"
+        )
+    if not 0 <= args.machine_rank < args.num_machines:
+        parser.error(
+            f"--machine-rank is {args.machine_rank} with --num-machines {args.num_machines}; "
+            f"expected 0 to {args.num_machines - 1}, another one on each machine"
+        )
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error(
             f"--num-machines is {args.num_machines}, so --dist-url must name the machine of rank 0:"

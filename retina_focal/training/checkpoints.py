@@ -72,14 +72,15 @@ class RunCheckpointer(Checkpointer):
         if self.average is not None:
             raw = content["model"]
             content = {"model": self.average.averaged(raw), "raw_model": raw}
-        wrong = not_finite(content["model"])
+        content |= {key: x.state_dict() for key, x in self.checkpointables.items()}
+        # A momentum that is not finite spoils the weights of the next step.
+        wrong = not_finite(content)
         if wrong:
             raise UserError(
                 f"{wrong} is not finite, so that {name}.pth is not written; "
                 f"{self._whole_one()}: go on from it with a lower learning rate: --resume "
                 "SOLVER.BASE_LR ... (in a LazyConfig: optimizer.lr=...)"
             )
-        content |= {key: x.state_dict() for key, x in self.checkpointables.items()}
         content |= extra | ({} if self.classes is None else {"classes": self.classes})
         path = Path(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
@@ -139,16 +140,20 @@ class RunCheckpointer(Checkpointer):
         if os.path.lexists(tag) and tagged not in paths:
             wrong = f"names {tagged}, which isn't there" if tagged else "names no .pth beside it"
             self.logger.warning("%s %s", tag, wrong)
+        optimizer = getattr(self.checkpointables.get("trainer"), "optimizer", None)
+        reasons = []
         for path in paths:
             try:
-                self._read = {str(path): read_checkpoint(path)}
+                self._read = {str(path): read_checkpoint(path, optimizer)}
                 return str(path)
             except UserError as error:
+                reasons.append(f"; {error}")
                 self.logger.warning("%s; it is skipped", error)
         if paths or os.path.lexists(tag):
             names = ", ".join(path.name for path in paths) or f"only {TAG}"
             raise UserError(
-                f"no checkpoint in '{self.save_dir}' can be used (there: {names}); to start again, "
+                f"no checkpoint in '{self.save_dir}' can be used (there: {names}"
+                f"{reasons[0] if reasons else ''}); to start again, "
                 "leave out --resume, or name another folder: OUTPUT_DIR ANOTHER (in a LazyConfig: "
                 "train.output_dir=...)"
             )
@@ -205,8 +210,9 @@ class RunCheckpointer(Checkpointer):
 
 def expect_classes_of_run(folder: str, classes: list[str] | None) -> None:
     """Refuse (UserError) other classes than those of the checkpoint that a run would go on from."""
-    for path in checkpoints_of(folder)[:1]:
-        _expect_same_classes(path, peek(path).get("classes"), classes)
+    contents = ((path, peek(path)) for path in checkpoints_of(folder))
+    path, content = next(((path, x) for path, x in contents if x), (folder, {}))
+    _expect_same_classes(path, content.get("classes"), classes)
 
 
 def _expect_same_classes(

@@ -9,6 +9,14 @@ from retina_focal.errors import UserError
 # What a LazyConfig has of MODEL.RETINA_FOCAL, in lower case, in `train.retina_focal`; all else is
 # an argument of one of its parts.
 TRAINING_KEYS = ("ACCUMULATE_STEPS", "TRAIN", "DATA", "TEST")
+# What a LazyConfig calls other values of its training.
+LAZY_NAMES = {
+    "SEED": "train.seed",
+    "SOLVER.MAX_ITER": "train.max_iter",
+    "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
+    "SOLVER.CHECKPOINT_PERIOD": "train.checkpointer.period",
+    "TEST.EVAL_PERIOD": "train.eval_period",
+}
 
 
 def plain_values(cfg: CfgNode | DictConfig) -> CfgNode:
