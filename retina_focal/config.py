@@ -251,17 +251,15 @@ def _default_node() -> CfgNode:
     node.TRAIN.BEST = ""
     # Evaluations without a better TRAIN.BEST after which the run ends; 0: it goes to the end.
     node.TRAIN.PATIENCE = 0
-    # Decay d of the average of the weights: W <- d_t W + (1 - d_t) w after each step t of the
-    # optimizer, d_t = min(d, (1 + t) / (10 + t)). It is what is evaluated, and `model` in a
-    # checkpoint; `raw_model` is what a resumed run goes on with. 0: none.
+    # Decay of the average of the weights, which is then evaluated, and `model` in a checkpoint; see
+    # `training.average`. 0: none.
     node.TRAIN.EMA = 0.0
     # Names of modules and parameters that stay as they are, such as ["backbone.bottom_up"]; their
     # batch norms keep their statistics.
     node.TRAIN.FREEZE = []
-    # Augmentations beyond INPUT. SCALE: objects are resized by a random factor from low to high,
-    # the picture cut or filled up to its size. COLOUR c: brightness, contrast and saturation each
-    # times 1 - c to 1 + c. GREY: probability of a picture without colours. MOSAIC: probability of
-    # four pictures in one, but not in the last share MOSAIC_OFF of the iterations.
+    # Augmentations beyond INPUT: SCALE of objects, from low to high; COLOUR c, brightness, contrast
+    # and saturation times 1 - c to 1 + c; the probabilities of GREY, a picture without colours, and
+    # of MOSAIC, four pictures in one, not in the last share MOSAIC_OFF of the iterations.
     node.TRAIN.AUGMENT = CfgNode()
     node.TRAIN.AUGMENT.SCALE = [1.0, 1.0]
     node.TRAIN.AUGMENT.COLOUR = 0.0
@@ -273,14 +271,11 @@ def _default_node() -> CfgNode:
     # Pictures that a training may skip, as they can't be used, before it stops: 0 stops at the
     # first. Each is counted once and named.
     node.DATA.MAX_BAD_IMAGES = 0
-    # True: pictures without a box are trained on, as background (as detectron2's
-    # DATALOADER.FILTER_EMPTY_ANNOTATIONS False).
+    # True: pictures without a box are trained on (DATALOADER.FILTER_EMPTY_ANNOTATIONS False).
     node.DATA.KEEP_EMPTY = False
-    # True: an anchor of which at least half lies in a crowd (iscrowd 1) is ignored, unless it is
-    # positive. False: it is background.
+    # True: background of which at least half of an anchor lies in a crowd (iscrowd 1) is ignored.
     node.DATA.IGNORE_REGIONS = False
-    # Names of the classes that count, numbered as they stand here; objects of others become
-    # background, in training and in evaluation. []: all.
+    # Names of the classes that count, numbered so; others become background. []: all.
     node.DATA.CLASSES = []
     # Pixels of the largest picture that is decoded; the file tells them beforehand.
     node.DATA.MAX_PIXELS = 50_000_000
