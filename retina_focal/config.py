@@ -7,6 +7,7 @@ The first value named in a comment is the default and means "as stock detectron2
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from fvcore.common.registry import Registry
 from retina_focal.errors import UserError
 from retina_focal.files import check_regular
 from retina_focal.safe_yaml import read_yaml_with_bases
+
+# What yacs says of a value of another type.
+MISMATCH = re.compile(r"Type mismatch .* with values \((.*) vs\. (.*)\) for config key: (.*)")
 
 
 def add_retina_focal_config(cfg: CfgNode) -> None:
@@ -69,7 +73,9 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         key = str(error.args[0]).rpartition(": ")[2]
         raise UserError(f"{path}: {_no_such_key(cfg, key)}") from error
     except (AssertionError, TypeError, ValueError) as error:  # yacs asserts
-        raise UserError(f"{path}: {error}") from error
+        found = MISMATCH.fullmatch(str(error))
+        text = f"{found[3]} is {found[2]}; expected, for example, {found[1]}" if found else error
+        raise UserError(f"{path}: {text}") from error
     except (MemoryError, RecursionError) as error:  # yacs reads a text as Python writes a value
         raise UserError(f"{path}: a value is nested too deeply") from error
     if "RETINA_FOCAL" in cfg.MODEL:
@@ -88,10 +94,10 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
             f"the options {' '.join(map(str, options))} are no pairs; expected KEY VALUE KEY VALUE"
         )
     for key, value in zip(options[::2], options[1::2], strict=True):
+        if key not in flatten(cfg):
+            raise UserError(_no_such_key(cfg, key))
         try:
             cfg.merge_from_list([key, value])
-        except (AssertionError, KeyError) as error:
-            raise UserError(_no_such_key(cfg, key)) from error
         except (MemoryError, RecursionError, TypeError, ValueError) as error:
             wanted = flatten(cfg)[key]
             is_int = str(value).lstrip("+-").isdecimal()
