@@ -4,6 +4,7 @@ import importlib
 import sys
 
 TOOLS = {
+    "anchors": "which boxes the anchors reach, and anchors that reach more",
     "train": "train and evaluate a config (= train_net.py)",
     "quick-start": "sample data, training, evaluation and a picture, in minutes on a CPU",
     "sample-data": "fetch and prepare a small dataset and backbone weights",
