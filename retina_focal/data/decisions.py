@@ -156,8 +156,8 @@ def schedule_settings(
     if steps < LEAST_STEPS:
         least = (LEAST_STEPS * pace.step_at(mean) + pace.start + evaluation) / 60 / SPENT
         raise UserError(
-            f"{minutes:g} minutes give {steps} steps of {pace.step_at(mean):.2g} s; expected {LEAST_STEPS} or "
-            f"more: type --minutes {math.ceil(least)}"
+            f"{minutes:g} minutes give {steps} steps of {pace.step_at(mean):.2g} s; expected "
+            f"{LEAST_STEPS} or more: type --minutes {math.ceil(least)}"
         )
     most = math.ceil(MOST_EPOCHS * found.num_pictures / pace.batch)
     fits = f"{minutes:g} min, less {pace.start:.0f} s of start and {evaluation:.0f} s of evaluation"
