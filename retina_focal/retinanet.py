@@ -75,7 +75,7 @@ class FocalRetinaNet(nn.Module):
             postprocessor: predictions to detections.
             pixel_mean, pixel_std: per channel, in `input_format` order, 0 to 255.
             precision: of backbone and head, see `precision.computation`.
-            weights_layout: torch.channels_last where half precision will run on a device.
+            weights_layout: of the weights of convolutions, see `precision.weights_layout`.
             cuda_graphs: whether training launches backbone and head as `GraphedNetwork`.
             vis_period: iterations between training pictures in the event storage; 0: none.
             input_format: channel order of the images, for those pictures.
