@@ -59,7 +59,7 @@ def map_record(
     name = record.get("file_name")
     if name is None:  # the mapper takes its picture from elsewhere
         return mapper(record)
-    _check_header(name, max_pixels)
+    check_picture(name, max_pixels)
     try:
         return mapper(record)
     except SizeMismatchError as error:
@@ -69,20 +69,27 @@ def map_record(
                 ", once it is turned by its EXIF orientation, as detectron2 does; where the boxes "
                 "fit the picture as it is stored, delete that tag: exiftool -Orientation= FILE"
             )
-        raise _bad(name, reason) from error
+        raise bad_picture(name, reason) from error
     except Exception as error:
         frames = {frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)}
         if isinstance(error, UserError):
             raise
         if isinstance(error, OSError) or "read_image" in frames:  # Pillow may raise anything
             reason = str(error).strip() or type(error).__name__
-            raise _bad(name, f"it can't be decoded: {reason}") from error
+            raise bad_picture(name, f"it can't be decoded: {reason}") from error
         logger.error("the mapper failed at image '%s' (id %s)", name, record.get("image_id"))
         raise
 
 
-def _check_header(name: str, max_pixels: int) -> None:
-    """Refuse what must not be decoded (BadPicture)."""
+def check_picture(name: str, max_pixels: int = MAX_PIXELS, remedy: str = REMEDY) -> None:
+    """Refuse a picture that must not be decoded, or would be decoded otherwise than it looks.
+
+    Args:
+        max_pixels: of the largest picture that is decoded.
+        remedy: the end of the message: what a user can do.
+    Raises:
+        BadPicture: with the reason.
+    """
     try:
         path = PathManager.get_local_path(name)
         check_regular(path)
@@ -93,14 +100,14 @@ def _check_header(name: str, max_pixels: int) -> None:
                 # the error, and goes on with what was decoded till then.
                 image.verify()
     except UserError as error:
-        raise _bad(name, str(error)) from error
+        raise bad_picture(name, str(error), remedy) from error
     except Image.DecompressionBombError as error:
-        raise _bad(name, f"{error}; DATA.MAX_PIXELS is {max_pixels}") from error
+        raise bad_picture(name, f"{error}; DATA.MAX_PIXELS is {max_pixels}", remedy) from error
     except Exception as error:  # Pillow may raise anything
         reason = "it is empty" if _is_empty(name) else f"it is no whole picture: {error}"
-        raise _bad(name, reason) from error
+        raise bad_picture(name, reason, remedy) from error
     if reason:
-        raise _bad(name, reason)
+        raise bad_picture(name, reason, remedy)
 
 
 def _fault(image: Image.Image, max_pixels: int) -> str | None:
@@ -137,5 +144,6 @@ def _is_empty(name: str) -> bool:
         return False
 
 
-def _bad(name: str, reason: str) -> BadPicture:
-    return BadPicture(f"image '{name}' can't be used: {reason}; {REMEDY}", name)
+def bad_picture(name: str, reason: str, remedy: str = REMEDY) -> BadPicture:
+    """What to raise of a picture that can't be used."""
+    return BadPicture(f"image '{name}' can't be used: {reason}; {remedy}", name)

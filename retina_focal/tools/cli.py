@@ -7,6 +7,7 @@ TOOLS = {
     "train": "train and evaluate a config (= train_net.py)",
     "quick-start": "sample data, training, evaluation and a picture, in minutes on a CPU",
     "sample-data": "fetch and prepare a small dataset and backbone weights",
+    "predict": "boxes of pictures, folders and videos, by a trained run",
     "draw": "detections beside ground truth, as one picture",
     "ablate": "tables of the paper, or any grid of keys, on your own data",
     "anatomy": "where a model's class loss comes from, and its hardest windows",
