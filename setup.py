@@ -25,7 +25,8 @@ setup(
     extras_require={
         "timm": ["timm"],
         "ablate": ["submitit"],
-        "test": ["timm", "submitit", "pytest", "pytest-xdist", "hypothesis"],
+        "evaluation": ["hotcoco==1.3.0"],  # the version whose numbers were compared
+        "test": ["timm", "submitit", "hotcoco==1.3.0", "pytest", "pytest-xdist", "hypothesis"],
         "dev": ["ruff"],
     },
     entry_points={"console_scripts": ["retina-focal = retina_focal.tools.cli:main"]},
