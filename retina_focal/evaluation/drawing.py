@@ -139,7 +139,7 @@ def draw_boxes(
     """
     drawn = image.copy()
     draw = ImageDraw.Draw(drawn)
-    thickness = max(round(max(image.size) / 500), 1)
+    thickness = max(round(max(image.size) / 320), 1)
     font = ImageFont.load_default(size=max(max(image.size) / 60, 9))
     for box, label, title in reversed(list(zip(boxes, labels, titles, strict=True))):
         color, corners = class_color(label), [float(x) for x in box]

@@ -62,7 +62,6 @@ class Predictor:
         batch_size: int = 1,
         every: int = 1,
         preview: int = 0,
-        max_pixels: int | None = None,
     ):
         """
         Args:
@@ -72,7 +71,6 @@ class Predictor:
             every: of a video, each frame whose number is divisible by it.
             preview: pixels of the longer side of the small pictures that come with predictions;
                 0: none.
-            max_pixels: of the largest picture that is decoded; default: ``DATA.MAX_PIXELS``.
         Raises:
             UserError: an ``INPUT.FORMAT`` other than BGR and RGB.
         """
@@ -81,12 +79,12 @@ class Predictor:
         self.cfg, self.test = cfg, node.TEST
         self.model = with_tta(cfg, model)
         self.batch_size, self.every, self.preview = batch_size, every, preview
-        self.max_pixels = max_pixels or node.DATA.MAX_PIXELS
+        self.max_pixels = node.DATA.MAX_PIXELS
 
     def __call__(self, inputs: Iterable[Input]) -> Iterator[Prediction | BadPicture]:
         """What is found in each picture, or why it can't be used, in the order of the inputs."""
         batch: list[_View] = []
-        with inference_context(self.model), torch.no_grad(), _allowed_pixels(self.max_pixels):
+        with inference_context(self.model), torch.no_grad(), _our_limit_of_pixels():
             for view in ahead(self._views(inputs), 2 * self.batch_size):
                 is_bad = isinstance(view, BadPicture)
                 if batch and (is_bad or len(batch) == self.batch_size or _differ(batch[0], view)):
@@ -168,9 +166,9 @@ def _shrunk(image: Image.Image, side: int) -> Image.Image:
 
 
 @contextmanager
-def _allowed_pixels(count: int) -> Iterator[None]:
-    """Pillow warns of, and from twice as many pixels on refuses, less than we may allow."""
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, count
+def _our_limit_of_pixels() -> Iterator[None]:
+    """Not Pillow's, which warns of pictures that we take; `read_picture` looks at each header."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
     finally:

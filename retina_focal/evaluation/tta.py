@@ -10,12 +10,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from retina_focal.errors import UserError
-from retina_focal.postprocess import Detections, Postprocessor, suppress
+from retina_focal.postprocess import Postprocessor, suppress
 from retina_focal.retinanet import FocalRetinaNet
 
 NO_NMS = 2.0  # an IoU that no two boxes reach
@@ -63,24 +64,30 @@ class RetinaNetWithTTA(nn.Module):
 
     def _detect(self, record: dict) -> Instances:
         height, width = record["image"].shape[-2:]
-        size = (record.get("height", height), record.get("width", width))
-        candidates = []
+        candidates, frame = [], None
         with _candidates_alone(self.model):
             for image, is_flipped in self._views(record["image"]):
-                found = self.model([{"image": image, "height": size[0], "width": size[1]}])
-                boxes, scores, classes = found[0]["instances"]
+                own_frame = image.shape[-2:]
+                frame = frame or own_frame  # that of the first view: alone it changes nothing
+                boxes, scores, classes = self.model([{"image": image}])[0]["instances"]
                 if is_flipped:
                     x0, y0, x1, y1 = boxes.unbind(1)
-                    boxes = torch.stack([size[1] - x1, y0, size[1] - x0, y1], dim=1)
-                candidates.append((boxes, scores, classes))
+                    boxes = torch.stack([own_frame[1] - x1, y0, own_frame[1] - x0, y1], dim=1)
+                scale = [frame[1] / own_frame[1], frame[0] / own_frame[0]] * 2
+                candidates.append((boxes * boxes.new_tensor(scale), scores, classes))
         boxes, scores, classes = (torch.cat(x) for x in zip(*candidates, strict=True))
         post = self.model.postprocessor
         rows = suppress(boxes, scores, classes, post.nms_thresh, post.class_agnostic_nms)
         rows = rows[: post.max_detections_per_image]
-        kept = Boxes(boxes[rows])
-        kept.clip(size)
-        result = Instances(size, pred_boxes=kept, scores=scores[rows], pred_classes=classes[rows])
-        return result[kept.nonempty()]
+        result = Instances(
+            tuple(frame),
+            pred_boxes=Boxes(boxes[rows]),
+            scores=scores[rows],
+            pred_classes=classes[rows],
+        )
+        return detector_postprocess(
+            result, record.get("height", height), record.get("width", width)
+        )
 
     def _views(self, image: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """Each scale of a (C, H, W) image, and whether it is flipped."""
@@ -119,17 +126,9 @@ class _Candidates:
         )
 
     def __call__(self, anchors, logits, deltas, image_sizes, output_sizes) -> list[tuple]:
-        """(boxes, scores, classes) of each image, in pixels of its output size."""
-        found: list[Detections] = self.postprocessor.detect(
-            [level.tensor for level in anchors], logits, deltas
-        )
-        candidates = []
-        for own, (height, width), (out_height, out_width) in zip(
-            found, image_sizes, output_sizes, strict=True
-        ):
-            scale = own.boxes.new_tensor([out_width / width, out_height / height] * 2)
-            candidates.append((own.boxes * scale, own.scores, own.classes))
-        return candidates
+        """(boxes, scores, classes) of each image, in pixels of the network's input."""
+        anchors = [level.tensor for level in anchors]
+        return [tuple(x)[1:] for x in self.postprocessor.detect(anchors, logits, deltas)]
 
 
 @contextmanager

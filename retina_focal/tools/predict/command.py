@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     """``retina-focal predict``: write what is found, picture by picture."""
     args = parse_args(argv)
     setup_logger(name="retina_focal")
-    inputs = find_inputs(args.inputs, leave_out=args.output)
+    inputs = find_inputs(args.inputs, leave_out=args.output / Drawings.FOLDER)
     run = open_run(args.run, args.config_file, _options(args))
     points = _points(run) if args.threshold is None else None
     thresholds = _thresholds(run.classes, points, args.threshold)
@@ -116,7 +116,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def _options(args: argparse.Namespace) -> list[str]:
     """KEY VALUE pairs for the config; what was typed last counts."""
-    options = ["MODEL.RETINA_FOCAL.DATA.MAX_PIXELS", str(MAX_PIXELS)]
+    options = ["MODEL.RETINA_FOCAL.DATA.MAX_PIXELS", str(MAX_PIXELS), "DATASETS.TEST", "()"]
     if args.tile:
         options += ["MODEL.RETINA_FOCAL.TEST.TILE", str(args.tile)]
     return [*options, *args.opts]

@@ -160,10 +160,11 @@ def _texts(parent: ElementTree.Element, **values: object) -> None:
 class Drawings:
     """`drawings/NAME.jpg`: the picture, at most `SIDE` pixels long, with its boxes."""
 
+    FOLDER = "drawings"
     SIDE = 2048
 
     def __init__(self, folder: Path, classes: Sequence[str]):
-        self.folder = folder / "drawings"
+        self.folder = folder / self.FOLDER
 
     def add(self, picture: Prediction, found: Found) -> None:
         scale = picture.preview.width / picture.width
