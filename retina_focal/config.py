@@ -21,8 +21,10 @@ from retina_focal.safe_yaml import read_yaml_with_bases
 
 
 def add_retina_focal_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.RETINA_FOCAL`` and ``DATASETS.COCO_JSON`` with their defaults to a config."""
+    """Add ``MODEL.RETINA_FOCAL``, ``DATASETS.COCO_JSON`` and ``.SOURCES`` with their defaults."""
     cfg.MODEL.RETINA_FOCAL = _default_node()
+    # Datasets by URI to register: rows of [name, uri], such as [mine, "voc:FOLDER?split=train"].
+    cfg.DATASETS.SOURCES = []
     # Datasets in COCO format to register: rows of [name, annotation json, image folder].
     cfg.DATASETS.COCO_JSON = []
 

@@ -86,7 +86,7 @@ def test_what_is_written_is_read(content, tmp_path):
     for name, curve in zip(evaluated.classes, drawn, strict=True):
         best = curve.f1.max()
         assert read.content["classes"][name]["f1"] == best
-        assert points.at_thresholds(curve, read.thresholds[name])["f1"] == best
+        assert points.at_threshold(curve, read.thresholds[name])["f1"] == best
     scores = np.linspace(0, 1, 6)
     names = ["ant", "bee", "nobody"] * 2
     calibrated = read.calibrate(scores, names)
@@ -105,11 +105,11 @@ def test_a_rule_out_of_reach_is_null_in_the_file_and_infinite_when_read(content,
 
 
 def test_a_threshold_keeps_the_score_itself():
-    assert points.at_thresholds(CURVE, 0.8)["recall"] == 0.5
-    assert points.at_thresholds(CURVE, 0.8000001)["recall"] == 0.25
-    assert points.at_thresholds(CURVE, 0.95)["recall"] == 0
-    assert points.at_thresholds(CURVE, 0.95)["precision"] is None
-    assert points.at_thresholds(CURVE, 0)["false_positives_per_image"] == 0.5
+    assert points.at_threshold(CURVE, 0.8)["recall"] == 0.5
+    assert points.at_threshold(CURVE, 0.8000001)["recall"] == 0.25
+    assert points.at_threshold(CURVE, 0.95)["recall"] == 0
+    assert points.at_threshold(CURVE, 0.95)["precision"] is None
+    assert points.at_threshold(CURVE, 0)["false_positives_per_image"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,18 @@ ALLOW_OUTSIDE = "MODEL.RETINA_FOCAL.DATA.ALLOW_OUTSIDE"
 SECTIONS = ("images", "annotations", "categories")
 
 
-def check_coco(content: object) -> Check:
+def check_coco(content: object, is_read: bool = False) -> Check:
     """Check what `json.load` made of an annotation file.
 
     Where the structure or the ids are wrong, what depends on them is not looked at.
+
+    Args:
+        is_read: whether a reader of ours wrote it, with what it found in "info".
     """
     check = Check()
-    sections = _sections(content, check.findings)
+    if is_read:
+        check.findings += [Finding(*x[:3], tuple(x[3])) for x in content["info"]["findings"]]
+    sections = _sections(content, check.findings, is_read)
     if sections is None:
         return check
     images, annotations, categories = sections
@@ -38,7 +43,7 @@ def check_coco(content: object) -> Check:
     return check
 
 
-def _sections(content: object, findings: list[Finding]) -> list[Section] | None:
+def _sections(content: object, findings: list[Finding], is_read: bool) -> list[Section] | None:
     """Images, annotations and categories; None where they are no lists of records."""
     expected = "expected COCO format, an object with 'images', 'annotations' and 'categories'"
     if not isinstance(content, dict):
@@ -57,7 +62,7 @@ def _sections(content: object, findings: list[Finding]) -> list[Section] | None:
                 text = f"'{name}' is {shortened(records)}; {expected}"
             findings.append(Finding("structure", "error", text))
             continue
-        section = Section(name, records, findings)
+        section = Section(name, records, findings, is_read)
         wrong = [i for i, x in enumerate(records) if type(x) is not dict]
         section.find("structure", "error", wrong, "are no objects")
         sections.append(section)

@@ -9,10 +9,11 @@ import numpy as np
 
 # "error": nothing can be done with the dataset; "training": it can be measured with, not trained
 # on; "outside": who types the command must allow it; "warning": it is used as it is; "mended": it
-# is used as the text says.
-Severity = Literal["error", "training", "outside", "warning", "mended"]
+# is used as the text says; "note": it is told.
+Severity = Literal["error", "training", "outside", "warning", "mended", "note"]
 SHOWN = 3  # records of a finding that its line shows
 MAX_ID = 2**53  # the evaluator keeps ids as float64
+SOURCE = "from"  # the key under which a reader keeps the file and record that it read
 TEXT = 60  # characters of a value that a line shows
 
 
@@ -62,8 +63,15 @@ class Check:
 class Section:
     """The records of one section, a column at a time; what is found goes into `findings`."""
 
-    def __init__(self, name: str, records: list[dict], findings: list[Finding]):
+    def __init__(
+        self, name: str, records: list[dict], findings: list[Finding], is_read: bool = False
+    ):
+        """
+        Args:
+            is_read: whether a reader of ours wrote the records, with their `SOURCE`.
+        """
         self.name, self.records, self.findings = name, records, findings
+        self.is_read = is_read
 
     def column(self, key: str, default: object = None) -> list:
         return [record.get(key, default) for record in self.records]
@@ -109,6 +117,8 @@ class Section:
         record = self.records[i]
         tag = record.get("id") if isinstance(record, dict) else None
         label = f"{self.name}[{i}]" + ("" if tag is None else f" (id {shortened(tag)})")
+        if self.is_read and isinstance(record, dict):
+            label = str(record.get(SOURCE, label))
         if key:
             label += f": {key} {shortened(record[key])}"
         return label

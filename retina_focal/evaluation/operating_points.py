@@ -33,11 +33,6 @@ from retina_focal.files import open_regular, write_whole
 
 FILE = "operating_points.json"
 FORMAT = 1
-RULES = {
-    "f1": "the highest F1",
-    "precision": "the highest recall with at least that precision, as precision=0.9",
-    "fppi": "the highest recall with at most that many false positives per image, as fppi=0.5",
-}
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ def choose(curve: Curve, rule: str) -> int | None:
     """The point of a curve that a rule asks for, None where there is none.
 
     Args:
-        rule: "f1", "precision=P" or "fppi=F"; see RULES.
+        rule: see `describe`.
     """
     kind, _, value = rule.partition("=")
     if not len(curve.score):
@@ -89,7 +84,7 @@ def check_rule(rule: str) -> str:
     """The rule, where it is one.
 
     Raises:
-        UserError: it is none of RULES, or lacks its number.
+        UserError: it is none of f1, precision=P and fppi=F, or lacks its number.
     """
     kind, mark, value = rule.partition("=")
     if kind == "f1" and not mark:
@@ -98,9 +93,19 @@ def check_rule(rule: str) -> str:
         number = float(value)
     except ValueError:
         number = math.nan
-    if kind in RULES and kind != "f1" and 0 < number <= (1 if kind == "precision" else math.inf):
+    if (kind == "precision" and 0 < number <= 1) or (kind == "fppi" and 0 < number < math.inf):
         return rule
     raise UserError(f"the rule '{rule}' is unknown; expected f1, precision=0.9 or fppi=0.5")
+
+
+def describe(rule: str) -> str:
+    """A rule in words."""
+    kind, _, value = rule.partition("=")
+    return {
+        "f1": "the highest F1",
+        "precision": f"the highest recall with a precision of at least {value}",
+        "fppi": f"the highest recall with at most {value} false positives per image",
+    }[kind]
 
 
 def point_of(curve: Curve, index: int | None) -> dict:
@@ -122,7 +127,7 @@ def measures(right: int, wrong: int, num_boxes: int, num_images: int) -> dict:
     }
 
 
-def at_thresholds(curve: Curve, threshold: float) -> dict:
+def at_threshold(curve: Curve, threshold: float) -> dict:
     """`measures` of the detections of a curve with a score of `threshold` or more."""
     kept = int(np.searchsorted(-curve.score, -threshold, "right"))
     right, wrong = (int(curve.right[kept - 1]), int(curve.wrong[kept - 1])) if kept else (0, 0)

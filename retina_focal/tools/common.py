@@ -31,10 +31,12 @@ from retina_focal.data.classes import class_names, match_classes
 from retina_focal.data.registration import (
     check_datasets,
     check_num_classes,
+    register,
     register_coco_json,
     report_datasets,
     use_datasets,
 )
+from retina_focal.data.uri import has_scheme
 from retina_focal.errors import UserError
 from retina_focal.training.assembly import plain_values
 from retina_focal.training.checkpoints import expect_classes_of_run
@@ -82,7 +84,7 @@ def tool_parser(
         epilog: printed as it is, behind the options.
         has_folder: the command writes a folder; adds `--output DIR`, default ``output/<name>``.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"retina-focal {name}",
         description=doc.splitlines()[0],
         epilog=epilog,
@@ -92,6 +94,20 @@ def tool_parser(
         folder = {"type": _folder, "default": Path("output", name), "metavar": "DIR"}
         parser.add_argument("--output", **folder, help="folder; default: %(default)s")
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(with_whole_rows(args), namespace)
+
+
+def with_whole_rows(argv: Sequence[str] | None) -> list[str]:
+    """A command line whose `--dataset NAME URI` has the third value that argparse counts on."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for i in reversed(range(len(argv) - 2)):
+        if argv[i] == "--dataset" and has_scheme(argv[i + 2]):
+            argv.insert(i + 3, "")
+    return argv
 
 
 def _folder(text: str) -> Path:
@@ -104,21 +120,22 @@ def _folder(text: str) -> Path:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """`--config-file FILE`, `--dataset NAME JSON IMAGES` and the KEY VALUE pairs at the end."""
+    """`--config-file FILE`, `--dataset` and the KEY VALUE pairs at the end."""
     parser.add_argument("--config-file", required=required, metavar="FILE", help="as of train")
     add_dataset_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
-    """`--dataset NAME JSON IMAGES`, a list of rows."""
+    """`--dataset NAME JSON IMAGES`, or `NAME URI` (see `with_whole_rows`), a list of rows."""
     parser.add_argument(
         "--dataset",
         nargs=3,
         action="append",
         default=[],
         metavar=("NAME", "JSON", "IMAGES"),
-        help="register a dataset in COCO format; may be repeated",
+        help="register a dataset in COCO format, or any by NAME URI, as in: mine "
+        "'voc:FOLDER?split=train' (docs/DATA.md); may be repeated",
     )
 
 
@@ -151,7 +168,7 @@ def load_cfg(
     Args:
         config_file: a path, or a name inside the package.
         opts: KEY VALUE pairs.
-        datasets: rows of [name, annotation json, image folder].
+        datasets: rows of [name, annotation json, image folder], or [name, uri, ""].
     Raises:
         UserError: no such file, an unknown key, device or registered name, a value of another
             type, a dataset that the config does not use, or files of proposals.
@@ -169,7 +186,8 @@ def load_cfg(
             f"--dataset {unnamed[0]} is used by neither DATASETS.TRAIN {cfg.DATASETS.TRAIN} nor "
             f"DATASETS.TEST {cfg.DATASETS.TEST}; add: DATASETS.TRAIN \"('{unnamed[0]}',)\""
         )
-    cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *map(list, datasets)]
+    cfg.DATASETS.SOURCES = [*cfg.DATASETS.SOURCES, *([x, y] for x, y, z in datasets if not z)]
+    cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *(list(x) for x in datasets if x[2])]
     for key, registry in REGISTRIES.items():
         check_choice(key, flatten(cfg)[key], sorted(name for name, _ in registry))
     try:
@@ -218,8 +236,11 @@ def load_lazy_cfg(
     except Exception as error:  # what hydra and omegaconf raise has no other base in common
         raise UserError(f"{' '.join(opts)}: {str(error).splitlines()[0]}") from error
     allow = OmegaConf.select(cfg, "train.retina_focal.data.allow_outside", default=False)
-    for row in datasets:
-        register_coco_json(*row, allow_outside=allow)
+    for name, data, folder in datasets:
+        if folder:
+            register_coco_json(name, data, folder, allow_outside=allow)
+        else:
+            register(name, data, allow_outside=allow)
     cfg.train.device = available_device(cfg.train.device)
     return cfg
 

@@ -1,4 +1,4 @@
-"""A finished run as an argument: its config, its weights and the names of its classes."""
+"""A finished run as an argument: its config, its weights, its classes and what it detects."""
 
 import logging
 import re
@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import inference_context
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from torch import nn
+from tqdm import tqdm
 
-from retina_focal.data.classes import class_names
-from retina_focal.data.registration import register_datasets
+from retina_focal.config import retina_focal_node
+from retina_focal.data.classes import class_names, match_classes
+from retina_focal.data.registration import register, register_datasets, use_datasets
 from retina_focal.errors import UserError
 from retina_focal.safe_yaml import read_text
 from retina_focal.tools.common import load_cfg
@@ -20,7 +26,8 @@ from retina_focal.training.checkpoint_files import (
     read_checkpoint,
 )
 from retina_focal.training.checkpoints import BEST
-from retina_focal.weights.load import local_weights
+from retina_focal.training.measure import yaml_test_loader
+from retina_focal.weights.load import load_model, local_weights
 
 CONFIG = "config.yaml"  # what a training writes into its folder
 FIRST = (f"{BEST}.pth", "model_final.pth")
@@ -84,6 +91,50 @@ def weights_of(folder: Path) -> Path:
         f"'{folder}' holds no whole checkpoint; expected {FIRST[0]}, {FIRST[1]} or "
         "model_<iteration>.pth, as a training writes them: name another folder"
     )
+
+
+def use_data(run: Run, data: str) -> str:
+    """Register a dataset that a command names, with the classes of a run; its name.
+
+    Args:
+        data: a name that the run's config or detectron2 has, a URI or a path.
+    Raises:
+        UserError: it is not there, can't be used, or has other classes.
+    """
+    rows = (*run.cfg.DATASETS.get("SOURCES", ()), *run.cfg.DATASETS.get("COCO_JSON", ()))
+    if data not in DatasetCatalog and data not in [name for name, *_ in rows]:
+        register(data, data, allow_outside=retina_focal_node(run.cfg).DATA.ALLOW_OUTSIDE)
+    use_datasets(run.cfg, [data])
+    match_classes([data], run.classes, f"'{run.weights}'")
+    return data
+
+
+def run_model(run: Run) -> nn.Module:
+    """The trained model, for `detections`."""
+    cfg = run.cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TEST = ()  # whose classes are compared where they are read: `use_data`
+    return load_model(cfg)
+
+
+def detections(run: Run, model: nn.Module, dataset: str) -> list[dict]:
+    """What a run detects, in COCO format, with the ids of the dataset's categories.
+
+    Args:
+        model: of `run_model`.
+        dataset: of `use_data`.
+    """
+    ids = MetadataCatalog.get(dataset).get("thing_dataset_id_to_contiguous_id")
+    by_class = {index: category for category, index in ids.items()}
+    found = []
+    with inference_context(model):
+        for inputs in tqdm(yaml_test_loader(run.cfg, dataset), dataset, unit="image"):
+            for image, output in zip(inputs, model(inputs), strict=True):
+                instances = output["instances"].to("cpu")
+                found += instances_to_coco_json(instances, image["image_id"])
+    for result in found:
+        result["category_id"] = by_class[result["category_id"]]
+    return found
 
 
 def _config_of(folder: Path) -> str:

@@ -15,7 +15,13 @@ from omegaconf import DictConfig
 
 from retina_focal.config import config_path, retina_focal_node
 from retina_focal.errors import UserError
-from retina_focal.tools.common import add_dataset_argument, command, read_cfg, set_up
+from retina_focal.tools.common import (
+    add_dataset_argument,
+    command,
+    read_cfg,
+    set_up,
+    with_whole_rows,
+)
 from retina_focal.training.assembly import evaluate, fit, plain_values
 from retina_focal.training.checkpoint_files import checkpoints_of
 from retina_focal.training.launchers import World, is_restarted, may_restart, world_of
@@ -34,6 +40,8 @@ Examples:
   no GPU:          %(prog)s --config-file quick_start/trees.yaml --num-gpus 2
   change options:  %(prog)s --config-file cfg.yaml MODEL.WEIGHTS weights.pth SOLVER.BASE_LR 0.001
   your own data:   %(prog)s --config-file cfg.yaml --dataset mine train.json images/
+                     DATASETS.TRAIN "('mine',)" MODEL.RETINANET.NUM_CLASSES 3
+  VOC, YOLO, CSV:  %(prog)s --config-file cfg.yaml --dataset mine 'voc:FOLDER?split=train'
                      DATASETS.TRAIN "('mine',)" MODEL.RETINANET.NUM_CLASSES 3
   LazyConfig:      %(prog)s --config-file cfg.py train.max_iter=1000
 """
@@ -63,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = default_argument_parser(epilog=EPILOG)
     parser.set_defaults(dist_url="auto", num_gpus=None)
     add_dataset_argument(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_whole_rows(argv))
     if not args.config_file:
         parser.error("--config-file is missing; for example: --config-file quick_start/trees.yaml")
     if args.num_machines > 1 and args.dist_url == "auto":
