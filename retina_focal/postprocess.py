@@ -120,20 +120,33 @@ class Postprocessor:
             resizing: of the boxes; only for a device.
         """
         may_read = _may_read(logits[0])
-        candidates = self._passing if may_read else self._top
-        places, scores, classes = zip(*map(candidates, logits), strict=True)
-        own_anchors = [
-            level[place.numbers(x.shape[1] // self.num_classes, x.shape[-2:])]
-            for place, level, x in zip(places, anchors, logits, strict=True)
-        ]
+        find = self._find_passing if may_read else self._find_top
+        places, number, scores, classes = find(logits)
         boxes = self.box2box_transform.apply_deltas(
-            deltas_at(deltas, places), torch.cat(own_anchors)
+            deltas_at(deltas, places), torch.cat(anchors)[number]
         )
         image = torch.cat([place.image for place in places])
-        found = Detections(image, boxes, torch.cat(scores), torch.cat(classes))
+        found = Detections(image, boxes, scores, classes)
         if may_read:
             return self._suppress_each(found, len(logits[0]))
         return self._suppress_all(found, len(logits[0]), resizing)
+
+    def _find_passing(self, logits: list[Tensor]) -> tuple[list[Places], Tensor, Tensor, Tensor]:
+        """The candidates of all levels that pass the threshold.
+
+        Args:
+            logits: (N, A x K, Hi, Wi) per level.
+        Returns:
+            Places per level, and of all M candidates the number among the R anchors, scores and
+            classes.
+        """
+        places, scores, classes = zip(*map(self._passing, logits), strict=True)
+        numbers, begin = [], 0
+        for place, x in zip(places, logits, strict=True):
+            num_anchors, size = x.shape[1] // self.num_classes, x.shape[-2:]
+            numbers.append(place.numbers(num_anchors, size) + begin)
+            begin = begin + num_anchors * size[0] * size[1]
+        return list(places), torch.cat(numbers), torch.cat(scores), torch.cat(classes)
 
     def _passing(self, logits: Tensor) -> tuple[Places, Tensor, Tensor]:
         """The top candidates of one level among those that pass, image by image.
@@ -150,22 +163,43 @@ class Postprocessor:
             scores = elements[passed].float().sigmoid()
             exactly = (scores > self.score_thresh).nonzero().squeeze(1)
             scores, order = _top(scores[exactly], self.topk_candidates)
+            height, width = logits.shape[-2:]
             anchor, classes, row, column = places_of_elements(
-                passed[exactly][order], self.num_classes, logits.shape[-2:]
+                passed[exactly][order], self.num_classes, height * width, width
             )
             found.append((torch.full_like(row, i), anchor, row, column, scores, classes))
         *places, scores, classes = (torch.cat(parts) for parts in zip(*found, strict=True))
         return Places(*places), scores, classes
 
-    def _top(self, logits: Tensor) -> tuple[Places, Tensor, Tensor]:
-        """The same without the threshold: as many in every image."""
-        top, element = _top(logits.flatten(1), self.topk_candidates)
-        anchor, classes, row, column = places_of_elements(
-            element, self.num_classes, logits.shape[-2:]
-        )
-        image = torch.arange(len(logits), device=logits.device)[:, None].expand_as(element)
-        places = Places(*(x.flatten() for x in (image, anchor, row, column)))
-        return places, top.float().sigmoid().flatten(), classes.flatten()
+    def _find_top(self, logits: list[Tensor]) -> tuple[list[Places], Tensor, Tensor, Tensor]:
+        """As `_find_passing`, without the threshold: as many in every image.
+
+        Where they stand is computed for all levels together: the host of a device launches as much
+        for one level as for all.
+        """
+        num_images, device = len(logits[0]), logits[0].device
+        tops = [_top(x.flatten(1), self.topk_candidates) for x in logits]
+        counts = [values.shape[1] for values, _ in tops]
+        # Of each level: Hi x Wi, Wi, A and its first anchor.
+        table, begin = [], 0
+        for x in logits:
+            (height, width), num_anchors = x.shape[-2:], x.shape[1] // self.num_classes
+            table.append((height * width, width, num_anchors, begin))
+            begin += height * width * num_anchors
+        table, counts_ = to_device([torch.tensor(table), torch.tensor(counts)], device)
+        columns = table.repeat_interleave(counts_, 0, output_size=sum(counts)).t()[:, None]
+        cells, width, num_anchors, first = columns
+        element = torch.cat([element for _, element in tops], 1)
+        anchor, classes, row, column = places_of_elements(element, self.num_classes, cells, width)
+        number = first + (row * width + column) * num_anchors + anchor
+        image = torch.arange(num_images, device=device)[:, None].expand_as(element)
+        scores = torch.cat([values for values, _ in tops], 1).float().sigmoid()
+        # Level by level, as the places are.
+        fields = torch.stack([image, anchor, row, column, number, classes]).split(counts, 2)
+        fields = [level.flatten(1) for level in fields]
+        number, classes = torch.cat([level[4:] for level in fields], 1)
+        scores = torch.cat([level.flatten() for level in scores.split(counts, 1)])
+        return [Places(*level[:4]) for level in fields], number, scores, classes
 
     def _suppress_each(self, found: "Detections", num_images: int) -> list["Detections"]:
         """What non-maximum suppression leaves of each image, by falling score."""

@@ -82,7 +82,8 @@ def expected(name, parameters, rows, weights, grad_output) -> tuple[Tensor, Tens
 def both_passes(name, parameters, rows, weights, grad_output) -> tuple[Tensor, Tensor]:
     """Sums and gradient of the kernels. Runs in the interpreter's process."""
     term = TERMS[name](*parameters)
-    sums = background_sums(term, rows)
+    half = rows.shape[1] // 2  # as two levels
+    sums = background_sums(term, [rows[:, :half], rows[:, half:]])
     return sums, background_gradient(term, rows, weights, grad_output)
 
 
@@ -251,7 +252,7 @@ def compiled(tmp_path, monkeypatch) -> Callable[..., dict[str, str]]:
     def compile_for_h100(kernel, term: BackgroundTerm, logits: str, size="i32", number="fp32"):
         tensors = {"rows": logits, "gradient": logits}
         tensors |= dict.fromkeys(("partial", "weights", "grad_output"), "*fp32")
-        sizes = dict.fromkeys(("length", "stride"), size)
+        sizes = dict.fromkeys(("length", "stride", "partial_stride"), size)
         types = tensors | sizes | dict.fromkeys(("parameter0", "parameter1"), number)
         constants = {"TERM": term.function, "BLOCK": BLOCK, "BLOCKS": BLOCKS}
         names = kernel.arg_names
@@ -347,11 +348,11 @@ def test_the_host_reads_no_tensor(monkeypatch):
     rows = torch.empty(2, 5000, dtype=torch.float16, device="meta")
     alpha, weights, grad_output = (torch.empty(n, device="meta") for n in ((), 2, ()))
     for term in (focal(alpha, 2), focal(alpha, alpha), focal_star(alpha, alpha)):
-        assert background_sums(term, rows).dtype == torch.float64
+        assert background_sums(term, [rows]).dtype == torch.float64
         assert background_gradient(term, rows, weights, grad_output).dtype == torch.float16
     assert (forward.grid, backward.grid) == ((2, 2), (5, 2))
     # An int would be compiled as one, and again where it is 1.
-    background_sums(focal(-1, 1), rows)
+    background_sums(focal(-1, 1), [rows])
     assert [type(x) for x in forward.arguments[-2:]] == [float, float]
 
 

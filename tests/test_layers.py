@@ -34,6 +34,7 @@ LAYERS = [
         "backbone",
         "ground_truth",
         "drawing",
+        "network",
         "graphs",
     },
     {"atss", "head", "targets"},

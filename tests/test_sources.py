@@ -169,3 +169,40 @@ def test_a_registered_source_has_classes_and_is_registered_once(format, tmp_path
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+def scene_of(names) -> list:
+    return [(name, (64, 48), [("RBC", (1, 2, 30, 40))]) for name in names]
+
+
+def names_of(uri: str) -> set[str]:
+    source = sources.load(uri)
+    return {x["file_name"] for x in json.loads(source.json_file.read_text())["images"]}
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_a_split_that_is_made_divides_the_pictures_and_keeps_the_classes(format, tmp_path):
+    scene = scene_of(f"{i}.jpg" for i in range(20))
+    uri = WRITERS[format](tmp_path, scene).replace("split=train&", "").replace("?split=train", "")
+    uri += f"{'&' if '?' in uri else '?'}val=0.25&split="
+    train, val = names_of(f"{uri}train"), names_of(f"{uri}val")
+    assert (len(train), len(val)) == (15, 5)
+    assert not train & val
+    assert names_of(f"{uri}val&seed=0") == val != names_of(f"{uri}val&seed=1")
+    assert sources.load(f"{uri}val").classes == CLASSES
+
+
+def test_near_duplicates_stay_together_in_a_split_that_is_made(tmp_path):
+    scene = scene_of(f"{i:02}.png" for i in range(40))
+    uri = write_coco(tmp_path, scene)
+    rng = np.random.default_rng(0)
+    for i in range(0, 40, 2):  # pairs: the second brighter, smaller by 4 px and saved as JPEG
+        noise = rng.integers(0, 200, (6, 8, 3), dtype=np.uint8)
+        picture = Image.fromarray(noise).resize((64, 48), Image.Resampling.BICUBIC)
+        picture.save(tmp_path / "images" / f"{i:02}.png")
+        brighter = picture.point(lambda x: x + 5).resize((60, 44)).resize((64, 48))
+        brighter.save(tmp_path / "images" / f"{i + 1:02}.png", format="JPEG")
+    for seed in range(5):
+        val = {int(x[:2]) for x in names_of(f"{uri}&split=val&val=0.3&seed={seed}")}
+        assert len(val) == 12
+        assert val == {i ^ 1 for i in val}

@@ -14,12 +14,13 @@ from pathlib import Path
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from retina_focal.data.check import check_coco, is_segmentation
+from retina_focal.data.annotations import is_segmentation, polygon_box
+from retina_focal.data.check import check_coco
 from retina_focal.data.findings import Check, Finding
 from retina_focal.errors import UserError
 from retina_focal.files import cache_folder, write_whole
 
-MENDING = 1  # of the rules of `mend`: other rules write another file
+MENDING = 2  # of the rules of `mend`: other rules write another file
 
 logger = logging.getLogger(__name__)
 _KNOWN: dict[tuple, "CocoFile"] = {}
@@ -134,6 +135,8 @@ def mend(content: dict) -> None:
     anew = min((x["id"] for x in annotations), default=1) < 1
     for number, annotation in enumerate(annotations, start=1):
         annotation.setdefault("iscrowd", 0)
+        if annotation.get("bbox") is None:
+            annotation["bbox"] = polygon_box(annotation["segmentation"])
         if annotation.get("area") is None:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         if anew:

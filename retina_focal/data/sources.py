@@ -41,19 +41,27 @@ def load(data: str, allow_outside: bool = False) -> Source:
     Raises:
         UserError: it is not there, or can't be used; with all findings.
     """
-    if data in DatasetCatalog:
-        metadata = MetadataCatalog.get(data)
-        json_file = metadata.get("json_file")
-        if json_file is None:
-            raise UserError(f"dataset '{data}' is not in COCO format; expected a file of that")
-        file = read_coco(metadata.get("source_file") or PathManager.get_local_path(json_file))
-        file.refuse(data, trained_on=False)
-        classes = metadata.get("thing_classes") or file.check.classes
-        return Source(data, Path(file.mended), Path(metadata.image_root), tuple(classes))
-    path, image_root = locate(data, allow_outside)
-    file = open_coco(data, path)
+    file, image_root = find(data, allow_outside)
     file.refuse(data, trained_on=False, allow_outside=allow_outside)
-    return Source(data, Path(file.mended), image_root, tuple(file.check.classes))
+    classes = MetadataCatalog.get(data).get("thing_classes") if data in DatasetCatalog else None
+    return Source(data, Path(file.mended), image_root, tuple(classes or file.check.classes))
+
+
+def find(data: str, allow_outside: bool = False) -> tuple[CocoFile, Path]:
+    """The COCO file, checked and not refused yet, and the image folder; see `load`.
+
+    Raises:
+        UserError: there is no dataset, or nothing of it can be read.
+    """
+    if data not in DatasetCatalog:
+        path, image_root = locate(data, allow_outside)
+        return open_coco(data, path), image_root
+    metadata = MetadataCatalog.get(data)
+    json_file = metadata.get("json_file")
+    if json_file is None or not PathManager.isfile(json_file):
+        raise UserError(f"dataset '{data}' has no annotation file in COCO format: {json_file}")
+    path = metadata.get("source_file") or PathManager.get_local_path(json_file)
+    return read_coco(path, metadata.get("uri")), Path(metadata.image_root)
 
 
 def open_coco(data: str, json_file: Path) -> CocoFile:

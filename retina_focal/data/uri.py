@@ -83,7 +83,7 @@ class Location:
     images: Path | None = None  # None: where the format has them
     val: float | None = None  # None: the splits are those of the dataset
     seed: int = 0
-    offset: float = 0.0  # px
+    offset: float = 0  # px
     difficult: str = "keep"
     # Whether what the files name may lie outside of their folder; no URI says so.
     allow_outside: bool = False

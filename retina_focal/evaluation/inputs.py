@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.ExifTags import Base
 from PIL.Image import Transpose
 
-from retina_focal.data.images import bad_picture, check_picture
+from retina_focal.data.images import BadPicture, check_head
 from retina_focal.errors import UserError
 
 # Endings that are taken from a folder; a file that is named is tried whatever its ending.
@@ -119,16 +119,18 @@ def read_picture(path: Path, max_pixels: int) -> Image.Image:
     Raises:
         BadPicture: it can't be decoded, or has too many pixels.
     """
-    check_picture(str(path), max_pixels, REMEDY)
     try:
+        check_head(str(path), max_pixels)
         with Image.open(path) as file:
             image = file if file.mode == "RGB" else file.convert("RGB")
             image.load()
             turn = TURNS.get(_orientation(file))
             return image if turn is None else image.transpose(turn)
+    except BadPicture as error:
+        raise _bad(path, error.reason) from error
     except Exception as error:  # Pillow may raise anything
         reason = str(error).strip() or type(error).__name__
-        raise bad_picture(str(path), f"it can't be decoded: {reason}", REMEDY) from error
+        raise _bad(path, f"it can't be decoded: {reason}") from error
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -154,6 +156,10 @@ def read_frames(path: Path, every: int) -> Iterator[tuple[int, Image.Image]]:
                     yield number, Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
             number += 1
         if not number:
-            raise bad_picture(str(path), "OpenCV can read no frame of it", REMEDY)
+            raise _bad(path, "OpenCV can read no frame of it")
     finally:
         video.release()
+
+
+def _bad(path: Path, reason: str) -> BadPicture:
+    return BadPicture(f"'{path}' can't be used: {reason}; {REMEDY}", str(path), reason=reason)

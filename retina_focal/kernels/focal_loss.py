@@ -21,6 +21,7 @@ loss of your own brings a function, which the same kernels call:
     term = BackgroundTerm(hinge, (0.5, 0.0))
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,18 +69,20 @@ def focal_star(gamma: float | Tensor, beta: float | Tensor) -> BackgroundTerm:
     return BackgroundTerm(_focal_star, (gamma, beta))
 
 
-def background_sums(term: BackgroundTerm, rows: Tensor) -> Tensor:
+def background_sums(term: BackgroundTerm, levels: Sequence[Tensor]) -> Tensor:
     """The forward pass: the sum of f over the logits of each image.
 
     Args:
-        rows: (N, M) logits of N images in fp32, bf16 or fp16. Elements of a row are neighbours in
-            memory, in any order; rows may lie apart.
+        levels: (N, M) logits of N images in fp32, bf16 or fp16, per pyramid level. Elements of a
+            row are neighbours in memory, in any order; rows may lie apart.
     Returns:
         (N,) float64, with a relative error of 1e-5 at most. The same logits give the same bits.
     """
-    num_images, length = rows.shape
-    partial = rows.new_empty(num_images, triton.cdiv(length, BLOCK * BLOCKS), dtype=torch.float32)
-    _launch(_sum_kernel, partial.shape[1], term, rows, partial, BLOCKS=BLOCKS)
+    num_images = len(levels[0])
+    num_programs = [triton.cdiv(rows.shape[1], BLOCK * BLOCKS) for rows in levels]
+    partial = levels[0].new_empty(num_images, sum(num_programs), dtype=torch.float32)
+    for rows, own in zip(levels, partial.split(num_programs, dim=1), strict=True):
+        _launch(_sum_kernel, own.shape[1], term, rows, own, partial.shape[1], BLOCKS=BLOCKS)
     return partial.sum(1, dtype=torch.float64)
 
 
@@ -113,7 +116,7 @@ def _launch(
     num_programs: int,
     term: BackgroundTerm,
     rows: Tensor,
-    *others: Tensor,
+    *others: Tensor | int,
     **constants: int,
 ) -> None:
     """Run a kernel with `num_programs` programs per image."""
@@ -138,6 +141,7 @@ def _launch(
 def _sum_kernel(
     rows,
     partial,
+    partial_stride,
     length,
     stride,
     parameter0,
@@ -155,7 +159,7 @@ def _sum_kernel(
         value, _ = TERM(x.to(tl.float32), parameter0, parameter1)
         total += tl.where(inside, value, 0.0)
     # No atomics: their order, and so the last bits of the sum, would be chance.
-    tl.store(partial + image * tl.num_programs(0) + program, tl.sum(total, 0))
+    tl.store(partial + image * partial_stride + program, tl.sum(total, 0))
 
 
 @triton.jit

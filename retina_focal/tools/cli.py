@@ -4,6 +4,9 @@ import importlib
 import sys
 
 TOOLS = {
+    "check": "what is wrong with datasets, file by file and record by record",
+    "anchors": "which boxes the anchors reach, and anchors that reach more",
+    "configure": "write the config of a dataset and a time budget, with the reasons",
     "train": "train and evaluate a config (= train_net.py)",
     "quick-start": "sample data, training, evaluation and a picture, in minutes on a CPU",
     "sample-data": "fetch and prepare a small dataset and backbone weights",

@@ -132,7 +132,7 @@ def add(item: Item, location: Location, reading: Reading) -> None:
     except UserError as error:
         text = "pictures can't be opened, so that their size is not known"
         record = f"{source}, line {item.rows[0][0]}: {error}"
-        reading.fault("picture-unreadable", "error", text, record)
+        reading.fault("picture-broken", "error", text, record)
         reading.unread += sum(not _is_background(fields) for _, fields in item.rows)
         return
     boxes = reading.add_image(item.file_name, *size, f"{source}, line {item.rows[0][0]}")

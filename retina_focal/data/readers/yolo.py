@@ -189,7 +189,7 @@ def add(item: Item, location: Location, reading: Reading) -> None:
         width, height = picture_size(item.picture)
     except UserError as error:
         text = "pictures can't be opened, and without their size their labels have no pixels"
-        reading.fault("picture-unreadable", "error", text, f"{item.source}: {error}")
+        reading.fault("picture-broken", "error", text, f"{item.source}: {error}")
         reading.unread += len(records)
         return
     boxes = reading.add_image(item.file_name, width, height, item.source)
