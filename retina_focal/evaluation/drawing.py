@@ -129,25 +129,26 @@ def legend(
 
 
 def draw_boxes(
-    image: Image.Image, boxes: np.ndarray, labels: np.ndarray, titles: Sequence[str]
+    image: Image.Image, boxes: np.ndarray, colors: Sequence[Color], titles: Sequence[str]
 ) -> Image.Image:
-    """A copy of an RGB picture with a box and a title for each of M objects.
+    """A copy of an RGB picture with a box and a title for each of M objects, the first on top.
 
     Args:
         boxes: (M, 4) XYXY in pixels of `image`.
-        labels: (M,) indices of classes, which give the colours.
+        titles: M texts, "" for none.
     """
     drawn = image.copy()
     draw = ImageDraw.Draw(drawn)
     thickness = max(round(max(image.size) / 320), 1)
     font = ImageFont.load_default(size=max(max(image.size) / 60, 9))
-    for box, label, title in reversed(list(zip(boxes, labels, titles, strict=True))):
-        color, corners = class_color(label), [float(x) for x in box]
+    for box, color, title in reversed(list(zip(boxes, colors, titles, strict=True))):
+        corners = [float(x) for x in box]
         draw.rectangle(corners, outline=color, width=thickness)
-        x0, y0, x1, y1 = draw.textbbox(corners[:2], title, font, anchor="ld")
-        down = max(-y0, 0)  # a title at the upper edge stands inside the box
-        draw.rectangle([x0 - 1, y0 + down - 1, x1 + 1, y1 + down + 1], fill=color)
-        draw.text((corners[0], corners[1] + down), title, (0, 0, 0), font, anchor="ld")
+        if title:
+            x0, y0, x1, y1 = draw.textbbox(corners[:2], title, font, anchor="ld")
+            down = max(-y0, 0)  # a title at the upper edge stands inside the box
+            draw.rectangle([x0 - 1, y0 + down - 1, x1 + 1, y1 + down + 1], fill=color)
+            draw.text((corners[0], corners[1] + down), title, (0, 0, 0), font, anchor="ld")
     return drawn
 
 

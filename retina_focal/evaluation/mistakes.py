@@ -20,6 +20,13 @@ KINDS = {
     "Bkg": "there is no object",
     "Miss": "an object that nothing has found",
 }
+# By the kind of `suspected_labels`.
+SUSPECTS = {
+    "missing": "{class} without a label",
+    "class": "labelled {label}, detected as {class}",
+    "box": "the box of {label} fits no detection",
+    "spurious": "labelled {label}, where nothing is detected",
+}
 
 
 def error_types(dataset: dict, results: Sequence[dict]) -> dict[str, dict[str, float]]:

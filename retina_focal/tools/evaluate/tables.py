@@ -1,17 +1,11 @@
 """Reports of `evaluation.summary` as text."""
 
-from retina_focal.evaluation.mistakes import KINDS
+from retina_focal.evaluation.mistakes import KINDS, SUSPECTS
 from retina_focal.evaluation.operating_points import describe
 from retina_focal.tools.reports import table
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SHOWN = 5  # suspected labels
-SUSPECTS = {
-    "missing": "{class} without a label",
-    "class": "labelled {label}, detected as {class}",
-    "box": "the box of {label} fits no detection",
-    "spurious": "labelled {label}, where nothing is detected",
-}
 
 
 def report_text(report: dict) -> str:

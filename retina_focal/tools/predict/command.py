@@ -21,8 +21,7 @@ from retina_focal.evaluation.prediction import Prediction, Predictor
 from retina_focal.files import write_error
 from retina_focal.tools.common import command, listed, number, tool_parser
 from retina_focal.tools.predict.outputs import OUTPUTS, Drawings, Found, Output
-from retina_focal.tools.runs import Run, open_run
-from retina_focal.weights.load import load_model
+from retina_focal.tools.runs import Run, open_run, run_model
 
 THRESHOLD = 0.3  # where nothing better is known
 MAX_PIXELS = 200_000_000  # of a picture, which is decoded once and not kept
@@ -116,7 +115,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def _options(args: argparse.Namespace) -> list[str]:
     """KEY VALUE pairs for the config; what was typed last counts."""
-    options = ["MODEL.RETINA_FOCAL.DATA.MAX_PIXELS", str(MAX_PIXELS), "DATASETS.TEST", "()"]
+    options = ["MODEL.RETINA_FOCAL.DATA.MAX_PIXELS", str(MAX_PIXELS)]
     if args.tile:
         options += ["MODEL.RETINA_FOCAL.TEST.TILE", str(args.tile)]
     return [*options, *args.opts]
@@ -146,7 +145,7 @@ def _thresholds(
 
 def _predictor(run: Run, args: argparse.Namespace, lowest: float) -> Predictor:
     """The model with the run's weights, which returns boxes of the lowest threshold."""
-    model = load_model(run.cfg)
+    model = run_model(run)
     if lowest <= run.cfg.MODEL.RETINANET.SCORE_THRESH_TEST:
         model.test_score_thresh = np.nextafter(np.float32(lowest), np.float32(-1)).item()
     batch_size = args.batch_size or (1 if model.device.type == "cpu" else BATCH_ON_DEVICE)

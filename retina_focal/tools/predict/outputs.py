@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from retina_focal.evaluation.drawing import draw_boxes
+from retina_focal.evaluation.drawing import class_color, draw_boxes
 from retina_focal.evaluation.prediction import Prediction
 from retina_focal.files import write_whole
 
@@ -168,7 +168,8 @@ class Drawings:
 
     def add(self, picture: Prediction, found: Found) -> None:
         scale = picture.preview.width / picture.width
-        drawn = draw_boxes(picture.preview, found.boxes * scale, found.labels, _titles(found))
+        colors = [class_color(label) for label in found.labels]
+        drawn = draw_boxes(picture.preview, found.boxes * scale, colors, _titles(found))
         content = BytesIO()
         drawn.save(content, "JPEG", quality=90)
         write_whole(self.folder / f"{picture.name}.jpg", content.getvalue())
