@@ -46,7 +46,7 @@ LAYERS = [
 ]
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # What commands share; they import no other command.
-SHARED_TOOLS = {"common", "reports"}
+SHARED_TOOLS = {"common", "reports", "runs"}
 
 
 def module_of(path: Path) -> tuple[str, ...]:

@@ -74,11 +74,11 @@ def yaml_lines(settings: Mapping[str, object], reasons: Mapping[str, str] | None
 
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
-    """A figure to draw on, in inches; saved to `path` at the end."""
+    """A figure to draw on, in inches; saved to `path` at the end, as its ending tells."""
     from matplotlib.figure import Figure  # its savefig draws by Agg, whatever the backend is
 
     drawn = Figure(figsize=(width, height), layout="constrained")
     yield drawn
     picture = BytesIO()
-    drawn.savefig(picture, dpi=120)
+    drawn.savefig(picture, dpi=120, format=path.suffix.removeprefix("."))
     write_whole(path, picture.getvalue())

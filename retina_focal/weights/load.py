@@ -99,6 +99,12 @@ def check_weights_file(path: str, remedy: str = OTHER_FILE) -> None:
         check_regular(file)
 
 
+def local_weights(path: str) -> Path:
+    """The file that ``MODEL.WEIGHTS`` names; a URL is fetched. See `check_weights_file`."""
+    check_weights_file(path)
+    return Path(_local_path(path.partition("?")[0], OTHER_FILE))
+
+
 def _local_path(file: str, remedy: str) -> str:
     """A path as it is; of a URL the file that it is fetched to, once."""
     if "://" not in file:
