@@ -12,14 +12,14 @@ import numpy as np
 
 from retina_focal.data.anchor_search import Octaves
 from retina_focal.data.fingerprint import (
-    MAX_ENLARGEMENT,
     SHORTEST,
-    SMALL_SIDE,
     SPENT,
+    TILE,
     Fingerprint,
     Machine,
     Pace,
     enough_steps,
+    evaluation_seconds,
     grained,
     is_tiled,
     num_evaluations,
@@ -50,6 +50,8 @@ def input_settings(
     found: Fingerprint, pace: Pace, minutes: float, shorter: int
 ) -> tuple[Settings, list[int], int]:
     """Sizes of the pictures; beside the settings the shorter sides and the longer side's limit."""
+    if is_tiled(found):
+        return _tile_settings(found), [0], 0
     epochs = steps_within(found, pace, minutes, shorter) * pace.batch / max(found.num_pictures, 1)
     sides, why = [shorter], f"one size: the minutes give {epochs:.0f} epochs"
     if epochs >= SEVERAL_SIZES_FROM:
@@ -58,8 +60,6 @@ def input_settings(
     scale = shorter / found.shorter
     small = f"a tenth of the smallest class is below {found.small:.0f} px"
     of = f"{small}, {found.small * scale:.0f} px so"
-    if is_tiled(found):
-        return _tile_settings(found, shorter)
     longer = grained(max(sides) * max(found.aspect, 1.34) * 1.1, SHORTEST)
     limit = f"95% of the pictures are at most {found.aspect:.2f} times as long as wide"
     settings = {
@@ -72,24 +72,24 @@ def input_settings(
     return settings, sides, longer
 
 
-def _tile_settings(found: Fingerprint, shorter: int) -> tuple[Settings, list[int], int]:
-    scale = min(MAX_ENLARGEMENT, SMALL_SIDE / found.small)
-    tile = round(shorter / scale)
-    side = round(found.shorter * scale)
+def _tile_settings(found: Fingerprint) -> Settings:
+    """Random tiles in training; `predict` cuts the same way. Nothing is resized."""
     why = (
         f"a tenth of the smallest class is below {found.small:.0f} px in pictures of "
         f"{found.shorter:.0f} px: too small when whole"
     )
-    settings = {
+    none = "pictures are evaluated whole, where these objects are lost; predict cuts them"
+    return {
         "INPUT.CROP.ENABLED": Setting(True, why),
         "INPUT.CROP.TYPE": Setting("absolute", "px of the picture's file"),
-        "INPUT.CROP.SIZE": Setting([tile, tile], f"where these boxes become {SMALL_SIDE} px"),
-        "INPUT.MIN_SIZE_TRAIN": Setting([shorter], "of a tile"),
-        "INPUT.MAX_SIZE_TRAIN": Setting(2 * shorter, "a tile at the edge may be narrow"),
-        "INPUT.MIN_SIZE_TEST": Setting(side, "whole pictures, at the scale of the tiles"),
-        "INPUT.MAX_SIZE_TEST": Setting(math.ceil(side * found.aspect), "the same"),
+        "INPUT.CROP.SIZE": Setting([TILE, TILE], "a tile keeps the size of its objects"),
+        "INPUT.MIN_SIZE_TRAIN": Setting([TILE], "of a tile"),
+        "INPUT.MAX_SIZE_TRAIN": Setting(2 * TILE, "a small picture may be narrower than a tile"),
+        "INPUT.MIN_SIZE_TEST": Setting(TILE, "of a tile; the whole picture is a second scale"),
+        "INPUT.MAX_SIZE_TEST": Setting(math.ceil(TILE * found.aspect), "the same"),
+        "MODEL.RETINA_FOCAL.TEST.TILE": Setting(TILE, "predict cuts as the training did"),
+        "DATASETS.TEST": Setting([], none),
     }
-    return settings, [side], math.ceil(side * found.aspect)
 
 
 def anchor_settings(octaves: Octaves, before: Mapping, after: Mapping) -> Settings:
@@ -150,9 +150,9 @@ def schedule_settings(
         UserError: the minutes don't suffice for a training.
     """
     # Seconds grow with the pixels: those of several sizes are those of their mean square.
-    mean = math.sqrt(np.mean(np.square(sides))) if not is_tiled(found) else pace.shorter
+    mean = pace.shorter if is_tiled(found) else math.sqrt(np.mean(np.square(sides)))
     steps = steps_within(found, pace, minutes, mean)
-    evaluation = found.num_val * pace.picture_at(mean)
+    evaluation = evaluation_seconds(found, pace, mean)
     if steps < LEAST_STEPS:
         least = (LEAST_STEPS * pace.step_at(mean) + pace.start + evaluation) / 60 / SPENT
         raise UserError(
@@ -166,10 +166,12 @@ def schedule_settings(
         steps = max(most, enough_steps(found, pace.batch))
         fits = f"{MOST_EPOCHS} epochs; the minutes would give more, which nothing is learned from"
     epochs = steps * pace.batch / found.num_pictures
-    times = num_evaluations(evaluation, minutes * 60 * SPENT)
+    times = 0 if is_tiled(found) else num_evaluations(evaluation, minutes * 60 * SPENT)
     per_picture = GPU_RATE_PER_PICTURE if machine.has_gpu else RATE_PER_PICTURE
     of = "detectron2's 0.01 for 16" if machine.has_gpu else "0.02 for 4, of configs/quick_start"
-    best = "the best of the evaluations on val is kept, in model_best.pth"
+    best = "no weights but the last are evaluated"
+    if times:
+        best = "the best of the evaluations on val is kept, in model_best.pth"
     settings = {
         "SOLVER.IMS_PER_BATCH": Setting(
             pace.batch,
@@ -190,7 +192,7 @@ def schedule_settings(
             steps // (times + 1) if times else 0,
             f"{times} before the last one: {evaluation:.0f} s each for {found.num_val} pictures",
         ),
-        "MODEL.RETINA_FOCAL.TRAIN.BEST": Setting("bbox/AP", best),
+        "MODEL.RETINA_FOCAL.TRAIN.BEST": Setting("bbox/AP" if times else "", best),
     }
     return settings
 

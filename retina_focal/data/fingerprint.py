@@ -20,7 +20,7 @@ SHORTEST, LONGEST = 224, 1333  # px of a shorter side, of a longer side
 MAX_ENLARGEMENT = 1.5  # of a picture: beyond it there is nothing more to see
 TILE = 640  # px of the network's input where pictures are cut
 
-ENOUGH_EPOCHS, ENOUGH_STEPS = 14, 250  # what a training gets before its pictures become larger
+ENOUGH_EPOCHS, ENOUGH_STEPS = 13, 250  # what a training gets before its pictures become larger
 SPENT = 0.95  # of the minutes: machines are not even
 EVALUATIONS, SHARE_OF_EVALUATIONS = 3, 0.06  # before the last; of the time
 
@@ -147,9 +147,14 @@ def enough_steps(found: Fingerprint, batch: int) -> int:
 def steps_within(found: Fingerprint, pace: Pace, minutes: float, shorter: float) -> int:
     """Steps that fit beside the start and the evaluations."""
     seconds = minutes * 60 * SPENT
-    evaluation = found.num_val * pace.picture_at(shorter)
+    evaluation = evaluation_seconds(found, pace, shorter)
     left = seconds - pace.start - evaluation * (1 + num_evaluations(evaluation, seconds))
     return max(0, int(left / pace.step_at(shorter)))
+
+
+def evaluation_seconds(found: Fingerprint, pace: Pace, shorter: float) -> float:
+    """Of all pictures of val; tiles are not evaluated."""
+    return 0.0 if is_tiled(found) else found.num_val * pace.picture_at(shorter)
 
 
 def num_evaluations(evaluation: float, seconds: float) -> int:
