@@ -189,7 +189,7 @@ def schedule_settings(
         ),
         "MODEL.RETINA_FOCAL.TRAIN.KEEP_CHECKPOINTS": Setting(2, "what a resumed run needs"),
         "TEST.EVAL_PERIOD": Setting(
-            steps // (times + 1) if times else 0,
+            -(-steps // (times + 1)) if times else 0,
             f"{times} before the last one: {evaluation:.0f} s each for {found.num_val} pictures",
         ),
         "MODEL.RETINA_FOCAL.TRAIN.BEST": Setting("bbox/AP" if times else "", best),

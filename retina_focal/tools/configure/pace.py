@@ -111,9 +111,9 @@ def _coco(records: list[dict], classes: list[str], root: str) -> dict:
 
 def _pace_of(folder: Path, wall: float, shorter: int, batch: int) -> Pace:
     """From what detectron2 wrote: the median step, and the time of an evaluated picture."""
-    lines = map(json.loads, (folder / "metrics.json").readtext_of().splitlines())
+    lines = map(json.loads, (folder / "metrics.json").read_text().splitlines())
     step = [x["time"] for x in lines if "time" in x][-1]
-    log = (folder / "log.txt").readtext_of()
+    log = (folder / "log.txt").read_text()
     spent, picture = re.findall(r"Total inference time: (\S+) \((\S+) s / iter", log)[-1]
     hours, minutes, seconds = map(float, spent.split(":"))
     evaluation = 3600 * hours + 60 * minutes + seconds
