@@ -2,9 +2,11 @@
 
 import copy
 import itertools
+import json
 import resource
 import time
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -133,6 +135,26 @@ def test_boxes_are_those_that_the_mapper_gives_the_model(bccd, limits):
             assert (boxes[mine] == sample["instances"].gt_boxes.tensor.numpy()).all()
             assert (table.classes[kept[mine]] == sample["instances"].gt_classes.numpy()).all()
             assert tuple(sizes[i]) == sample["image"].shape[1:]
+
+
+def test_boxes_of_integers_are_resized_as_those_of_decimals(tmp_path):
+    """detectron2's resizing cuts integers off: 10 px at 2/3 would become 6."""
+    image = {"id": 1, "file_name": "a.png", "height": 480, "width": 640}
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 33, 33], "iscrowd": 0}
+    content = {"images": [image], "annotations": [{**box, "area": 1089}]}
+    content["categories"] = [{"id": 1, "name": "x"}]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((480, 640, 3), np.uint8))
+    register_coco_json("integer_boxes", str(tmp_path / "a.json"), str(tmp_path))
+    try:
+        cfg = load_cfg("quick_start/bccd.yaml", ["INPUT.RANDOM_FLIP", "none"])
+        records = DatasetCatalog.get("integer_boxes")
+        (found,) = DatasetMapper(cfg)(records[0])["instances"].gt_boxes.tensor.tolist()
+        x, y = 10 * 427 / 640, 10 * 320 / 480
+        assert found == pytest.approx([x, y, 4.3 * x, 4.3 * y])
+        assert resize(box_table(records), 320, 1000)[0][0].tolist() == found
+    finally:
+        DatasetCatalog.remove("integer_boxes")
 
 
 def test_a_policy_of_several_sides_counts_each_alike(bccd):
