@@ -296,6 +296,12 @@ def _default_node() -> CfgNode:
     # What computes the AP of boxes: "pycocotools", or "hotcoco", which gives the same numbers in a
     # fraction of the time and is an extra to install.
     node.TEST.EVALUATOR = "pycocotools"
+    # Whether NMS takes overlapping boxes of two classes for one object, of the higher score.
+    node.TEST.CLASS_AGNOSTIC_NMS = False
+    # Side in pixels of the tiles into which `predict` cuts pictures that are larger; 0: none.
+    node.TEST.TILE = 0
+    # Overlap of neighbouring tiles in parts of their side: larger than most objects.
+    node.TEST.TILE_OVERLAP = 0.2
 
     # Octave anchors of OctaveAnchorGenerator (Sec. 4, "Anchors"): one base size per level, in
     # pixels, each repeated at 2^(i / SCALES_PER_OCTAVE) for i < SCALES_PER_OCTAVE.
