@@ -437,6 +437,23 @@ def test_amp_trains_and_keeps_its_scale():
     assert losses[-1] < losses[0] and trainer.grad_scaler.get_scale() >= 2**12
 
 
+@only_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_in_cuda_graphs_equals_a_plain_one(precision):
+    """Also the second and third, which replay, and after the weights have changed."""
+    plain, graphed = (
+        model(norm="GN", PRECISION=precision, CUDA_GRAPHS=graphs) for graphs in (False, True)
+    )
+    for boxes in ([5, 3], [0, 1], [2, 7]):
+        batch = pictures([SIZES[0]] * 2, boxes)
+        expected, found = (step(module, batch) for module in (plain, graphed))
+        assert_near(found, expected, 1e-3, 1e-2)
+        for module in (plain, graphed):
+            with torch.no_grad():
+                for parameter in filter(lambda x: x.requires_grad, module.parameters()):
+                    parameter.mul_(0.99)  # a frozen one would be captured anew
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_micro_batches_give_the_gradient_of_the_batch(count):
     batch = pictures([SIZES[0]] * 4, [5, 0, 3, 9])

@@ -10,10 +10,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
-from retina_focal.config import retina_focal_node
+from retina_focal.config import get_cfg, retina_focal_node
 from retina_focal.data.classes import class_names, listed, match_classes
 from retina_focal.data.coco import CocoFile, coco_file, read_coco
-from retina_focal.data.sources import locate, open_coco
+from retina_focal.data.sources import load, locate, open_coco
 from retina_focal.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,24 @@ def register_datasets(cfg: CfgNode, names: Sequence[str] | None = None) -> None:
             )
         if row[0] in names:
             register_coco_json(*row, allow_outside=allow_outside)
+
+
+def set_num_classes(cfg: CfgNode) -> None:
+    """Set ``NUM_CLASSES`` of a config that says 0 from its first dataset of ``DATASETS.SOURCES``.
+
+    Where there is none, to detectron2's default.
+
+    Raises:
+        UserError: the dataset can't be used.
+    """
+    uris = {row[0]: row[1] for row in cfg.DATASETS.SOURCES if len(row) == 2}
+    first = next((x for x in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if x in uris), None)
+    if cfg.MODEL.RETINANET.NUM_CLASSES == 0:
+        default = get_cfg().MODEL.RETINANET.NUM_CLASSES
+        allow_outside = retina_focal_node(cfg).DATA.ALLOW_OUTSIDE
+        cfg.MODEL.RETINANET.NUM_CLASSES = (
+            default if first is None else len(load(uris[first], allow_outside).classes)
+        )
 
 
 def register_coco_json(

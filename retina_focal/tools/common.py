@@ -34,6 +34,7 @@ from retina_focal.data.registration import (
     register,
     register_coco_json,
     report_datasets,
+    set_num_classes,
     use_datasets,
 )
 from retina_focal.data.uri import has_scheme
@@ -177,6 +178,7 @@ def load_cfg(
     if flags:
         raise UserError(f"{flags[0]} comes after the options {opts[0]} ...; put it before them")
     cfg = get_cfg()
+    cfg.MODEL.RETINANET.NUM_CLASSES = 0  # where nothing sets it, a dataset does
     merge_file(cfg, config_path(config_file))
     merge_options(cfg, opts)
     refuse_proposal_files(cfg)
@@ -188,6 +190,7 @@ def load_cfg(
         )
     cfg.DATASETS.SOURCES = [*cfg.DATASETS.SOURCES, *([x, y] for x, y, z in datasets if not z)]
     cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *(list(x) for x in datasets if x[2])]
+    set_num_classes(cfg)
     for key, registry in REGISTRIES.items():
         check_choice(key, flatten(cfg)[key], sorted(name for name, _ in registry))
     try:
@@ -223,7 +226,10 @@ def expect_focal_retinanet(cfg: CfgNode, reason: str) -> None:
 def load_lazy_cfg(
     config_file: str, opts: Sequence[str] = (), datasets: Sequence[Sequence[str]] = ()
 ) -> DictConfig:
-    """The LazyConfig of a file and its KEY=VALUE overrides; see `load_cfg`."""
+    """The LazyConfig of a file and its KEY=VALUE overrides, with its datasets; see `load_cfg`.
+
+    `train.retina_focal.sources` is what ``DATASETS.SOURCES`` is in YAML.
+    """
     cfg = LazyConfig.load(config_path(config_file))
     wrong = [option for option in opts if "=" not in option]
     if wrong:
@@ -236,7 +242,8 @@ def load_lazy_cfg(
     except Exception as error:  # what hydra and omegaconf raise has no other base in common
         raise UserError(f"{' '.join(opts)}: {str(error).splitlines()[0]}") from error
     allow = OmegaConf.select(cfg, "train.retina_focal.data.allow_outside", default=False)
-    for name, data, folder in datasets:
+    sources = OmegaConf.select(cfg, "train.retina_focal.sources", default=[])
+    for name, data, folder in [*([*row, ""] for row in sources), *datasets]:
         if folder:
             register_coco_json(name, data, folder, allow_outside=allow)
         else:

@@ -42,7 +42,7 @@ Examples:
   your own data:   %(prog)s --config-file cfg.yaml --dataset mine train.json images/
                      DATASETS.TRAIN "('mine',)" MODEL.RETINANET.NUM_CLASSES 3
   VOC, YOLO, CSV:  %(prog)s --config-file cfg.yaml --dataset mine 'voc:FOLDER?split=train'
-                     DATASETS.TRAIN "('mine',)" MODEL.RETINANET.NUM_CLASSES 3
+                     DATASETS.TRAIN "('mine',)"
   LazyConfig:      %(prog)s --config-file cfg.py train.max_iter=1000
 """
 
