@@ -28,7 +28,7 @@ from retina_focal.data.fingerprint import (
 from retina_focal.errors import UserError
 
 MOST_EPOCHS = 150
-SEVERAL_SIZES_FROM = 25  # epochs; fewer learn more from one size
+SEVERAL_SIZES_FROM = 20  # epochs; fewer learn more from one size
 SIZES = (0.8, 0.9, 1.0, 1.1, 1.2)  # of the shorter side
 LEAST_STEPS = 50
 RATE_PER_PICTURE = 0.02 / 4  # configs/quick_start, SGD
@@ -56,7 +56,8 @@ def input_settings(
         sides = sorted({grained(shorter * x, SHORTEST) for x in SIZES})
         why = f"several sizes: the minutes give {epochs:.0f} epochs"
     scale = shorter / found.shorter
-    of = f"a tenth of the boxes are below {found.small:.0f} px, {found.small * scale:.0f} px so"
+    small = f"a tenth of the smallest class is below {found.small:.0f} px"
+    of = f"{small}, {found.small * scale:.0f} px so"
     if is_tiled(found):
         return _tile_settings(found, shorter)
     longer = grained(max(sides) * max(found.aspect, 1.34) * 1.1, SHORTEST)
@@ -76,7 +77,7 @@ def _tile_settings(found: Fingerprint, shorter: int) -> tuple[Settings, list[int
     tile = round(shorter / scale)
     side = round(found.shorter * scale)
     why = (
-        f"a tenth of the boxes are below {found.small:.0f} px in pictures of "
+        f"a tenth of the smallest class is below {found.small:.0f} px in pictures of "
         f"{found.shorter:.0f} px: too small when whole"
     )
     settings = {
@@ -87,7 +88,6 @@ def _tile_settings(found: Fingerprint, shorter: int) -> tuple[Settings, list[int
         "INPUT.MAX_SIZE_TRAIN": Setting(2 * shorter, "a tile at the edge may be narrow"),
         "INPUT.MIN_SIZE_TEST": Setting(side, "whole pictures, at the scale of the tiles"),
         "INPUT.MAX_SIZE_TEST": Setting(math.ceil(side * found.aspect), "the same"),
-        "MODEL.RETINA_FOCAL.TEST.TILE": Setting(tile, "predict cuts as the training did"),
     }
     return settings, [side], math.ceil(side * found.aspect)
 

@@ -11,7 +11,8 @@ from torch import from_numpy
 from retina_focal.data.coverage import BoxTable
 from retina_focal.errors import UserError
 
-SMALL = 0.1  # quantile of the boxes' sizes that the input size is made for
+SMALL = 0.1  # quantile of a class's sizes; the class where it is least decides the input size
+LEAST_BOXES = 10  # of a class that may decide
 SMALL_SIDE = 32  # px, square root of the area, that this quantile shall have; COCO's "small" ends
 LEAST_SIDE = 12  # px; smaller ones lie between the cells of the finest level
 GRAIN = 32  # px; shorter sides are multiples, as the network pads to
@@ -19,7 +20,7 @@ SHORTEST, LONGEST = 224, 1333  # px of a shorter side, of a longer side
 MAX_ENLARGEMENT = 1.5  # of a picture: beyond it there is nothing more to see
 TILE = 640  # px of the network's input where pictures are cut
 
-ENOUGH_EPOCHS, ENOUGH_STEPS = 15, 600  # what a training gets before its pictures become larger
+ENOUGH_EPOCHS, ENOUGH_STEPS = 14, 250  # what a training gets before its pictures become larger
 SPENT = 0.95  # of the minutes: machines are not even
 EVALUATIONS, SHARE_OF_EVALUATIONS = 3, 0.06  # before the last; of the time
 
@@ -36,9 +37,7 @@ class Fingerprint:
     num_val: int  # pictures to evaluate
     shorter: float  # px, median
     aspect: float  # longer side over shorter, 95% of the pictures have less
-    small: float  # px, square root of the area: the quantile `SMALL` of all boxes
-    median: float  # px, the same of the median box
-    largest: float  # px, the same of the quantile 1 - SMALL
+    small: float  # px, square root of the area: the class's quantile `SMALL` that is the least
     most_boxes: int  # of one picture
     overlap: float  # IoU that 1% of the boxes exceed with another one of their class
 
@@ -77,8 +76,9 @@ def fingerprint(table: BoxTable, classes: Sequence[str], num_val: int) -> Finger
     """
     low, high = table.boxes[:, :2], table.boxes[:, 2:]
     sides = np.sqrt((high - low).clip(min=0).prod(1))
-    sides = sides[sides > 0]
-    if not len(sides):
+    of_class = [sides[(table.classes == x) & (sides > 0)] for x in range(len(classes))]
+    of_class = [x for x in of_class if len(x) >= LEAST_BOXES] or [sides[sides > 0]]
+    if not len(of_class[0]):
         raise UserError("the training set has no box that has an area; expected at least one")
     num_pictures = len(table.sizes)
     pairs = np.unique(np.stack([table.classes, table.pictures]), axis=1)
@@ -92,7 +92,7 @@ def fingerprint(table: BoxTable, classes: Sequence[str], num_val: int) -> Finger
         num_val,
         float(np.median(table.sizes.min(1))),
         float(np.quantile(table.sizes.max(1) / table.sizes.min(1), 0.95)),
-        *(float(np.quantile(sides, x)) for x in (SMALL, 0.5, 1 - SMALL)),
+        min(float(np.quantile(x, SMALL)) for x in of_class),
         int(per_picture.max()),
         _overlap(table),
     )
@@ -134,12 +134,12 @@ def affordable_shorter(found: Fingerprint, pace: Pace, minutes: float) -> int:
     fits = [
         side
         for side in range(grained(least, SHORTEST), wanted + 1, GRAIN)
-        if steps_within(found, pace, minutes, side) >= enoughsteps_within(found, pace.batch)
+        if steps_within(found, pace, minutes, side) >= enough_steps(found, pace.batch)
     ]
     return max(fits, default=min(wanted, grained(least, SHORTEST)))
 
 
-def enoughsteps_within(found: Fingerprint, batch: int) -> int:
+def enough_steps(found: Fingerprint, batch: int) -> int:
     """Steps of `ENOUGH_EPOCHS`, and at least `ENOUGH_STEPS`."""
     return max(ENOUGH_STEPS, math.ceil(ENOUGH_EPOCHS * found.num_pictures / batch))
 
