@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from retina_focal.evaluation.charts import COLORS, FIGURES
@@ -99,19 +100,14 @@ def curves(path: Path) -> str | None:
         _draw_lines(parts[0], rows, LOSSES)
         parts[0].set(ylabel="loss", yscale="log")
         parts[0].yaxis.set_major_formatter("{x:g}")  # the usual one needs math
-        parts[0].yaxis.set_minor_formatter("{x:g}" if _is_narrow(parts[0]) else "")
+        parts[0].yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        parts[0].yaxis.set_minor_formatter("{x:g}")
         for axes in parts[1:]:
             _draw_lines(axes, rows, names, "o-")
             axes.set(ylabel="AP", ylim=(0, None))
         parts[-1].set(xlabel="iteration")
 
     return svg(draw, WIDTH, 5 if names else 3)
-
-
-def _is_narrow(axes: Axes) -> bool:
-    """Whether a logarithmic axis has few powers of ten, so that those between need numbers."""
-    low, high = axes.get_ylim()
-    return high < 20 * low
 
 
 def _row(line: str) -> dict | None:
