@@ -7,6 +7,7 @@ The first value named in a comment is the default and means "as stock detectron2
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from fvcore.common.registry import Registry
 from retina_focal.errors import UserError
 from retina_focal.files import check_regular
 from retina_focal.safe_yaml import read_yaml_with_bases
+
+# What yacs says of a value of another type.
+MISMATCH = re.compile(r"Type mismatch .* with values \((.*) vs\. (.*)\) for config key: (.*)")
 
 
 def add_retina_focal_config(cfg: CfgNode) -> None:
@@ -69,7 +73,9 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         key = str(error.args[0]).rpartition(": ")[2]
         raise UserError(f"{path}: {_no_such_key(cfg, key)}") from error
     except (AssertionError, TypeError, ValueError) as error:  # yacs asserts
-        raise UserError(f"{path}: {error}") from error
+        found = MISMATCH.fullmatch(str(error))
+        text = f"{found[3]} is {found[2]}; expected, for example, {found[1]}" if found else error
+        raise UserError(f"{path}: {text}") from error
     except (MemoryError, RecursionError) as error:  # yacs reads a text as Python writes a value
         raise UserError(f"{path}: a value is nested too deeply") from error
     if "RETINA_FOCAL" in cfg.MODEL:
@@ -88,10 +94,10 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
             f"the options {' '.join(map(str, options))} are no pairs; expected KEY VALUE KEY VALUE"
         )
     for key, value in zip(options[::2], options[1::2], strict=True):
+        if key not in flatten(cfg):
+            raise UserError(_no_such_key(cfg, key))
         try:
             cfg.merge_from_list([key, value])
-        except (AssertionError, KeyError) as error:
-            raise UserError(_no_such_key(cfg, key)) from error
         except (MemoryError, RecursionError, TypeError, ValueError) as error:
             wanted = flatten(cfg)[key]
             is_int = str(value).lstrip("+-").isdecimal()
@@ -251,17 +257,15 @@ def _default_node() -> CfgNode:
     node.TRAIN.BEST = ""
     # Evaluations without a better TRAIN.BEST after which the run ends; 0: it goes to the end.
     node.TRAIN.PATIENCE = 0
-    # Decay d of the average of the weights: W <- d_t W + (1 - d_t) w after each step t of the
-    # optimizer, d_t = min(d, (1 + t) / (10 + t)). It is what is evaluated, and `model` in a
-    # checkpoint; `raw_model` is what a resumed run goes on with. 0: none.
+    # Decay of the average of the weights, which is then evaluated, and `model` in a checkpoint; see
+    # `training.average`. 0: none.
     node.TRAIN.EMA = 0.0
     # Names of modules and parameters that stay as they are, such as ["backbone.bottom_up"]; their
     # batch norms keep their statistics.
     node.TRAIN.FREEZE = []
-    # Augmentations beyond INPUT. SCALE: objects are resized by a random factor from low to high,
-    # the picture cut or filled up to its size. COLOUR c: brightness, contrast and saturation each
-    # times 1 - c to 1 + c. GREY: probability of a picture without colours. MOSAIC: probability of
-    # four pictures in one, but not in the last share MOSAIC_OFF of the iterations.
+    # Augmentations beyond INPUT: SCALE of objects, from low to high; COLOUR c, brightness, contrast
+    # and saturation times 1 - c to 1 + c; the probabilities of GREY, a picture without colours, and
+    # of MOSAIC, four pictures in one, not in the last share MOSAIC_OFF of the iterations.
     node.TRAIN.AUGMENT = CfgNode()
     node.TRAIN.AUGMENT.SCALE = [1.0, 1.0]
     node.TRAIN.AUGMENT.COLOUR = 0.0
@@ -273,14 +277,11 @@ def _default_node() -> CfgNode:
     # Pictures that a training may skip, as they can't be used, before it stops: 0 stops at the
     # first. Each is counted once and named.
     node.DATA.MAX_BAD_IMAGES = 0
-    # True: pictures without a box are trained on, as background (as detectron2's
-    # DATALOADER.FILTER_EMPTY_ANNOTATIONS False).
+    # True: pictures without a box are trained on (DATALOADER.FILTER_EMPTY_ANNOTATIONS False).
     node.DATA.KEEP_EMPTY = False
-    # True: an anchor of which at least half lies in a crowd (iscrowd 1) is ignored, unless it is
-    # positive. False: it is background.
+    # True: background of which at least half of an anchor lies in a crowd (iscrowd 1) is ignored.
     node.DATA.IGNORE_REGIONS = False
-    # Names of the classes that count, numbered as they stand here; objects of others become
-    # background, in training and in evaluation. []: all.
+    # Names of the classes that count, numbered so; others become background. []: all.
     node.DATA.CLASSES = []
     # Pixels of the largest picture that is decoded; the file tells them beforehand.
     node.DATA.MAX_PIXELS = 50_000_000
@@ -295,6 +296,12 @@ def _default_node() -> CfgNode:
     # What computes the AP of boxes: "pycocotools", or "hotcoco", which gives the same numbers in a
     # fraction of the time and is an extra to install.
     node.TEST.EVALUATOR = "pycocotools"
+    # Whether NMS takes overlapping boxes of two classes for one object, of the higher score.
+    node.TEST.CLASS_AGNOSTIC_NMS = False
+    # Side in pixels of the tiles into which `predict` cuts pictures that are larger; 0: none.
+    node.TEST.TILE = 0
+    # Overlap of neighbouring tiles in parts of their side: larger than most objects.
+    node.TEST.TILE_OVERLAP = 0.2
 
     # Octave anchors of OctaveAnchorGenerator (Sec. 4, "Anchors"): one base size per level, in
     # pixels, each repeated at 2^(i / SCALES_PER_OCTAVE) for i < SCALES_PER_OCTAVE.

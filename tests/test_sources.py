@@ -456,3 +456,14 @@ def test_yolo_and_voc_are_what_supervision_reads(tmp_path):
             np.testing.assert_allclose(found.xyxy + shift, boxes, atol=pixels)
             classes = [other.classes[i] for i in found.class_id]
             assert classes == [CLASSES[x["category_id"] - 1] for x in record["annotations"]]
+
+
+def test_images_are_in_the_order_of_their_names_and_follow_what_a_picture_becomes(tmp_path):
+    uri = write_csv(tmp_path, SCENE[::-1])
+    assert [Path(x["file_name"]).name for x in records_of(uri)] == ["a.jpg", "b.jpg", "c.jpg"]
+    Image.new("RGB", (128, 96)).save(tmp_path / "images" / "a.jpg")
+    assert records_of(uri)[0]["width"] == 128
+    uri = write_yolo(tmp_path / "yolo")
+    assert records_of(uri)[0]["width"] == 64
+    Image.new("RGB", (128, 96)).save(tmp_path / "yolo/images/train/a.jpg")
+    assert records_of(uri)[0]["width"] == 128

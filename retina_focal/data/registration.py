@@ -251,4 +251,6 @@ def _load(name: str) -> list[dict]:
     for record in records:
         for annotation in record["annotations"]:
             annotation["category_id"] = classes[annotation["category_id"]]
+            # detectron2 resizes integers in place, and so cuts off up to a pixel of each corner.
+            annotation["bbox"] = [float(x) for x in annotation["bbox"]]
     return records

@@ -45,6 +45,7 @@ from retina_focal.training.run_files import open_log
 from retina_focal.training.values import LAZY_NAMES, plain_values
 
 Item = TypeVar("Item")
+LAZY_PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
     "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
@@ -215,6 +216,8 @@ def load_cfg(
             f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}', which torch does not know; expected cpu or "
             "cuda: add MODEL.DEVICE cpu"
         ) from error
+    if cfg.MODEL.DEVICE == "meta":
+        raise UserError("MODEL.DEVICE is 'meta', which holds no numbers; add MODEL.DEVICE cpu")
     cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     cfg.freeze()
     return cfg
@@ -245,7 +248,15 @@ def load_lazy_cfg(
 
     `train.retina_focal.sources` is what ``DATASETS.SOURCES`` is in YAML.
     """
-    cfg = LazyConfig.load(config_path(config_file))
+    path = config_path(config_file)
+    try:
+        cfg = LazyConfig.load(path)
+    except SyntaxError as error:  # detectron2's, which hides the line
+        cause = error.__cause__ or error
+        raise UserError(f"{path}: {cause}") from error
+    missing = [key for key in LAZY_PARTS if key not in cfg]
+    if missing:
+        raise UserError(f"{path} has no {', '.join(missing)}; expected {', '.join(LAZY_PARTS)}")
     wrong = [option for option in opts if "=" not in option]
     if wrong:
         raise UserError(

@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from detectron2.config import CfgNode
@@ -31,7 +32,7 @@ from retina_focal.training.processes import (
     die_with_parent,
     share_cores,
 )
-from retina_focal.training.signals import handled_signals
+from retina_focal.training.signals import ended_at_once, handled_signals
 from retina_focal.training.spawning import start
 
 EPILOG = """
@@ -60,10 +61,11 @@ def main(argv: list[str] | None = None) -> None:
         logging.disable(logging.WARNING)  # the first process of the training says it
     cfg = read_cfg(args)
     logging.disable(logging.NOTSET)
-    if starts_others:
-        start(run, args, timeout_of(cfg))
-    else:
-        run(args, world or World(), cfg)
+    with ended_at_once():
+        if starts_others:
+            start(run, args, timeout_of(cfg))
+        else:
+            run(args, world or World(), cfg)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -89,6 +91,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--num-machines is {args.num_machines}, so --dist-url must name the machine of rank 0:"
             " --dist-url tcp://ADDRESS:PORT"
         )
+    if args.dist_url != "auto" and not _is_tcp(args.dist_url):
+        parser.error(f"--dist-url is {args.dist_url}; expected tcp://ADDRESS:PORT")
     if 0 < torch.cuda.device_count() < (args.num_gpus or 1):
         parser.error(f"--num-gpus is {args.num_gpus}, but there are {torch.cuda.device_count()}")
     flags = [option for option in args.opts if option.startswith("--")]
@@ -99,6 +103,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     except UserError as error:
         parser.error(str(error))
     return args
+
+
+def _is_tcp(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "tcp" and bool(parts.hostname) and bool(parts.port)
+    except ValueError:  # a port beyond the last
+        return False
 
 
 @command

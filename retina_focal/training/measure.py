@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, instantiate
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -21,13 +21,14 @@ from retina_focal.data.classes import match_checkpoint
 from retina_focal.data.images import naming
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import COCO_LIMIT, build_evaluator, coco_evaluator
+from retina_focal.evaluation.tta import build_test_mapper
 from retina_focal.training.signals import StoppableLoader
 from retina_focal.weights.trained import expect_trained, missing_parameters
 
 
 def yaml_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
     """detectron2's, which names the picture that it can't use."""
-    mapper = naming(DatasetMapper(cfg, is_train=False), retina_focal_node(cfg).DATA.MAX_PIXELS)
+    mapper = naming(build_test_mapper(cfg), retina_focal_node(cfg).DATA.MAX_PIXELS)
     return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
 
