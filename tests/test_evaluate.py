@@ -109,6 +109,7 @@ def test_boxes_that_fit_less_are_worse_in_every_draw(files, tmp_path, capsys):
     row = report["metrics"]["AP"]
     # An IoU of 0.72 is enough at five of the ten thresholds.
     assert row["second"] == pytest.approx(100) and row["first"] == pytest.approx(50, abs=3)
+    assert row["difference"] == row["second"] - row["first"]
     assert row["better"] == 1 and 40 < row["interval"][0] <= row["interval"][1] < 60
     evaluate.main([*paths, "--data", files[1], "--compare", "--draws", "9"])
     assert "same for both" in capsys.readouterr().out
