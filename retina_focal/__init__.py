@@ -30,7 +30,10 @@ from retina_focal.backbone import (
 )
 from retina_focal.config import add_retina_focal_config, get_cfg
 from retina_focal.criterion import Criterion
-from retina_focal.data.registration import register_coco_json, register_datasets
+from retina_focal.data.registration import (
+    register_coco_json,
+    register_datasets,
+)
 from retina_focal.head import DENSE_HEAD_REGISTRY, FocalRetinaNetHead
 from retina_focal.later_losses import (
     AsymmetricLoss,

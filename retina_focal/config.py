@@ -7,6 +7,7 @@ The first value named in a comment is the default and means "as stock detectron2
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,10 +20,15 @@ from retina_focal.errors import UserError
 from retina_focal.files import check_regular
 from retina_focal.safe_yaml import read_yaml_with_bases
 
+# What yacs says of a value of another type.
+MISMATCH = re.compile(r"Type mismatch .* with values \((.*) vs\. (.*)\) for config key: (.*)")
+
 
 def add_retina_focal_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.RETINA_FOCAL`` and ``DATASETS.COCO_JSON`` with their defaults to a config."""
+    """Add ``MODEL.RETINA_FOCAL``, ``DATASETS.COCO_JSON`` and ``.SOURCES`` with their defaults."""
     cfg.MODEL.RETINA_FOCAL = _default_node()
+    # Datasets by URI to register: rows of [name, uri], such as [mine, "voc:FOLDER?split=train"].
+    cfg.DATASETS.SOURCES = []
     # Datasets in COCO format to register: rows of [name, annotation json, image folder].
     cfg.DATASETS.COCO_JSON = []
 
@@ -67,7 +73,9 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         key = str(error.args[0]).rpartition(": ")[2]
         raise UserError(f"{path}: {_no_such_key(cfg, key)}") from error
     except (AssertionError, TypeError, ValueError) as error:  # yacs asserts
-        raise UserError(f"{path}: {error}") from error
+        found = MISMATCH.fullmatch(str(error))
+        text = f"{found[3]} is {found[2]}; expected, for example, {found[1]}" if found else error
+        raise UserError(f"{path}: {text}") from error
     except (MemoryError, RecursionError) as error:  # yacs reads a text as Python writes a value
         raise UserError(f"{path}: a value is nested too deeply") from error
     if "RETINA_FOCAL" in cfg.MODEL:
@@ -86,10 +94,10 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
             f"the options {' '.join(map(str, options))} are no pairs; expected KEY VALUE KEY VALUE"
         )
     for key, value in zip(options[::2], options[1::2], strict=True):
+        if key not in flatten(cfg):
+            raise UserError(_no_such_key(cfg, key))
         try:
             cfg.merge_from_list([key, value])
-        except (AssertionError, KeyError) as error:
-            raise UserError(_no_such_key(cfg, key)) from error
         except (MemoryError, RecursionError, TypeError, ValueError) as error:
             wanted = flatten(cfg)[key]
             is_int = str(value).lstrip("+-").isdecimal()
@@ -284,6 +292,15 @@ def _default_node() -> CfgNode:
     node.DATA.VAL = ""
     # How detections are made and measured, beyond MODEL.RETINANET.*_TEST.
     node.TEST = CfgNode()
+    # What computes the AP of boxes: "pycocotools", or "hotcoco", which gives the same numbers in a
+    # fraction of the time and is an extra to install.
+    node.TEST.EVALUATOR = "pycocotools"
+    # Whether NMS takes overlapping boxes of two classes for one object, of the higher score.
+    node.TEST.CLASS_AGNOSTIC_NMS = False
+    # Side in pixels of the tiles into which `predict` cuts pictures that are larger; 0: none.
+    node.TEST.TILE = 0
+    # Overlap of neighbouring tiles in parts of their side: larger than most objects.
+    node.TEST.TILE_OVERLAP = 0.2
 
     # Octave anchors of OctaveAnchorGenerator (Sec. 4, "Anchors"): one base size per level, in
     # pixels, each repeated at 2^(i / SCALES_PER_OCTAVE) for i < SCALES_PER_OCTAVE.

@@ -130,6 +130,10 @@ def check_types(cfg: CfgNode) -> None:
     defaults = flatten(get_cfg())
     for key, value in flatten(cfg).items():
         default = defaults.get(key)
+        if key == "OUTPUT_DIR" and not value:
+            raise _unexpected(key, value, "the path of a folder")
+        if any(isinstance(x, str) and "\0" in x for x in _leaves(value)):
+            raise _unexpected(key, value, "a text without the character 0")
         if value is None and default is not None:
             raise _unexpected(key, value, f"a {type(default).__name__}, such as {default!r}")
         if isinstance(default, list):

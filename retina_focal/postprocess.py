@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from retina_focal.box_tower import PendingDeltas, deltas_at
+from retina_focal.config import retina_focal_node
 from retina_focal.places import Places, places_of_elements
 from retina_focal.transfer import to_device
 
@@ -20,7 +21,7 @@ MARGIN = 0.1
 
 
 class Postprocessor:
-    """Score threshold, top candidates of each level, decoding, NMS of each class.
+    """Score threshold, top candidates of each level, decoding, NMS of each class or of all.
 
     Logits are compared with about the threshold's; only what passes gets a sigmoid, the exact
     comparison and a box.
@@ -36,6 +37,7 @@ class Postprocessor:
         topk_candidates: int = 1000,
         nms_thresh: float = 0.5,
         max_detections_per_image: int = 100,
+        class_agnostic_nms: bool = False,
     ):
         """
         Args:
@@ -45,6 +47,7 @@ class Postprocessor:
             topk_candidates: (anchor, class) pairs kept per level.
             nms_thresh: boxes of one class with a higher IoU are the same object.
             max_detections_per_image: kept after NMS.
+            class_agnostic_nms: whether boxes of two classes can be the same object.
         """
         self.num_classes = num_classes
         self.box2box_transform = box2box_transform
@@ -52,6 +55,7 @@ class Postprocessor:
         self.topk_candidates = topk_candidates
         self.nms_thresh = nms_thresh
         self.max_detections_per_image = max_detections_per_image
+        self.class_agnostic_nms = class_agnostic_nms
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -63,6 +67,7 @@ class Postprocessor:
             "topk_candidates": node.TOPK_CANDIDATES_TEST,
             "nms_thresh": node.NMS_THRESH_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "class_agnostic_nms": retina_focal_node(cfg).TEST.CLASS_AGNOSTIC_NMS,
         }
 
     @torch.no_grad()
@@ -197,11 +202,11 @@ class Postprocessor:
         return [Places(*level[:4]) for level in fields], number, scores, classes
 
     def _suppress_each(self, found: "Detections", num_images: int) -> list["Detections"]:
-        """What non-maximum suppression per class leaves of each image, by falling score."""
+        """What non-maximum suppression leaves of each image, by falling score."""
         kept = []
         for i in range(num_images):
             own = found.at((found.image == i).nonzero().squeeze(1))
-            rows = batched_nms(own.boxes, own.scores, own.classes, self.nms_thresh)
+            rows = suppress(*own[1:], self.nms_thresh, self.class_agnostic_nms)
             kept.append(own.at(rows[: self.max_detections_per_image]))
         return kept
 
@@ -214,7 +219,8 @@ class Postprocessor:
         # moves them without rounding that matters.
         boxes = found.boxes.double()
         extent = boxes.amax() - boxes.amin() + 1 if len(boxes) else 1
-        group = found.image * self.num_classes + found.classes
+        classes = 0 if self.class_agnostic_nms else found.classes
+        group = found.image * self.num_classes + classes
         rows = nms(boxes + (group * extent)[:, None], found.scores.double(), self.nms_thresh)
         found = found.at(rows[found.image[rows].argsort(stable=True)])
 
@@ -249,6 +255,21 @@ class Resizing(NamedTuple):
 
     scale: Tensor  # (N, 4) factors of XYXY
     size: Tensor  # (N, 4) width, height, width, height to clip to, pixels
+
+
+def suppress(
+    boxes: Tensor, scores: Tensor, classes: Tensor, nms_thresh: float, class_agnostic: bool
+) -> Tensor:
+    """Rows of M boxes that non-maximum suppression leaves, by falling score.
+
+    Args:
+        boxes, scores, classes: (M, 4), (M,), (M,).
+        nms_thresh: boxes with a higher IoU are the same object.
+        class_agnostic: whether boxes of two classes can be.
+    """
+    if class_agnostic:
+        return nms(boxes, scores, nms_thresh)
+    return batched_nms(boxes, scores, classes, nms_thresh)
 
 
 def _resizing(

@@ -14,6 +14,7 @@ from retina_focal.tools.common import (
     ignore_deprecations,
     listed,
     load_cfg,
+    load_lazy_cfg,
     number,
     tool_parser,
 )
@@ -106,6 +107,13 @@ def test_a_file_in_place_of_the_output_folder_is_refused_before_any_work(tmp_pat
     [
         (["MODEL.META_ARCHITECTURE", "Focal"], "expected one of FocalRetinaNet, GeneralizedRCNN"),
         (["MODEL.BACKBONE.NAME", "resnet"], r"MODEL\.BACKBONE\.NAME is 'resnet'"),
+        (["MODEL.RETINANET", "3"], "no key 'MODEL.RETINANET'"),
+        (["SOLVER", "{}"], "no key 'SOLVER'"),
+        (["MODEL.RETINANET.NUM_CLASSES.X", "3"], r"near it: MODEL\.RETINANET\.NUM_CLASSES"),
+        (["SOLVER.__class__", "3"], "no key 'SOLVER.__class__'"),
+        (["OUTPUT_DIR", ""], "OUTPUT_DIR is ''; expected the path of a folder"),
+        (["OUTPUT_DIR", "a\0b"], "OUTPUT_DIR is .*; expected a text without"),
+        (["MODEL.DEVICE", "meta"], "MODEL.DEVICE is 'meta'"),
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu'.* expected cpu or cuda"),
         (["MODEL.DEVICE", "cpu", "--output", "x"], "--output comes after the options MODEL.DEVICE"),
     ],
@@ -113,6 +121,19 @@ def test_a_file_in_place_of_the_output_folder_is_refused_before_any_work(tmp_pat
 def test_options_that_cannot_be_are_refused_with_what_to_type(opts, message):
     with pytest.raises(UserError, match=message):
         load_cfg(CONFIG, opts)
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        ("def f(:", r"mine\.py: .*invalid syntax.*line 1"),
+        ("model = {}", r"mine\.py has no dataloader, .*train; expected model, dataloader"),
+    ],
+)
+def test_a_lazy_config_that_is_none_is_named(code, message, tmp_path):
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(UserError, match=message):
+        load_lazy_cfg(str(tmp_path / "mine.py"))
 
 
 def test_a_dataset_that_the_config_does_not_use_is_refused():

@@ -194,6 +194,10 @@ TREES = ["--config-file", "quick_start/trees.yaml"]
             [*TREES, "--num-machines", "2", "--machine-rank", "2"],
             "--machine-rank is 2 with --num-machines 2; expected 0 to 1",
         ),
+        *(
+            ([*TREES, "--num-machines", "2", "--dist-url", url], f"--dist-url is {url}; expected")
+            for url in ("nonsense", "tcp://localhost", "tcp://x:99999", "file:///tmp/x")
+        ),
         (
             [*TREES, "--num-machines", "0"],
             "expected at least one machine",

@@ -83,6 +83,7 @@ class TrainLoader:
         self.seed, self.num_images = seed, len(dataset)
         if isinstance(dataset, list):
             dataset = DatasetFromList(dataset, copy=False)
+        self.dataset = dataset  # the records, before the mapper
         self._samples = _Samples(dataset, naming(mapper, max_pixels), seed, mosaic)
         # detectron2's samplers are a process's part of this order.
         self._batches = BatchSampler(sampler._infinite_indices, total_batch_size, groups)

@@ -28,10 +28,13 @@ from retina_focal.data.classes import class_names, match_classes
 from retina_focal.data.registration import (
     check_datasets,
     check_num_classes,
+    register,
     register_coco_json,
     report_datasets,
+    set_num_classes,
     use_datasets,
 )
+from retina_focal.data.uri import has_scheme
 from retina_focal.errors import UserError
 from retina_focal.limits import check_ranges, check_values
 from retina_focal.training.checkpoints import expect_classes_of_run
@@ -42,6 +45,7 @@ from retina_focal.training.run_files import open_log
 from retina_focal.training.values import LAZY_NAMES, plain_values
 
 Item = TypeVar("Item")
+LAZY_PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
     "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
@@ -85,7 +89,7 @@ def tool_parser(
         UserError: torchrun or srun started several of it.
     """
     expect_one_process(f"retina-focal {name}")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"retina-focal {name}",
         description=doc.splitlines()[0],
         epilog=epilog,
@@ -108,6 +112,20 @@ def expect_one_process(name: str) -> None:
         )
 
 
+class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(with_whole_rows(args), namespace)
+
+
+def with_whole_rows(argv: Sequence[str] | None) -> list[str]:
+    """A command line whose `--dataset NAME URI` has the third value that argparse counts on."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for i in reversed(range(len(argv) - 2)):
+        if argv[i] == "--dataset" and has_scheme(argv[i + 2]):
+            argv.insert(i + 3, "")
+    return argv
+
+
 def _folder(text: str) -> Path:
     """The type of an argument that is a folder to write to, looked at before minutes of work."""
     path = Path(text)
@@ -118,21 +136,22 @@ def _folder(text: str) -> Path:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """`--config-file FILE`, `--dataset NAME JSON IMAGES` and the KEY VALUE pairs at the end."""
+    """`--config-file FILE`, `--dataset` and the KEY VALUE pairs at the end."""
     parser.add_argument("--config-file", required=required, metavar="FILE", help="as of train")
     add_dataset_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
-    """`--dataset NAME JSON IMAGES`, a list of rows."""
+    """`--dataset NAME JSON IMAGES`, or `NAME URI` (see `with_whole_rows`), a list of rows."""
     parser.add_argument(
         "--dataset",
         nargs=3,
         action="append",
         default=[],
         metavar=("NAME", "JSON", "IMAGES"),
-        help="register a dataset in COCO format; may be repeated",
+        help="register a dataset in COCO format, or any by NAME URI, as in: mine "
+        "'voc:FOLDER?split=train' (docs/DATA.md); may be repeated",
     )
 
 
@@ -165,7 +184,7 @@ def load_cfg(
     Args:
         config_file: a path, or a name inside the package.
         opts: KEY VALUE pairs.
-        datasets: rows of [name, annotation json, image folder].
+        datasets: rows of [name, annotation json, image folder], or [name, uri, ""].
     Raises:
         UserError: no such file, an unknown key, device or registered name, a value that can't be
             (`limits.check_values`), a dataset that the config does not use, or files of proposals.
@@ -174,6 +193,7 @@ def load_cfg(
     if flags:
         raise UserError(f"{flags[0]} comes after the options {opts[0]} ...; put it before them")
     cfg = get_cfg()
+    cfg.MODEL.RETINANET.NUM_CLASSES = 0  # where nothing sets it, a dataset does
     merge_file(cfg, config_path(config_file))
     merge_options(cfg, opts)
     refuse_proposal_files(cfg)
@@ -184,7 +204,9 @@ def load_cfg(
             f"--dataset {unnamed[0]} is used by neither DATASETS.TRAIN {cfg.DATASETS.TRAIN} nor "
             f"DATASETS.TEST {cfg.DATASETS.TEST}; add: DATASETS.TRAIN \"('{unnamed[0]}',)\""
         )
-    cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *map(list, datasets)]
+    cfg.DATASETS.SOURCES = [*cfg.DATASETS.SOURCES, *([x, y] for x, y, z in datasets if not z)]
+    cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *(list(x) for x in datasets if x[2])]
+    set_num_classes(cfg)
     for key, registry in REGISTRIES.items():
         check_choice(key, flatten(cfg)[key], sorted(name for name, _ in registry))
     try:
@@ -194,6 +216,8 @@ def load_cfg(
             f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}', which torch does not know; expected cpu or "
             "cuda: add MODEL.DEVICE cpu"
         ) from error
+    if cfg.MODEL.DEVICE == "meta":
+        raise UserError("MODEL.DEVICE is 'meta', which holds no numbers; add MODEL.DEVICE cpu")
     cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     cfg.freeze()
     return cfg
@@ -220,8 +244,19 @@ def expect_focal_retinanet(cfg: CfgNode, reason: str) -> None:
 def load_lazy_cfg(
     config_file: str, opts: Sequence[str] = (), datasets: Sequence[Sequence[str]] = ()
 ) -> DictConfig:
-    """The LazyConfig of a file and its KEY=VALUE overrides; see `load_cfg`."""
-    cfg = LazyConfig.load(config_path(config_file))
+    """The LazyConfig of a file and its KEY=VALUE overrides, with its datasets; see `load_cfg`.
+
+    `train.retina_focal.sources` is what ``DATASETS.SOURCES`` is in YAML.
+    """
+    path = config_path(config_file)
+    try:
+        cfg = LazyConfig.load(path)
+    except SyntaxError as error:  # detectron2's, which hides the line
+        cause = error.__cause__ or error
+        raise UserError(f"{path}: {cause}") from error
+    missing = [key for key in LAZY_PARTS if key not in cfg]
+    if missing:
+        raise UserError(f"{path} has no {', '.join(missing)}; expected {', '.join(LAZY_PARTS)}")
     wrong = [option for option in opts if "=" not in option]
     if wrong:
         raise UserError(
@@ -234,8 +269,12 @@ def load_lazy_cfg(
         raise UserError(f"{' '.join(opts)}: {str(error).splitlines()[0]}") from error
     allow = OmegaConf.select(cfg, "train.retina_focal.data.allow_outside", default=False)
     check_ranges(plain_values(cfg), LAZY_NAMES)
-    for row in datasets:
-        register_coco_json(*row, allow_outside=allow)
+    sources = OmegaConf.select(cfg, "train.retina_focal.sources", default=[])
+    for name, data, folder in [*([*row, ""] for row in sources), *datasets]:
+        if folder:
+            register_coco_json(name, data, folder, allow_outside=allow)
+        else:
+            register(name, data, allow_outside=allow)
     cfg.train.device = available_device(cfg.train.device)
     return cfg
 

@@ -30,7 +30,7 @@ def plain_values(cfg: CfgNode | DictConfig) -> CfgNode:
     train = OmegaConf.to_container(cfg.train, resolve=True)
     defaults = get_cfg().MODEL.RETINA_FOCAL
     ours = CfgNode({key: defaults[key] for key in TRAINING_KEYS})
-    found = flatten(train.get("retina_focal", {}))
+    found = flatten({k: v for k, v in train.get("retina_focal", {}).items() if k != "sources"})
     try:
         merge_options(ours, [x for key, value in found.items() for x in (key.upper(), value)])
     except UserError as error:

@@ -98,6 +98,13 @@ def check_weights_file(path: str, remedy: str = OTHER_FILE) -> None:
         check_regular(file)
 
 
+def local_weights(path: str) -> Path:
+    """The file that ``MODEL.WEIGHTS`` names; a URL is fetched. See `check_weights_file`."""
+    check_weights_file(path)
+    file = path.partition("?")[0]
+    return Path(fetch(file, OTHER_FILE) if "://" in file else file)
+
+
 def load_model(cfg: CfgNode) -> nn.Module:
     """The config's model with the trained weights that ``MODEL.WEIGHTS`` names.
 
