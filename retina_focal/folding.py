@@ -5,23 +5,18 @@ instead of three times. Where w is trained, the product w s is a part of the gra
 buffers and their names stay those of the modules that are replaced.
 """
 
-import logging
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
 
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from retina_focal.precision import product_dtype
 
 # As DDP's buckets: it exchanges the gradients of one while backward computes the next.
 GROUP_BYTES = 25 << 20
-
-logger = logging.getLogger(__name__)
 
 
 class FoldedWeight:
@@ -43,12 +38,16 @@ class FoldedWeight:
         self.norm = norm
         self.keeps_dtype = keeps_dtype
         self.folded_before: tuple[Tensor, Tensor] | None = None  # by `FoldedWeights`
+        self.of_step: tuple[Tensor, Tensor] | None = None  # what was, until its backward pass
         self._norm = Remembered()
         self._whole = Remembered()
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         if self.folded_before is not None:
+            self.of_step = self.folded_before if torch.is_grad_enabled() else None
             return self.folded_before
+        if self.of_step is not None and torch._C._current_graph_task_id() >= 0:
+            return self.of_step  # activation checkpointing computes once more what there was
         weight, bias = self.conv.weight, self.conv.bias
         if torch.compiler.is_compiling():
             return self.fold(*self.scale_and_shift())
@@ -111,8 +110,7 @@ class FoldedWeights:
     """
 
     def __init__(self, network: nn.Module):
-        convolutions = (FoldedConv2d, FoldedTimmConv2d)
-        self._all = [x.folded for x in network.modules() if isinstance(x, convolutions)]
+        self._all = folded_inside(network)
 
     @contextmanager
     def folded(self) -> Iterator[None]:
@@ -126,13 +124,19 @@ class FoldedWeights:
                 dtypes = [x.dtype() for x in group]
                 norms = [x.remembered_norm(y) for x, y in zip(group, dtypes, strict=True)]
                 scales = [scale for scale, _ in norms]
-                weights = _Products.apply(dtypes, scales, *(x.conv.weight for x in group))
+                weights = _Products.apply(group, dtypes, scales, *(x.conv.weight for x in group))
                 for own, weight, (_, shift) in zip(group, weights, norms, strict=True):
                     own.folded_before = weight, shift
             yield
         finally:
             for own in trained:
                 own.folded_before = None
+
+
+def folded_inside(network: nn.Module) -> list[FoldedWeight]:
+    """Of all convolutions that hold one, in their order."""
+    found = (getattr(x, "folded", None) for x in network.modules())
+    return [x for x in found if isinstance(x, FoldedWeight)]
 
 
 def _groups(folded: list[FoldedWeight]) -> Iterator[list[FoldedWeight]]:
@@ -152,8 +156,8 @@ class _Products(torch.autograd.Function):
     """Weights times scales, each rounded once to a dtype; gradients in that of the weight."""
 
     @staticmethod
-    def forward(ctx, dtypes, scales, *weights):
-        ctx.scales = scales
+    def forward(ctx, group, dtypes, scales, *weights):
+        ctx.group, ctx.scales = group, scales
         ctx.set_materialize_grads(False)
         return tuple(
             torch.mul(weight, scale, out=torch.empty_like(weight, dtype=dtype))
@@ -162,8 +166,10 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        for own in ctx.group:
+            own.of_step = None
         pairs = zip(grads, ctx.scales, strict=True)
-        return None, None, *(None if grad is None else grad * scale for grad, scale in pairs)
+        return None, None, None, *(None if grad is None else grad * scale for grad, scale in pairs)
 
 
 class Remembered:
@@ -204,7 +210,7 @@ class FoldedConv2d(Conv2d):
     """detectron2's `Conv2d`, which holds its norm."""
 
     def __init__(self, conv: Conv2d):
-        super().__init__(**_arguments(conv), norm=conv.norm, activation=conv.activation)
+        super().__init__(**arguments_of(conv), norm=conv.norm, activation=conv.activation)
         self.weight, self.bias = conv.weight, conv.bias
         self.folded = FoldedWeight(self, conv.norm)
         self.train(conv.training)
@@ -219,69 +225,6 @@ class FoldedConv2d(Conv2d):
         return x if self.activation is None else self.activation(x)
 
 
-class FoldedTimmConv2d(nn.Conv2d):
-    """A convolution of timm, whose norm is a module beside it."""
-
-    def __init__(self, conv: nn.Conv2d, norm: "FoldedTimmNorm"):
-        from timm.layers import Conv2dSame
-        from timm.layers.conv2d_same import conv2d_same
-
-        super().__init__(**_arguments(conv))
-        self.weight, self.bias = conv.weight, conv.bias
-        self._conv2d = conv2d_same if isinstance(conv, Conv2dSame) else F.conv2d
-        self._is_depthwise = is_depthwise(conv)
-        self.folded = FoldedWeight(self, norm, keeps_dtype=self._is_depthwise)
-        self.train(conv.training)
-
-    def train(self, mode: bool = True) -> "FoldedTimmConv2d":
-        self.folded.forget()
-        return super().train(mode)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.folded()
-        needs_grad = x.requires_grad or weight.requires_grad
-        if not (self._is_depthwise and needs_grad and x.device.type == "cpu"):
-            return self._conv(x, weight, bias)
-        # Its gradients take up to thirty times as long in bf16 as in the weights' fp32.
-        with torch.autocast("cpu", enabled=False):
-            return self._conv(x.to(weight.dtype), weight, bias).to(x.dtype)
-
-    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return self._conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-class FoldedTimmNorm(nn.Module):
-    """The buffers of timm's frozen norm, and what it does after the norm."""
-
-    def __init__(self, norm: nn.Module):
-        super().__init__()
-        self.eps = norm.eps
-        for name, buffer in norm.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
-        # A plain frozen norm of timm has neither.
-        self.drop = getattr(norm, "drop", nn.Identity())
-        self.act = getattr(norm, "act", nn.Identity())
-        # In place, torch copies what the gradient needs first; a ReLU's needs the result alone.
-        self.act_with_gradient = self.act
-        if getattr(self.act, "inplace", False) and not isinstance(self.act, nn.ReLU):
-            self.act_with_gradient = copy(self.act)
-            self.act_with_gradient.inplace = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.drop(x)
-        return self.act_with_gradient(x) if x.requires_grad else self.act(x)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        # Weights of a norm that was trained count its batches.
-        state_dict.pop(f"{prefix}num_batches_tracked", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def is_depthwise(conv: nn.Conv2d) -> bool:
-    """Whether each of several channels is convolved on its own."""
-    return conv.groups == conv.in_channels > 1
-
-
 def fold_frozen_norms(module: nn.Module) -> None:
     """Replace, in place, every detectron2 `Conv2d` inside that has a `FrozenBatchNorm2d`."""
     for parent in list(module.modules()):
@@ -290,45 +233,7 @@ def fold_frozen_norms(module: nn.Module) -> None:
                 setattr(parent, name, FoldedConv2d(child))
 
 
-def fold_timm_norms(model: nn.Module) -> None:
-    """Replace, in place, the convolutions of a timm model that only a frozen norm follows."""
-    for conv_name, norm_name in _timm_pairs(model):
-        norm = FoldedTimmNorm(model.get_submodule(norm_name))
-        conv = FoldedTimmConv2d(model.get_submodule(conv_name), norm)
-        for name, folded in ((conv_name, conv), (norm_name, norm)):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, folded)
-
-
-def _timm_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of convolutions and of the frozen norms that are all that uses their outputs."""
-    from timm.layers import Conv2dSame, FrozenBatchNormAct2d
-    from timm.layers.norm_act import FrozenBatchNorm2d
-
-    leaves = (nn.Conv2d, FrozenBatchNormAct2d, FrozenBatchNorm2d)
-
-    class Tracer(fx.Tracer):
-        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-            return isinstance(module, leaves) or super().is_leaf_module(module, name)
-
-    try:
-        nodes = Tracer().trace(model).nodes
-    except Exception as error:  # whatever a model's own code raises on a stand-in for a tensor
-        logger.info("frozen norms of %s are not folded: %s", type(model).__name__, error)
-        return []
-    calls = {node: model.get_submodule(node.target) for node in nodes if node.op == "call_module"}
-    times = Counter(node.target for node in calls)
-    return [
-        (node.args[0].target, node.target)
-        for node, norm in calls.items()
-        if isinstance(norm, leaves[1:])
-        and type(calls.get(node.args[0])) in (nn.Conv2d, Conv2dSame)
-        and calls[node.args[0]].padding_mode == "zeros"
-        and len(node.args[0].users) == times[node.args[0].target] == times[node.target] == 1
-    ]
-
-
-def _arguments(conv: nn.Conv2d) -> dict:
+def arguments_of(conv: nn.Conv2d) -> dict:
     """What makes a convolution of the same shape, without memory for its weights."""
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
     arguments = {name: getattr(conv, name) for name in (*names, "groups")}

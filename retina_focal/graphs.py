@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from retina_focal.errors import UserError
-from retina_focal.folding import FoldedConv2d, FoldedTimmConv2d, FoldedWeights
+from retina_focal.folding import FoldedWeights, folded_inside
 from retina_focal.network import run_network
 
 KEY = "MODEL.RETINA_FOCAL.CUDA_GRAPHS"
@@ -136,12 +136,7 @@ def _state(network: Network) -> list[tuple]:
 
 def _capture(network: Network, images: Tensor) -> Callable:
     network(images)  # what is remembered of frozen weights must not lie in a graph's memory
-    remembered = [
-        tensor
-        for module in network.modules()
-        if isinstance(module, FoldedConv2d | FoldedTimmConv2d)
-        for tensor in module.folded.remembered()
-    ]
+    remembered = [own.remembered() for own in folded_inside(network)]
     with torch.autocast(images.device.type, enabled=False, cache_enabled=False):
         graphed = torch.cuda.make_graphed_callables(
             network, (images.clone(),), allow_unused_input=True

@@ -12,15 +12,15 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from test_head import outputs_of
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from retina_focal import folding
 from retina_focal.folding import (
     FoldedConv2d,
-    FoldedTimmConv2d,
     FoldedWeights,
     fold_frozen_norms,
-    fold_timm_norms,
 )
+from retina_focal.folding_timm import FoldedTimmConv2d, fold_timm_norms
 
 
 def conv(bias=False, seed=0, **kwargs):
@@ -442,6 +442,20 @@ def test_what_was_folded_before_does_not_outlive_its_network():
     assert all(layer.folded.folded_before is None for layer in net)
     with torch.no_grad(), weights.folded():
         assert net[0].folded.folded_before is None
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_recomputes_what_was_folded_together(use_reentrant):
+    gradients = []
+    for is_checkpointed in (False, True):
+        net, x = network(), image().requires_grad_()
+        with FoldedWeights(net).folded():
+            y = checkpoint(net, x, use_reentrant=use_reentrant) if is_checkpointed else net(x)
+        y.square().sum().backward()
+        gradients.append([p.grad for p in net.parameters()])
+        assert all(layer.folded.of_step is None for layer in net)
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
 
 
 def test_weights_are_rounded_once_for_an_autocast_and_kept():

@@ -1,5 +1,7 @@
 """`retina-focal check`: every file and record is looked at, and what is found adds up."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -11,7 +13,7 @@ from test_sources import CLASSES, cache, scene_of, write_coco, write_voc  # noqa
 
 from retina_focal.data.duplicates import near_pairs
 from retina_focal.data.inspection import DONE, PICTURES, SPLITS, compare, inspect
-from retina_focal.tools.check import as_json, main
+from retina_focal.tools.check.command import as_json, main
 
 BCCD = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "bccd")
 
@@ -193,3 +195,23 @@ def test_bccd_has_two_boxes_without_area_that_are_named(capsys):
 def test_the_kinds_of_pictures_and_splits_have_names_of_their_own():
     assert all(x.startswith("picture-") for x in PICTURES)
     assert all(x.startswith("split-") for x in SPLITS)
+
+
+def test_the_page_shows_the_pictures_of_findings_and_needs_nothing_beside_it(tmp_path):
+    uri = dataset(tmp_path)
+    path = tmp_path / "train.json"
+    content = json.loads(path.read_text())
+    content["annotations"][4]["bbox"] = [5, 5, 0, 9]
+    content["images"][3]["file_name"] = "<script>alert(1)</script>.jpg"
+    path.write_text(json.dumps(content))
+    smooth(9, (60, 48)).save(tmp_path / "images" / "2.jpg")
+    with pytest.raises(SystemExit):
+        main([uri, "--page", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert "&lt;script&gt;" in page and "<script" not in page
+    assert not re.search(r"(src|href)=\"(?!data:)|https?://|@import|url\(", page)
+    found = [base64.b64decode(x) for x in re.findall(r"base64,([^\"]+)", page)]
+    sizes = [Image.open(io.BytesIO(x)).size for x in found]  # of the other size, and of the box
+    assert len(sizes) == 2 and all(max(size) <= 160 for size in sizes)
+    red = np.asarray(Image.open(io.BytesIO(found[1])), int)
+    assert ((red[..., 0] > 200) & (red[..., 1] < 80)).any()

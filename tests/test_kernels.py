@@ -32,11 +32,13 @@ from retina_focal.kernels.focal_loss import (  # noqa: E402
     BackgroundTerm,
     _gradient_kernel,
     _sum_kernel,
+    asymmetric,
     background_gradient,
     background_sums,
     focal,
     focal_star,
     logistic,
+    poly1,
 )
 
 KERNELS = [_sum_kernel, _gradient_kernel]
@@ -55,6 +57,8 @@ def hinge_background(x, margin, _):
 TERMS: dict[str, Callable[..., BackgroundTerm]] = {
     "focal": focal,
     "focal_star": focal_star,
+    "poly1": poly1,
+    "asymmetric": asymmetric,
     "hinge": lambda margin: BackgroundTerm(hinge_background, (margin, 0.0)),
 }
 
@@ -66,8 +70,15 @@ def definition(name: str, x: Tensor, *parameters: float) -> Tensor:
         return -F.logsigmoid(beta - gamma * x) / gamma
     if name == "hinge":
         return (parameters[0] - x.neg().sigmoid()).relu()
+    if name == "asymmetric":
+        gamma, margin = parameters
+        p_m = (x.sigmoid() - margin).clamp(min=0)
+        return -(p_m**gamma) * (1 - p_m).log()
     alpha, gamma = parameters
     balance = 1 - alpha if alpha >= 0 else 1
+    if name == "poly1":
+        epsilon, gamma = gamma, 2
+        return definition("focal", x, alpha, gamma) + balance * epsilon * x.sigmoid() ** 3
     return -balance * (gamma * F.logsigmoid(x)).exp() * F.logsigmoid(-x)
 
 
@@ -139,6 +150,10 @@ def test_focal_loss_equals_its_definition(interpreted, logits, num_images, lengt
         ("focal_star", (2, 1)),
         ("focal_star", (4, 0)),
         ("focal_star", (0.5, -3)),
+        ("poly1", (0.25, 1.0)),
+        ("poly1", (-1, -0.5)),
+        ("asymmetric", (4, 0.05)),
+        ("asymmetric", (0, 0.3)),
         ("hinge", (0.5,)),
     ],
 )

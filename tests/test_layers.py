@@ -1,6 +1,7 @@
 """Imports point down, and importing the package registers names and does nothing else."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import retina_focal
 PACKAGE = Path(retina_focal.__file__).parent
 # From the ground up: a module imports from its own layer or one below. A folder is one room.
 LAYERS = [
-    {"errors", "kernels"},
+    {"kernels"},
+    {"errors"},
     {"config", "files", "safe_yaml"},
+    {"consistency", "limits"},
     {
         "places",
         "losses",
@@ -21,6 +24,7 @@ LAYERS = [
         "matching",
         "precision",
         "folding",
+        "folding_timm",
         "normalizers",
         "transfer",
         "padding",
@@ -37,14 +41,15 @@ LAYERS = [
         "network",
         "graphs",
     },
-    {"atss", "head", "targets"},
+    {"atss", "head", "later_losses", "targets"},
     {"criterion", "postprocess"},
     {"retinanet", "proposals"},
     {"data", "weights"},
-    {"training", "evaluation", "export"},
+    {"training", "evaluation"},
     {"tools"},
 ]
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
+DYNAMIC = ("import_module", "__import__")
 # What commands share; they import no other command.
 SHARED_TOOLS = {"common", "reports", "runs"}
 
@@ -56,12 +61,18 @@ def module_of(path: Path) -> tuple[str, ...]:
 
 
 def imports_of(path: Path, source: str | None = None) -> set[tuple[str, ...]]:
-    """Modules of the package that a file imports, in any form and at any depth of its code."""
+    """Modules of the package that a file imports, in any form and at any depth of its code.
+
+    () is the package itself, through which every module can be had.
+    """
     found = set()
     package = path.relative_to(PACKAGE).parent.parts
-    for node in ast.walk(ast.parse(source or path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text() if source is None else source)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(DYNAMIC):
+            # An f-string ends in the dot before the name.
+            found.update(re.findall(r"\bretina_focal[\w.]*\b", ast.unparse(node)))
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
@@ -69,27 +80,80 @@ def imports_of(path: Path, source: str | None = None) -> set[tuple[str, ...]]:
                 base = ".".join(("retina_focal", *inside, *filter(None, [base])))
             # What is imported from a package may be a module of it.
             found.update(f"{base}.{alias.name}" for alias in node.names)
-    names = (tuple(name.split(".")[1:]) for name in found if name.split(".")[0] == "retina_focal")
-    return {name for name in names if name}
+    names = (tuple(name.split(".")) for name in found)
+    return {name[1:] for name in names if name[0] == "retina_focal"}
 
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_a_module_never_imports_from_a_higher_layer(path):
+def check_layers(path: Path, source: str | None = None) -> None:
     room = module_of(path)[0]
     assert room in LAYER, f"{room} stands in no layer; add it to LAYERS"
-    for name in imports_of(path):
-        assert name[0] in LAYER, f"{path.name} imports retina_focal.{'.'.join(name)}"
-        assert LAYER[name[0]] <= LAYER[room], f"{room} imports {'.'.join(name)}"
+    for name in imports_of(path, source):
+        if room == "tools" and not name:
+            continue  # what a user imports
+        named = f"{room} imports {'.'.join(('retina_focal', *name))}"
+        assert name and name[0] in LAYER, f"{named}, which is no module of a layer"
+        assert LAYER[name[0]] <= LAYER[room], named
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_a_module_never_imports_from_a_higher_layer(path):
+    check_layers(path)
+
+
+def test_the_layers_name_each_module_once_and_nothing_else():
+    assert sorted(name for names in LAYERS for name in names) == sorted(
+        {module_of(path)[0] for path in MODULES}
+    )
+
+
+@pytest.mark.parametrize(
+    "path, source, message",
+    [
+        ("stray.py", "", "stray stands in no layer"),
+        ("stray/deep/module.py", "", "stray stands in no layer"),
+        (
+            "losses.py",
+            "def f():\n    from retina_focal import tools",
+            "losses imports",
+        ),
+        (
+            "losses.py",
+            "if TYPE_CHECKING:\n    from . import head",
+            "losses imports",
+        ),
+        ("losses.py", "from retina_focal import Trainer", "Trainer, which is no module"),
+        ("losses.py", "from retina_focal import *", "which is no module"),
+        ("losses.py", "import retina_focal", "retina_focal, which is no module"),
+        (
+            "data/sample.py",
+            "import_module('retina_focal.tools.train')",
+            "data imports",
+        ),
+        (
+            "data/sample.py",
+            "import_module(f'retina_focal.tools.{x}')",
+            "data imports",
+        ),
+        (
+            "kernels/focal_loss.py",
+            "from ..errors import UserError",
+            "kernels imports",
+        ),
+    ],
+)
+def test_a_stray_module_and_an_import_upwards_are_found(path, source, message):
+    with pytest.raises(AssertionError, match=message):
+        check_layers(PACKAGE / path, source)
 
 
 def test_no_command_imports_another():
     for path in MODULES:
         own = module_of(path)
         if own[0] == "tools" and len(own) > 1:
-            others = {name[1] for name in imports_of(path) if name[0] == "tools"}
+            others = {name[1] for name in imports_of(path) if name[:1] == ("tools",) < name}
             assert others <= {own[1], *SHARED_TOOLS}, f"{'.'.join(own)} imports {others}"
 
 
@@ -124,6 +188,8 @@ def test_no_module_of_the_package_imports_itself_in_a_circle():
         ("def f():\n    from retina_focal.tools.train import main", {("tools", "train", "main")}),
         ("from ..tools import train", {("tools", "train")}),
         ("from . import registration", {("data", "registration")}),
+        ("from .. import tools", {("tools",)}),
+        ("import retina_focal as package", {()}),
         ("import torch\nfrom torch import nn", set()),
     ],
 )

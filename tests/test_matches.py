@@ -72,6 +72,7 @@ def test_the_ap_of_two_boxes_is_known(results, ap):
 def test_a_match_ends_where_the_iou_does():
     evaluated = collect(dataset_of([BOX], [False]), results_of((1, SMALLER, 0.9)))
     assert (match(evaluated).box[:, 0] == np.where(THRESHOLDS <= 0.75, 0, -1)).all()
+    assert match(evaluated, np.array([0.75])).box[0, 0] == 0
 
 
 def test_a_crowd_counts_neither_for_nor_against_and_is_never_used_up():
@@ -126,7 +127,7 @@ def test_matches_are_those_of_a_loop(seed, num_images, digits, by_class):
                 a, b, c, e = truth.boxes[g]
                 both = max(min(x + w, a + c) - max(x, a), 0) * max(min(y + h, b + e) - max(y, b), 0)
                 iou = both / (w * h if truth.crowd[g] else w * h + c * e - both)
-                if iou >= min(t, 1 - 1e-10):
+                if iou >= t:
                     best = max(best, (not truth.crowd[g], iou, g))
             assert row[d] == best[2]
             if best[0]:

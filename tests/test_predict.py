@@ -20,6 +20,7 @@ from test_train import ROOT
 from torch import nn
 
 from retina_focal import get_cfg
+from retina_focal.data.sources import load
 from retina_focal.evaluation import operating_points
 from retina_focal.evaluation.inputs import find_inputs
 from retina_focal.evaluation.prediction import Predictor
@@ -149,7 +150,7 @@ def test_thresholds_are_those_of_the_operating_points(run, photos, tmp_path):
         content["weights"] = "model_best.pth"
         path.write_text(json.dumps(content))
         text = predict(run, photos, "--output", tmp_path / "other", "--format", "csv")
-        assert "scores of 0.3 or more" in text
+        assert "a score of 0.3 on" in text
     finally:
         path.unlink()
 
@@ -164,12 +165,17 @@ def test_a_threshold_below_the_config_s_is_kept(run, photos, tmp_path):
     assert min(float(x["score"]) for x in lower) < 0.5
 
 
-def test_a_config_file_in_place_of_a_run(run, photos, tmp_path):
-    options = ("--output", tmp_path, "--format", "csv", "--opts", "MODEL.WEIGHTS")
-    predict("--config-file", run / "config.yaml", photos, *options, run / "model_final.pth")
-    found = rows(tmp_path)
-    predict(run, photos, *options[:-2])
-    assert rows(tmp_path) == found
+def test_a_config_file_in_place_of_a_run(run, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("--output", "out", "--format", "csv", "--opts", "MODEL.WEIGHTS")
+    predict("--config-file", run / "config.yaml", "photos", *options, run / "model_final.pth")
+    found = rows(tmp_path / "out")
+    predict(run, "photos", *options[:-2])
+    assert rows(tmp_path / "out") == found
+    # What is written can be corrected and read as a dataset.
+    content = json.loads(load("csv:out/detections.csv?images=.").json_file.read_text())
+    assert [x["file_name"] for x in content["images"]] == ["photos/a.png", "photos/day/b.png"]
+    assert len(content["annotations"]) == len(found)
 
 
 def test_an_interruption_leaves_whole_files_of_what_is_done(run, photos, tmp_path, monkeypatch):

@@ -60,8 +60,7 @@ def photos(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("format", ["BGR", "RGB"])
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("format, batch_size", [("BGR", 3), ("RGB", 1)])
 def test_boxes_equal_those_of_the_default_predictor(model, photos, format, batch_size):
     cfg = config(**{"INPUT.FORMAT": format})
     stock = DefaultPredictor.__new__(DefaultPredictor)  # without a file of weights

@@ -31,10 +31,14 @@ needs_cpu_processes = pytest.mark.skipif(
 
 
 def tiny_cfg(norm: str = "GN", normalizer: str = "global", **names: object):
-    """R-18 with a thin pyramid, whose norms see one image each, so that a batch can be split."""
-    cfg = small_cfg(norm=norm, **PLUGIN)
+    """A thin R-50 and pyramid, whose norms see one image each, so that a batch can be split.
+
+    32 channels are the fewest that group norm takes.
+    """
+    cfg = small_cfg(50, norm, **PLUGIN)
     add_retina_focal_config(cfg)
     tiny = {
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
         "MODEL.FPN.OUT_CHANNELS": 32,
         "MODEL.RETINANET.NUM_CONVS": 1,
         "MODEL.RETINA_FOCAL.NORMALIZER": normalizer,

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances, pairwise_iou
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retina_focal.evaluation.tiles import EDGE, Tile, is_whole, merge_tiles, tiles_of
@@ -61,9 +61,8 @@ def find(boxes: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("largest", [190, 400, SIDE])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_all_objects_up_to_the_size_of_a_tile_are_found_and_none_twice(largest, seed):
-    boxes = scene(640, largest, seed)
+def test_all_objects_up_to_the_size_of_a_tile_are_found_and_none_twice(largest):
+    boxes = scene(640, largest, seed=0)
     found = find(boxes)
     nearest = pairwise_iou(Boxes(boxes), Boxes(found)).max(0)
     assert (nearest.values > 0.999).all()  # nothing else is found, such as a part of an object
@@ -80,6 +79,7 @@ def test_the_scene_has_boxes_inside_boxes_and_some_that_no_tile_holds():
     assert (~fits.all(2).any(1)).sum() > 10
 
 
+@settings(max_examples=50)
 @given(
     size=st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
     side=st.integers(50, 1500),
@@ -106,6 +106,7 @@ def test_a_box_that_fits_into_the_overlap_is_whole_in_a_tile_of_the_finest_scale
     assert any(whole)
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 9000), st.integers(1, 9000), st.integers(200, 1500))
 def test_tiles_are_no_larger_than_their_side_and_the_last_is_the_whole_picture(width, height, side):
     *tiles, whole = tiles_of(width, height, side, OVERLAP)

@@ -11,7 +11,9 @@ import pytest
 import torch
 from test_processes import needs_cpu_processes
 
+from retina_focal import FocalRetinaNet
 from retina_focal.tools import cli, quick_start, train
+from retina_focal.training.assembly import Trainer
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -25,11 +27,11 @@ SMALL = ["" if word == '""' else word for word in SMALL]
 
 
 def train_command(
-    data: Path, output: Path, *arguments: str, opts: Sequence[str] = (), script: Path | None = None
+    data: Path, output: Path, *arguments: str, opts: Sequence[str] = ()
 ) -> tuple[list[str], dict[str, str]]:
-    """`train_net.py`, or another script, behind the interpreter; and its environment."""
+    """`train_net.py` and its arguments, behind the interpreter; and its environment."""
     command = [
-        str(script or ROOT / "train_net.py"),
+        str(ROOT / "train_net.py"),
         "--config-file", "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
         "--dataset", "rectangles", str(data / "a.json"), str(data), *arguments,
         "DATASETS.TRAIN", "('rectangles',)", "DATASETS.TEST", "('rectangles',)",
@@ -43,20 +45,21 @@ def train_command(
     return command, environment
 
 
-def start_train(
-    data: Path, output: Path, *arguments: str, **options
-) -> subprocess.CompletedProcess:
-    """A training in a process of its own."""
-    command, environment = train_command(data, output, *arguments, **options)
+def run_python(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-W", "ignore", *command]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-def run_train(data: Path, output: Path, *arguments: str, **options: object) -> str:
-    """What a training that ends well prints."""
-    result = start_train(data, output, *arguments, **options)
+def run_train(data: Path, output: Path, *arguments: str) -> str:
+    """What a training in a process of its own, that ends well, prints."""
+    result = run_python(*train_command(data, output, *arguments))
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout + result.stderr
+
+
+def train_here(data: Path, output: Path, *arguments: str, opts: Sequence[str] = ()) -> None:
+    """The same in this process, since importing torch takes longer than the training."""
+    train.main(train_command(data, output, *arguments, opts=opts)[0][1:])
 
 
 def metrics(output: Path) -> dict[str, float]:
@@ -87,7 +90,7 @@ def test_training_leaves_config_weights_metrics_and_an_evaluation(trained):
 
 def test_evaluation_alone_gives_the_detections_of_the_training_run(data, trained, tmp_path):
     weights = ["MODEL.WEIGHTS", str(trained / "model_final.pth")]
-    run_train(data, tmp_path, "--eval-only", opts=weights)
+    train_here(data, tmp_path, "--eval-only", opts=weights)
     results = [
         json.loads((folder / "inference/coco_instances_results.json").read_text())
         for folder in (trained, tmp_path)
@@ -96,10 +99,8 @@ def test_evaluation_alone_gives_the_detections_of_the_training_run(data, trained
 
 
 def test_resume_goes_on_after_the_last_checkpoint(data, trained, tmp_path):
-    printed = run_train(
-        data, trained, "--resume", opts=["SOLVER.MAX_ITER", "3", "TEST.EVAL_PERIOD", "0"]
-    )
-    assert "Starting training from iteration 2" in printed
+    train_here(data, trained, "--resume", opts=["SOLVER.MAX_ITER", "3", "TEST.EVAL_PERIOD", "0"])
+    assert "Starting training from iteration 2" in (trained / "log.txt").read_text()
     checkpoint = torch.load(trained / "model_final.pth", weights_only=True)
     assert checkpoint["iteration"] == 2
 
@@ -112,66 +113,32 @@ def test_two_processes_without_a_gpu_train_and_evaluate(data, tmp_path):
     assert "bbox/AP" in metrics(tmp_path)
 
 
-@needs_cpu_processes
-def test_a_users_script_registers_its_parts_in_every_process(data, tmp_path):
-    (tmp_path / "my_net.py").write_text(
-        """
-from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.utils import comm
-from retina_focal import FocalRetinaNet
+SUM = ["MODEL.RETINA_FOCAL.NORMALIZER", "sum"]
+EXPECTED = "train_net.py: MODEL.RETINA_FOCAL.NORMALIZER is 'sum'; expected one of"
 
-@META_ARCH_REGISTRY.register()
-class MyNet(FocalRetinaNet):
-    def forward(self, *args):
-        if self.training:
-            print(f"MyNet trains in process {comm.get_rank()}")
-        return super().forward(*args)
-"""
-    )
-    script = tmp_path / "my_train.py"
-    script.write_text(
-        """
-import my_net
-from retina_focal.tools.train import main
 
-if __name__ == "__main__":
-    main()
-"""
-    )
-    opts = ["MODEL.META_ARCHITECTURE", "MyNet"]
-    printed = run_train(data, tmp_path / "out", "--num-gpus", "2", opts=opts, script=script)
-    for rank in (0, 1):
-        assert printed.count(f"MyNet trains in process {rank}") == 2
-    assert torch.load(tmp_path / "out/model_final.pth")["iteration"] == 1
+def test_a_wrong_value_ends_a_process_in_words(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_net.py"])
+    with pytest.raises(SystemExit, match=EXPECTED):
+        train_here(data, tmp_path, opts=SUM)
 
 
 @needs_cpu_processes
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_wrong_value_ends_every_process_in_words(processes, data, tmp_path):
-    opts = ["MODEL.RETINA_FOCAL.NORMALIZER", "sum"]
-    result = start_train(data, tmp_path, "--num-gpus", processes, opts=opts)
+def test_a_wrong_value_ends_every_process_in_words(data, tmp_path):
+    command, environment = train_command(data, tmp_path, "--num-gpus", "2", opts=SUM)
+    result = run_python(command, environment)
     assert result.returncode == 1
-    assert "train_net.py: MODEL.RETINA_FOCAL.NORMALIZER is 'sum'; expected one of" in result.stderr
+    assert EXPECTED in result.stderr
     assert "Traceback" not in result.stdout + result.stderr
 
 
-def test_a_fault_of_ours_keeps_its_traceback(data, tmp_path):
-    script = tmp_path / "broken.py"
-    script.write_text(
-        """
-import retina_focal
-from retina_focal.tools.train import main
+def test_a_fault_of_ours_keeps_its_traceback(data, tmp_path, monkeypatch):
+    def broken(model, num_classes):
+        raise KeyError("p3")
 
-def broken(model, num_classes):
-    raise KeyError("p3")
-
-retina_focal.FocalRetinaNet._check_num_classes = broken
-main()
-"""
-    )
-    result = start_train(data, tmp_path, script=script)
-    assert result.returncode == 1
-    assert "Traceback" in result.stderr and "KeyError: 'p3'" in result.stderr
+    monkeypatch.setattr(FocalRetinaNet, "_check_num_classes", broken)
+    with pytest.raises(KeyError, match="p3"):
+        train_here(data, tmp_path)
 
 
 def test_a_lazy_config_trains_evaluates_and_resumes(data, tmp_path):
@@ -211,6 +178,9 @@ model.num_classes = 2
         train.run(train.parse_args([*common, "model.criterion.normalizer=sum"]))
 
 
+TREES = ["--config-file", "quick_start/trees.yaml"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -219,6 +189,18 @@ model.num_classes = 2
         (
             ["--config-file", "quick_start/trees.yaml", "--num-machines", "2"],
             "--dist-url tcp://ADDRESS:PORT",
+        ),
+        (
+            [*TREES, "--num-machines", "2", "--machine-rank", "2"],
+            "--machine-rank is 2 with --num-machines 2; expected 0 to 1",
+        ),
+        *(
+            ([*TREES, "--num-machines", "2", "--dist-url", url], f"--dist-url is {url}; expected")
+            for url in ("nonsense", "tcp://localhost", "tcp://x:99999", "file:///tmp/x")
+        ),
+        (
+            [*TREES, "--num-machines", "0"],
+            "expected at least one machine",
         ),
         (
             ["--config-file", "quick_start/trees.yaml", "SOLVER.MAX_ITER", "2", "--resume"],
@@ -287,14 +269,32 @@ def test_a_wrong_lazy_config_ends_the_tool_in_words_and_makes_no_folder(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_quick_start_goes_on_only_where_the_last_checkpoint_is_not_the_final_one(tmp_path):
-    assert not quick_start._is_unfinished(tmp_path)
-    last = tmp_path / "last_checkpoint"
-    last.write_text("model_0000099.pth")
-    (tmp_path / "model_final.pth").touch()  # of an earlier run, or half of it
-    assert quick_start._is_unfinished(tmp_path)
-    last.write_text("model_final.pth")
-    assert not quick_start._is_unfinished(tmp_path)
+def test_a_quick_start_makes_a_killed_last_evaluation_again_and_does_not_train_anew(
+    data, tmp_path, monkeypatch, capsys
+):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for name, value in (("PREPARE", {"trees": print}), ("prepare_weights", print)):
+        monkeypatch.setattr(quick_start, name, value)
+    monkeypatch.setattr(quick_start, "draw_detections", lambda *_: None)
+    argv = [
+        *("trees", *SMALL, "MODEL.BACKBONE.NAME", "build_retina_focal_resnet_fpn_backbone"),
+        *("MODEL.PIXEL_MEAN", "[100.,100.,100.]", "MODEL.RETINA_FOCAL.PRECISION", "fp32"),
+        *("MODEL.RETINANET.NORM", "", "MODEL.RESNETS.OUT_FEATURES", "['res3', 'res4', 'res5']"),
+        *("DATASETS.COCO_JSON", f"[['quick', '{data / 'a.json'}', '{data}']]"),
+        *("DATASETS.TRAIN", "('quick',)", "DATASETS.TEST", "('quick',)"),
+        *("OUTPUT_DIR", str(tmp_path)),
+    ]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "test", killed)
+        quick_start.main(argv)
+    weights = (tmp_path / "model_final.pth").read_bytes()
+    capsys.readouterr()
+    quick_start.main(argv)
+    assert "trained before; to train anew: rm -r" in capsys.readouterr().out
+    assert (tmp_path / "model_final.pth").read_bytes() == weights
+    assert "bbox/AP" in metrics(tmp_path)
 
 
 def test_every_tool_explains_itself(capsys):

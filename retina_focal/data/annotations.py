@@ -163,6 +163,7 @@ def _boxes(annotations: Section) -> np.ndarray:
     infinite = fit & ~(np.abs(array) < MAX_PIXEL).all(axis=1)
     text = f"have a bbox that is not finite, or beyond {MAX_PIXEL:.0e} px; expected {EXPECTED_BOX}"
     annotations.find("box-infinite", "error", np.flatnonzero(infinite), text, "bbox")
+    array[infinite] = np.nan
     negative = fit & (array[:, 2:] < 0).any(axis=1)
     text = f"have a bbox of negative width or height; expected {EXPECTED_BOX}"
     annotations.find("box-negative", "error", np.flatnonzero(negative), text, "bbox")

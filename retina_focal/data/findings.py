@@ -15,6 +15,7 @@ SHOWN = 3  # records of a finding that its line shows
 MAX_ID = 2**53  # the evaluator keeps ids as float64
 SOURCE = "from"  # the key under which a reader keeps the file and record that it read
 TEXT = 60  # characters of a value that a line shows
+RECORD = 400  # characters of a record, the path of a file and the reason included
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,14 @@ class Section:
         return label
 
 
-def shortened(value: object) -> str:
-    """One line of at most `TEXT` characters, of a value of any size."""
+def shortened(value: object, limit: int = TEXT) -> str:
+    """One line of at most `limit` characters, of a value of any size."""
     try:
         text = value if isinstance(value, str) else str(value)
     except (RecursionError, ValueError):  # nested too deeply, or an int of over 4,300 digits
         text = f"a {type(value).__name__}"
-    text = "".join(x if x.isprintable() else "?" for x in text[: TEXT + 1])
-    return text if len(text) <= TEXT else f"{text[: TEXT - 3]}..."
+    text = "".join(x if x.isprintable() else "?" for x in text[: limit + 1])
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 # All kinds but those of pictures and between datasets (`inspection`).

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from retina_focal.data.classes import listed
 from retina_focal.data.duplicates import near_pairs
-from retina_focal.data.findings import Check, Finding, Severity
+from retina_focal.data.findings import RECORD, Check, Finding, Severity, shortened
 from retina_focal.data.images import MAX_PIXELS
 from retina_focal.data.pictures import Look, look_at_all, thumbnails
 from retina_focal.data.sources import find
@@ -82,7 +82,7 @@ def inspect(
     try:
         file, root = find(data, allow_outside)
     except UserError as error:
-        seen.findings.append(Finding("split-unreadable", "error", str(error)))
+        seen.findings.append(Finding("split-unreadable", "error", shortened(error, 3 * RECORD)))
         return seen
     seen.check, seen.findings = file.check, list(file.check.findings)
     if allow_outside:
@@ -153,7 +153,7 @@ def _picture_findings(seen: Inspected) -> list[Finding]:
         Finding(
             *(kind, PICTURES[kind][0]),
             f"{len(places)} of {len(seen.looks)} pictures {PICTURES[kind][1]}",
-            tuple(f"{_name(seen, i)}{': ' * bool(why)}{why}" for i, why in places),
+            tuple(_record(_name(seen, i), why) for i, why in places),
             *("images", tuple(i for i, _ in places)),
         )
         for kind, places in found.items()
@@ -162,7 +162,11 @@ def _picture_findings(seen: Inspected) -> list[Finding]:
 
 
 def _name(seen: Inspected, i: int) -> str:
-    return str(seen.images[i].get("file_name"))
+    return shortened(seen.images[i].get("file_name"), RECORD)
+
+
+def _record(name: str, reason: str) -> str:
+    return shortened(f"{name}: {reason}" if reason else name, RECORD)
 
 
 def _alike(looks: Sequence[Look]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

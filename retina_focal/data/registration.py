@@ -10,10 +10,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
-from retina_focal.config import retina_focal_node
+from retina_focal.config import get_cfg, retina_focal_node
+from retina_focal.data.class_filter import keep_classes
 from retina_focal.data.classes import class_names, listed, match_classes
 from retina_focal.data.coco import CocoFile, coco_file, read_coco
-from retina_focal.data.sources import locate, open_coco
+from retina_focal.data.sources import load, locate, open_coco
 from retina_focal.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,30 @@ def register_datasets(cfg: CfgNode, names: Sequence[str] | None = None) -> None:
             )
         if row[0] in names:
             register_coco_json(*row, allow_outside=allow_outside)
+    classes = retina_focal_node(cfg).DATA.CLASSES
+    for name in dict.fromkeys(names) if classes else ():
+        if name in DatasetCatalog:
+            keep_classes(name, classes)
+
+
+def set_num_classes(cfg: CfgNode) -> None:
+    """Set ``NUM_CLASSES`` of a config that says 0 from its first dataset of ``DATASETS.SOURCES``.
+
+    Where there is none, to detectron2's default.
+
+    Raises:
+        UserError: the dataset can't be used.
+    """
+    uris = {row[0]: row[1] for row in cfg.DATASETS.SOURCES if len(row) == 2}
+    first = next((x for x in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if x in uris), None)
+    if cfg.MODEL.RETINANET.NUM_CLASSES == 0:
+        default = get_cfg().MODEL.RETINANET.NUM_CLASSES
+        data = retina_focal_node(cfg).DATA
+        cfg.MODEL.RETINANET.NUM_CLASSES = (
+            default
+            if first is None
+            else len(data.CLASSES or load(uris[first], data.ALLOW_OUTSIDE).classes)
+        )
 
 
 def register_coco_json(
@@ -202,7 +227,8 @@ def report_datasets(names: Sequence[str], trained_on: Sequence[str] = ()) -> Non
         if file is not None:
             file.report(name, name in trained_on)
             classes = MetadataCatalog.get(name).thing_classes
-            if file.check.classes and classes != file.check.classes:
+            kept = MetadataCatalog.get(name).get("kept_classes")
+            if file.check.classes and not kept and classes != file.check.classes:
                 logger.warning(
                     "dataset '%s': the classes of %s, %s, are matched by name: %s",
                     *(name, file.path, listed(file.check.classes), listed(classes)),

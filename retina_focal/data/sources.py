@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from retina_focal.data.coco import CocoFile, read_coco
 from retina_focal.data.readers import csv_rows, voc, yolo
-from retina_focal.data.readers.base import Inputs, Reading
+from retina_focal.data.readers.base import Inputs, Reading, folder_of
 from retina_focal.data.splits import held_out
 from retina_focal.data.uri import Location, parse
 from retina_focal.errors import UserError
@@ -122,16 +122,10 @@ def _coco(location: Location) -> tuple[Path, Path]:
         raise UserError(
             f"'{location.uri}': a COCO file has no splits; name a file for each, or add &val=0.2"
         )
-    file, folder = location.path, location.path.parent
+    file = location.path
     if location.images:
         return file, location.images
-    # train2017 beside annotations/instances_train2017.json, images/ beside train.json.
-    stem = file.stem.removeprefix("instances_")
-    named = [folder, folder / "images", folder / stem, folder / "images" / stem]
-    named += [folder.parent / stem, folder.parent / "images", folder.parent / "images" / stem]
-    first = _first_image(file)
-    found = [x for x in named if first and "\0" not in first and (x / first).is_file()]
-    return file, found[0] if found else folder
+    return file, folder_of(file, _first_image(file))
 
 
 def _first_image(file: Path) -> str | None:
@@ -140,7 +134,7 @@ def _first_image(file: Path) -> str | None:
         name = json.loads(file.read_bytes())["images"][0]["file_name"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    return name if isinstance(name, str) and not Path(name).is_absolute() else None
+    return name if isinstance(name, str) else None
 
 
 def _cached(location: Location, reader: ModuleType) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,13 +106,13 @@ def parse(data: str) -> Location:
     if has_scheme(data):
         scheme, _, rest = data.partition(":")
     path, options = rest, ""
-    if "?" in rest and ("\0" in rest or not Path(rest).exists()):
+    if "?" in rest and not os.path.exists(rest):
         path, _, options = rest.rpartition("?")
     expected = f"expected for example {EXAMPLES.get(scheme, ', '.join(EXAMPLES.values()))}"
     if not path or "\0" in path:
         raise UserError(f"{data!r} names no path; {expected}")
     found = Path(path).expanduser()
-    if not found.exists():
+    if not os.path.exists(found):
         raise UserError(
             f"'{data}': '{path}' does not exist (relative paths start from {Path.cwd()}); "
             f"{expected}"
@@ -147,7 +148,7 @@ def _options(data: str, scheme: str, text: str) -> dict[str, object]:
         raise UserError(f"'{data}': seed belongs to val, the part that is held out; add &val=0.2")
     if "images" in values:
         values["images"] = Path(values["images"]).expanduser()
-        if not values["images"].is_dir():
+        if not os.path.isdir(values["images"]):
             raise UserError(
                 f"'{data}': the image folder '{values['images']}' does not exist (relative paths "
                 f"start from {Path.cwd()})"

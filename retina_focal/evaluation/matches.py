@@ -44,7 +44,7 @@ def match(
     """
     truth, found = evaluated.truth, evaluated.found
     num_classes = len(evaluated.classes) if by_class else 0
-    thresholds = np.minimum(thresholds, 1 - 1e-10)[:, None]
+    thresholds = thresholds[:, None]
     which, box, iou = pairs(truth, found, num_classes, thresholds.min())
     free = np.ones((len(thresholds), len(truth.image)), dtype=bool)
     matched = np.full((len(thresholds), len(found.image)), -1)

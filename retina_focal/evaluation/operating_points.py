@@ -18,6 +18,7 @@ points (scores, values).
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,10 @@ def make(evaluated: Evaluated, matches: Matches, rule: str, dataset: str, weight
 def write(folder: str | Path, content: dict) -> Path:
     """Write `operating_points.json` whole into a folder; its path."""
     path = Path(folder, FILE)
-    write_whole(path, json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1)
+    # A list of numbers in one line, for whoever reads the thresholds.
+    text = re.sub(r"\[[^\[\]]*\]", lambda x: " ".join(x[0].split()), text)
+    write_whole(path, text + "\n")
     return path
 
 

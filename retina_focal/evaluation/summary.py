@@ -37,7 +37,7 @@ from retina_focal.evaluation.precision_recall import (
 )
 
 DEFAULT_THRESHOLD = 0.5  # score, where no operating point is chosen
-SIZES = {"APs": 3, "APm": 4, "APl": 5}  # where COCO's summary has them
+SIZES = ("APs", "APm", "APl")  # COCO's areas: below 32^2, below 96^2, above, in pixels
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,14 @@ def measure(
     Returns:
         "label", "dataset", "images", "boxes", "detections", "detections_counted";
         "metrics" and "intervals" (95%) by name, in percent, None where there is no box;
-        "classes" by name, each with its AP, boxes, "point" (threshold and what it gives here, as
-        shares in [0, 1]), "best_f1" and calibration error "ece" (before, after);
+        "classes" by name, each with its AP, also by size, its boxes, "point" (threshold and what
+        it gives here, as shares in [0, 1]), "best_f1" and calibration error "ece" (before, after);
         "precision_recall"; "confusion"; "errors" (None without hotcoco); "calibration";
         "operating_points" (rule and dataset, None without); "suspected_labels"; "worst_images".
     """
     evaluated, matches = subject.evaluated, subject.matches
-    named = {**_floats(metrics(subject.ap, evaluated.classes)), **_sizes(subject)}
+    sizes = _sizes(subject)
+    named = _floats(metrics(subject.ap, evaluated.classes)) | {x: y[0] for x, y in sizes.items()}
     drawn = drawn_ap(evaluated, matches, draws(len(evaluated.images), num_draws, seed))
     intervals = {k: interval(x) for k, x in metrics(drawn, evaluated.classes).items()}
     thresholds = points.thresholds if points else {}
@@ -110,7 +111,7 @@ def measure(
         "detections_counted": subject.limit,
         "metrics": named,
         "intervals": intervals,
-        "classes": _classes(subject, thresholds, named, errors_of_classes),
+        "classes": _classes(subject, thresholds, sizes, errors_of_classes),
         "precision_recall": _precision_recall(subject),
         "confusion": {
             "iou": 0.5,
@@ -188,28 +189,34 @@ def coco_summary(subject: Subject) -> COCOevalMaxDets:
     return measured
 
 
-def _sizes(subject: Subject) -> dict[str, float | None]:
-    """AP of small, medium and large boxes, in percent."""
+def _sizes(subject: Subject) -> dict[str, list[float | None]]:
+    """AP of small, medium and large boxes, in percent: of all classes, then of each."""
+    classes = subject.evaluated.classes
     if not subject.results:
-        return dict.fromkeys(SIZES)
-    stats = coco_summary(subject).stats
-    return {name: None if stats[i] < 0 else float(100 * stats[i]) for name, i in SIZES.items()}
+        return {name: [None] * (len(classes) + 1) for name in SIZES}
+    precision = coco_summary(subject).eval["precision"][..., -1]  # (T, R, K, areas)
+    found = {}
+    for area, name in enumerate(SIZES, start=1):
+        parts = [precision[:, :, k, area] for k in range(len(classes))]
+        parts = [part[part > -1] for part in parts]
+        of_all = np.concatenate(parts)
+        found[name] = [_number(100 * x.mean()) if len(x) else None for x in (of_all, *parts)]
+    return found
 
 
 def _classes(
-    subject: Subject, thresholds: dict, named: dict, errors: dict[str, tuple[float, float]]
+    subject: Subject, thresholds: dict, sizes: dict, errors: dict[str, tuple[float, float]]
 ) -> dict:
     drawn = curves(subject.evaluated, subject.matches)
     rows = {}
     for label, (name, curve) in enumerate(zip(subject.evaluated.classes, drawn, strict=True)):
         threshold = thresholds.get(name, DEFAULT_THRESHOLD)
         before, after = errors[name]
-        ap50, ap75 = (_number(100 * subject.ap[t, label]) for t in (0, 5))
+        ap = 100 * subject.ap[:, label]
         rows[name] = {
             "boxes": curve.num_boxes,
-            "AP": named[f"AP-{name}"],
-            "AP50": ap50,
-            "AP75": ap75,
+            **_floats({"AP": ap.mean(), "AP50": ap[0], "AP75": ap[5]}),
+            **{size: x[label + 1] for size, x in sizes.items()},
             "point": {
                 "threshold": _number(threshold),
                 "chosen": name in thresholds,

@@ -69,6 +69,16 @@ def focal_star(gamma: float | Tensor, beta: float | Tensor) -> BackgroundTerm:
     return BackgroundTerm(_focal_star, (gamma, beta))
 
 
+def poly1(alpha: float | Tensor, epsilon: float | Tensor) -> BackgroundTerm:
+    """Poly-1 focal loss with gamma 2: (1 - alpha) p^2 (softplus(x) + epsilon p); alpha as above."""
+    return BackgroundTerm(_poly1_of_gamma_2, (alpha, epsilon))
+
+
+def asymmetric(gamma: float | Tensor, margin: float | Tensor) -> BackgroundTerm:
+    """-p_m^gamma log(1 - p_m) with p_m = max(p - margin, 0); the margin is above 0, below 1."""
+    return BackgroundTerm(_asymmetric, (gamma, margin))
+
+
 def background_sums(term: BackgroundTerm, levels: Sequence[Tensor]) -> Tensor:
     """The forward pass: the sum of f over the logits of each image.
 
@@ -252,3 +262,23 @@ def _balance(alpha):
 def _focal_star(x, gamma, beta):
     p, _, softplus, _ = logistic(gamma * x - beta)
     return softplus / gamma, p
+
+
+@triton.jit
+def _poly1_of_gamma_2(x, alpha, epsilon):
+    p, complement, softplus, _ = logistic(x)
+    weight = _balance(alpha) * p * p
+    own = p + 2.0 * complement * softplus
+    return weight * (softplus + epsilon * p), weight * (own + 3.0 * epsilon * p * complement)
+
+
+@triton.jit
+def _asymmetric(x, gamma, margin):
+    p, complement, _, _ = logistic(x)
+    # Below the margin any p_m will do, and 1 is none that overflows.
+    p_m, rest = tl.where(p > margin, p - margin, 1.0), complement + margin
+    cross_entropy, weight = -tl.log(rest), tl.exp2(gamma * tl.log2(p_m))
+    slope = p * complement * (gamma * cross_entropy / p_m + 1.0 / rest)
+    return tl.where(p > margin, weight * cross_entropy, 0.0), tl.where(
+        p > margin, weight * slope, 0.0
+    )

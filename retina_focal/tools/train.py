@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from detectron2.config import CfgNode
@@ -31,7 +32,7 @@ from retina_focal.training.processes import (
     die_with_parent,
     share_cores,
 )
-from retina_focal.training.signals import handled_signals
+from retina_focal.training.signals import ended_at_once, handled_signals
 from retina_focal.training.spawning import start
 
 EPILOG = """
@@ -42,7 +43,7 @@ Examples:
   your own data:   %(prog)s --config-file cfg.yaml --dataset mine train.json images/
                      DATASETS.TRAIN "('mine',)" MODEL.RETINANET.NUM_CLASSES 3
   VOC, YOLO, CSV:  %(prog)s --config-file cfg.yaml --dataset mine 'voc:FOLDER?split=train'
-                     DATASETS.TRAIN "('mine',)" MODEL.RETINANET.NUM_CLASSES 3
+                     DATASETS.TRAIN "('mine',)"
   LazyConfig:      %(prog)s --config-file cfg.py train.max_iter=1000
 """
 
@@ -60,10 +61,11 @@ def main(argv: list[str] | None = None) -> None:
         logging.disable(logging.WARNING)  # the first process of the training says it
     cfg = read_cfg(args)
     logging.disable(logging.NOTSET)
-    if starts_others:
-        start(run, args, timeout_of(cfg))
-    else:
-        run(args, world or World(), cfg)
+    with ended_at_once():
+        if starts_others:
+            start(run, args, timeout_of(cfg))
+        else:
+            run(args, world or World(), cfg)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,11 +76,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(with_whole_rows(argv))
     if not args.config_file:
         parser.error("--config-file is missing; for example: --config-file quick_start/trees.yaml")
+    if (args.num_gpus or 0) < 0 or args.num_machines < 1:
+        parser.error(
+            f"--num-gpus is {args.num_gpus} and --num-machines {args.num_machines}; expected at "
+            "least one machine, and no negative number"
+        )
+    if not 0 <= args.machine_rank < args.num_machines:
+        parser.error(
+            f"--machine-rank is {args.machine_rank} with --num-machines {args.num_machines}; "
+            f"expected 0 to {args.num_machines - 1}, another one on each machine"
+        )
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error(
             f"--num-machines is {args.num_machines}, so --dist-url must name the machine of rank 0:"
             " --dist-url tcp://ADDRESS:PORT"
         )
+    if args.dist_url != "auto" and not _is_tcp(args.dist_url):
+        parser.error(f"--dist-url is {args.dist_url}; expected tcp://ADDRESS:PORT")
     if 0 < torch.cuda.device_count() < (args.num_gpus or 1):
         parser.error(f"--num-gpus is {args.num_gpus}, but there are {torch.cuda.device_count()}")
     flags = [option for option in args.opts if option.startswith("--")]
@@ -89,6 +103,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     except UserError as error:
         parser.error(str(error))
     return args
+
+
+def _is_tcp(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "tcp" and bool(parts.hostname) and bool(parts.port)
+    except ValueError:  # a port beyond the last
+        return False
 
 
 @command

@@ -9,11 +9,12 @@ from pathlib import Path
 from PIL import Image
 from PIL.ExifTags import Base
 
-from retina_focal.data.findings import SOURCE, Finding, Severity, shortened
+from retina_focal.data.findings import RECORD, SOURCE, Finding, Severity, shortened
 from retina_focal.errors import UserError
 from retina_focal.files import leads_outside, open_regular
 
 MAX_BYTES = 10_000_000  # of one annotation file of one picture: 20,000 boxes as VOC
+MAX_NAME = 1000  # letters of a path
 MAX_LIST = 100_000_000  # bytes of a file that lists pictures
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 ALLOW_OUTSIDE = "MODEL.RETINA_FOCAL.DATA.ALLOW_OUTSIDE"
@@ -80,12 +81,19 @@ class Inputs:
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]
 
     def refuse_outside(self, name: str, where: str) -> None:
-        """Refuse a path out of a file that leads out of its folder (UserError)."""
+        """Refuse a path out of a file that is none, or leads out of its folder (UserError)."""
+        expect_path(name, where)
         if leads_outside(name) and not self.allow_outside:
             raise UserError(
                 f"{where} names '{shortened(name)}', outside of its folder, which only a command "
                 f"can allow: add {ALLOW_OUTSIDE} True"
             )
+
+
+def expect_path(name: str, where: str) -> None:
+    """Refuse what can't be a path (UserError)."""
+    if not name.strip() or "\0" in name or len(name) > MAX_NAME:
+        raise UserError(f"{where} names '{shortened(name)}', which is no path")
 
 
 class Reading:
@@ -116,7 +124,7 @@ class Reading:
 
     def fault(self, kind: str, severity: Severity, text: str, record: str, of_box=False) -> None:
         """Note a fault of a record; `text` comes after the number of those that share it."""
-        self._faults.setdefault((kind, severity, text), []).append(record)
+        self._faults.setdefault((kind, severity, text), []).append(shortened(record, RECORD))
         self.unread += of_box
 
     def findings(self) -> list[Finding]:
@@ -189,6 +197,17 @@ def picture_size(path: Path) -> tuple[int, int]:
     except Exception as error:  # Pillow may raise anything
         raise UserError(f"'{path}' is no picture: {error}") from error
     return (height, width) if turned else (width, height)
+
+
+def folder_of(file: Path, picture: str | None) -> Path:
+    """The folder near an annotation file that a picture which it names lies in, else its own."""
+    # train2017 beside annotations/instances_train2017.json, images/ beside train.json.
+    folder, stem = file.parent, file.stem.removeprefix("instances_")
+    named = [folder, folder / "images", folder / stem, folder / "images" / stem]
+    named += [folder.parent / stem, folder.parent / "images", folder.parent / "images" / stem]
+    if not picture or os.path.isabs(picture):
+        return folder
+    return next((x for x in named if os.path.isfile(x / picture)), folder)
 
 
 def by_stem(names: Iterable[str]) -> dict[str, str]:

@@ -11,10 +11,12 @@ from pathlib import Path
 from retina_focal.data.findings import shortened
 from retina_focal.data.readers.base import (
     MAX_LIST,
+    MAX_NAME,
     Inputs,
     Reading,
     box_record,
     decoded,
+    folder_of,
     number,
     picture_size,
 )
@@ -44,8 +46,11 @@ def splits(location: Location) -> list[str]:
 
 
 def image_root(location: Location) -> Path:
-    """The folder that file names start from; default: that of the file."""
-    return location.images or location.path.parent
+    """The folder that file names start from; default: that of the file, or images/ beside it."""
+    if location.images:
+        return location.images
+    first = next(_rows(location.path, Inputs()), None)
+    return folder_of(location.path, _name(first[1][0], location.path.parent) if first else None)
 
 
 def visit(location: Location, inputs: Inputs) -> Iterator[Item]:
@@ -120,10 +125,11 @@ def _columns(fields: list[str], path: Path) -> list[int]:
 def add(item: Item, location: Location, reading: Reading) -> None:
     """Add a picture and the boxes of its rows."""
     source = location.path.name
-    if not item.file_name:
+    if not item.file_name or len(item.file_name) > MAX_NAME:
         for line, _ in item.rows:
             text = "rows name no picture"
-            reading.fault("file_name", "error", text, f"{source}, line {line}", True)
+            record = f"{source}, line {line}: {shortened(item.file_name)}"
+            reading.fault("file_name", "error", text, record, True)
         return
     outside = leads_outside(item.file_name)
     try:

@@ -13,6 +13,7 @@ from xml.parsers import expat
 
 from retina_focal.data.findings import shortened
 from retina_focal.data.readers.base import (
+    MAX_NAME,
     SUFFIXES,
     Inputs,
     Reading,
@@ -104,6 +105,8 @@ def visit(location: Location, inputs: Inputs) -> Iterator[Item]:
     for stem in order:
         path = annotations / by_name.get(stem, f"{stem}.xml")
         source = path.relative_to(location.path).as_posix()
+        if stem not in by_name:
+            source = f"{_list_of(location).relative_to(location.path)}: {source}"
         content = inputs.read(path) if stem in by_name else None
         yield Item(source, content, pictures.get(stem), wanted is None or stem in wanted)
 
@@ -112,7 +115,7 @@ def _ids(location: Location, folder: Path, inputs: Inputs) -> dict[str, None] | 
     """What the list of the split names, each once; None: all."""
     if not location.split or folder != location.path:
         return None
-    path = location.path / SPLITS / f"{location.split}.txt"
+    path = _list_of(location)
     if leads_outside(location.split) or not path.is_file():
         found = ", ".join(splits(location)) or "no split"
         raise UserError(
@@ -122,13 +125,18 @@ def _ids(location: Location, folder: Path, inputs: Inputs) -> dict[str, None] | 
     ids = {}
     for line in inputs.lines(path):
         name, *flag = line.split()
-        if leads_outside(name):
+        if leads_outside(name) or len(name) > MAX_NAME:
             raise UserError(f"'{path}' names '{shortened(name)}', which is no name of a picture")
         if flag != ["-1"]:  # in cat_train.txt: there is no cat
             ids[name] = None
     if not ids:
         raise UserError(f"'{path}' names no picture")
     return ids
+
+
+def _list_of(location: Location) -> Path:
+    """The file that names the pictures of the split."""
+    return location.path / SPLITS / f"{location.split}.txt"
 
 
 def add(item: Item, location: Location, reading: Reading) -> None:
@@ -153,7 +161,8 @@ def add(item: Item, location: Location, reading: Reading) -> None:
     file_name = item.picture
     if file_name is None:
         given = found.get("filename", "").strip()
-        file_name = given or f"{Path(item.source).stem}.jpg"
+        is_name = given and len(given) <= MAX_NAME
+        file_name = given if is_name else f"{Path(item.source).stem}.jpg"
     boxes = reading.add_image(file_name, *_size(found, file_name, item, location), item.source)
     for i, fields in enumerate(found["objects"]):
         _add_object(
@@ -227,6 +236,8 @@ def _parse(content: bytes) -> dict:
         text.clear()
         if len(path) > MAX_DEPTH:
             raise UserError(f"elements are nested deeper than {MAX_DEPTH}")
+        if path[0] != "annotation":
+            raise UserError(f"it has <{shortened(tag)}> in place of <annotation>")
         if path == ["annotation", "object"]:
             found["objects"].append({"line": parser.CurrentLineNumber})
 

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from retina_focal.data.findings import shortened
+from retina_focal.data.findings import RECORD, shortened
 from retina_focal.data.readers.base import (
     SUFFIXES,
     Inputs,
     Reading,
     decoded,
+    expect_path,
     number,
     picture_size,
     xywh_record,
@@ -128,30 +129,36 @@ def _resolve(root: Path, base: object, place: str, where: str, inputs: Inputs) -
     if base is not None and not isinstance(base, str):
         raise UserError(f"{where}: path is {shortened(base)}; expected a folder")
     joined = os.path.join(base or "", place)
+    expect_path(joined, where)
+    # Exporters write ../train/images for what lies beside data.yaml.
     inside = [
         x
         for x in (joined, place, place.removeprefix("../"))
-        if not leads_outside(x) and (root / x).exists()
+        if not leads_outside(x) and os.path.exists(root / x)
     ]
-    if inside:  # exporters write ../train/images for what lies beside data.yaml
+    if inside:
         return root / inside[0]
     inputs.refuse_outside(joined, where)
     found = root / joined
-    if "\0" in joined or not found.exists():
-        raise UserError(f"{where} names {str(found)!r}, which does not exist")
+    if not os.path.exists(found):
+        raise UserError(f"{where} names '{shortened(found, RECORD)}', which does not exist")
     return found
 
 
 def _pictures(place: Path, inputs: Inputs) -> Iterator[Path]:
     """The pictures in a folder and those below it, or in a list."""
-    if place.is_file():
+    if os.path.isfile(place):
         for line in inputs.lines(place):
             inputs.refuse_outside(line, f"'{place}'")
             yield Path(os.path.normpath(place.parent / line))
         return
     for name in inputs.names(place, SUFFIXES):
         yield place / name
-    for below in sorted(x for x in place.iterdir() if x.is_dir() and not x.is_symlink()):
+    try:
+        folders = sorted(x for x in place.iterdir() if x.is_dir() and not x.is_symlink())
+    except OSError as error:
+        raise UserError(f"can't read the folder '{place}': {error.strerror}") from error
+    for below in folders:
         yield from _pictures(below, inputs)
 
 
@@ -163,7 +170,7 @@ def _item(picture: Path, root: Path, inputs: Inputs) -> Item:
             break
     label = Path(*parts)
     inputs.stat(picture)
-    content = inputs.read(label) if label.is_file() else None
+    content = inputs.read(label) if os.path.isfile(label) else None
     if content is None:
         inputs.stat(label)
     return Item(picture, _below(picture, root), _below(label, root), content)
@@ -194,11 +201,17 @@ def add(item: Item, location: Location, reading: Reading) -> None:
         return
     boxes = reading.add_image(item.file_name, width, height, item.source)
     for line, fields in records:
-        _add_line(fields, f"{item.source}, line {line}", (width, height), reading, boxes)
+        record = f"{item.source}, line {line}"
+        _add_line(fields, record, (width, height), _yaml(location).name, reading, boxes)
 
 
 def _add_line(
-    fields: list[str], record: str, size: tuple[int, int], reading: Reading, boxes: list[dict]
+    fields: list[str],
+    record: str,
+    size: tuple[int, int],
+    yaml: str,
+    reading: Reading,
+    boxes: list[dict],
 ) -> None:
     assert reading.classes is not None
     width, height = size
@@ -215,9 +228,8 @@ def _add_line(
         reading.fault("box-type", "error", text, f"{record}: {shortened(error)}", True)
         return
     if index not in range(len(reading.classes)):
-        text = (
-            f"lines have a class that names does not have; expected 0 to {len(reading.classes) - 1}"
-        )
+        last = len(reading.classes) - 1
+        text = f"lines have a class that names in {yaml} does not have; expected 0 to {last}"
         reading.fault("class-undeclared", "error", text, f"{record}: class {fields[0]}", True)
         return
     name = reading.classes[int(index)]

@@ -194,8 +194,8 @@ def _about_thresholds(
 ) -> str:
     if points:
         shown = ", ".join(f"{x} {y:.2f}" for x, y in zip(run.classes, thresholds, strict=True))
-        return f"of scores from {operating_points.FILE} on: {shown}"
-    hint = (
-        "" if threshold is not None else f"; the best of each class: evaluate {run.weights.parent}"
-    )
-    return f"of scores of {thresholds[0]:g} or more{hint}"
+        return f"a box counts from its class's score in {operating_points.FILE} on: {shown}"
+    line = f"a box counts from a score of {thresholds[0]:g} on"
+    if threshold is not None:
+        return line
+    return f"{line}; the best for each class: retina-focal evaluate {run.weights.parent}"

@@ -89,9 +89,10 @@ def suspects(rows: Sequence[dict], paths: dict, pixels: int) -> list[Shown]:
         image = read_picture(Path(paths[row["image_id"]]), pixels)
         x, y, width, height = row["bbox"]
         margin = max(width, height, 16) / 2
-        corner = [max(x - margin, 0), max(y - margin, 0)]
-        end = [min(x + width + margin, image.width), min(y + height + margin, image.height)]
-        crop = image.crop([round(a) for a in (*corner, *end)])
+        low = np.array([x, y]) - margin
+        high = np.array([x + width, y + height]) + margin
+        corner = np.clip(low, 0, np.array(image.size) - 1).round()  # a label may lie outside
+        crop = image.crop((*corner, *np.clip(high, corner + 1, image.size).round()))
         scale = CROP / max(crop.size)
         crop = crop.resize([max(round(a * scale), 1) for a in crop.size])
         box = np.array([[x, y, x + width, y + height]]) - np.tile(corner, 2)

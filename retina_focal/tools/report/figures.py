@@ -11,12 +11,14 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from retina_focal.evaluation.charts import COLORS, FIGURES
 from retina_focal.tools.report.content import SIZES
 
 BARS = 21  # classes that have a bar, those with the most boxes
+WIDTH = 5.5  # inches of a figure: its texts can be read on a phone
 LOSSES = ("total_loss", "loss_cls", "loss_box_reg")
 STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False}
 
@@ -47,10 +49,10 @@ def _uri(kind: str, content: bytes) -> str:
 
 def evaluation_figures(report: dict) -> dict[str, str]:
     """Those of `evaluation.charts`, by name, and "ap"; without what could not be measured."""
-    made = {"ap": svg(lambda figure: _draw_ap(figure.subplots(), report), 6.5, _height(report))}
+    made = {"ap": svg(lambda figure: _draw_ap(figure.subplots(), report), WIDTH, _height(report))}
     for name, draw in FIGURES.items():
         if name != "errors" or report["errors"]:
-            made[name] = svg(lambda figure, draw=draw: draw(figure.subplots(), report), 6.5, 5)
+            made[name] = svg(lambda figure, draw=draw: draw(figure.subplots(), report), WIDTH, 4.4)
     return made
 
 
@@ -97,12 +99,15 @@ def curves(path: Path) -> str | None:
         parts = figure.subplots(2 if names else 1, squeeze=False)[:, 0]
         _draw_lines(parts[0], rows, LOSSES)
         parts[0].set(ylabel="loss", yscale="log")
+        parts[0].yaxis.set_major_formatter("{x:g}")  # the usual one needs math
+        parts[0].yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        parts[0].yaxis.set_minor_formatter("{x:g}")
         for axes in parts[1:]:
             _draw_lines(axes, rows, names, "o-")
             axes.set(ylabel="AP", ylim=(0, None))
         parts[-1].set(xlabel="iteration")
 
-    return svg(draw, 6.5, 5.5 if names else 3)
+    return svg(draw, WIDTH, 5 if names else 3)
 
 
 def _row(line: str) -> dict | None:

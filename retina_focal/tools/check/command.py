@@ -20,6 +20,7 @@ from retina_focal.data.inspection import (
 )
 from retina_focal.data.sources import splits
 from retina_focal.errors import UserError
+from retina_focal.tools.check.page import ranked, write_page
 from retina_focal.tools.common import command, listed, number, tool_parser
 
 GROUPS = ("annotations", "pictures", "splits")
@@ -67,15 +68,13 @@ def main(argv: list[str]) -> None:
     for dataset in datasets:
         dataset.findings = _chosen(dataset.findings, args.only, args.skip)
     between = _chosen(compare(datasets), args.only, args.skip)
+    found = _severities(datasets, between)
     if args.page:
-        from retina_focal.tools.check_page import write_page  # jinja2 is an extra
-
-        write_page(args.page, datasets, between)
+        write_page(args.page, datasets, between, found)
     if args.json:
         print(json.dumps(as_json(datasets, between), indent=1))
     else:
         print(as_text(datasets, between))
-    found = _severities(datasets, between)
     if any(found[x] for x in (STRICT if args.strict else REFUSED)):
         sys.exit(1)
 
@@ -96,11 +95,8 @@ def as_text(datasets: Sequence[Inspected], between: Sequence[Finding]) -> str:
     return "\n".join([*lines, f"found: {total}"])
 
 
-def _lines(findings: Iterable[Finding]) -> list[str]:
-    """The gravest first."""
-    order = list(DONE)
-    ranked = sorted(findings, key=lambda x: order.index(x.severity))
-    return [f"  {x.severity:8} {x.kind}: {x} -> {DONE[x.severity]}" for x in ranked]
+def _lines(findings: Sequence[Finding]) -> list[str]:
+    return [f"  {x.severity:8} {x.kind}: {x} -> {DONE[x.severity]}" for x in ranked(findings)]
 
 
 def as_json(datasets: Sequence[Inspected], between: Sequence[Finding]) -> dict:
