@@ -15,13 +15,13 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from retina_focal.config import config_path, retina_focal_node
+from retina_focal.data.uri import with_whole_rows
 from retina_focal.errors import UserError
 from retina_focal.tools.common import (
     add_dataset_argument,
     command,
     read_cfg,
     set_up,
-    with_whole_rows,
 )
 from retina_focal.training.assembly import evaluate, fit, plain_values
 from retina_focal.training.checkpoint_files import checkpoints_of
