@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         logging.disable(logging.WARNING)  # the first process of the training says it
     cfg = read_cfg(args)
     logging.disable(logging.NOTSET)
+    if not args.eval_only:
+        _check_batch(cfg, world.size if world else (args.num_gpus or 1) * args.num_machines)
     with ended_at_once():
         if starts_others:
             start(run, args, timeout_of(cfg))
@@ -103,6 +105,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     except UserError as error:
         parser.error(str(error))
     return args
+
+
+def _check_batch(cfg: CfgNode | DictConfig, num_processes: int) -> None:
+    """Refuse images per step that the processes can't share, before there are any (UserError)."""
+    node = plain_values(cfg).SOLVER
+    if not node.REFERENCE_WORLD_SIZE and node.IMS_PER_BATCH % num_processes:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {node.IMS_PER_BATCH}, for {num_processes} processes; "
+            "expected a multiple of their number (in a LazyConfig: "
+            "dataloader.train.total_batch_size)"
+        )
 
 
 def _is_tcp(url: str) -> bool:
