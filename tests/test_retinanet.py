@@ -170,7 +170,7 @@ OF_A_STEP = {
     "criterion.py": 2,
     "normalizers.py": 1,
     "losses.py": 1,
-    "dense_sum.py": 6,  # forward, backward, background of a level, two corrections
+    "dense_sum.py": 8,  # forward, backward, background in chunks, two corrections
     "box_losses.py": 1,
 }
 
