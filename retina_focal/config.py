@@ -266,12 +266,11 @@ def _default_node() -> CfgNode:
     # Augmentations beyond INPUT: SCALE of objects, from low to high; COLOUR c, brightness, contrast
     # and saturation times 1 - c to 1 + c; the probabilities of GREY, a picture without colours, and
     # of MOSAIC, four pictures in one, not in the last share MOSAIC_OFF of the iterations.
-    node.TRAIN.AUGMENT = CfgNode()
-    node.TRAIN.AUGMENT.SCALE = [1.0, 1.0]
-    node.TRAIN.AUGMENT.COLOUR = 0.0
-    node.TRAIN.AUGMENT.GREY = 0.0
+    node.TRAIN.AUGMENT = CfgNode({"SCALE": [1.0, 1.0], "COLOUR": 0.0, "GREY": 0.0})
     node.TRAIN.AUGMENT.MOSAIC = 0.0
     node.TRAIN.AUGMENT.MOSAIC_OFF = 0.2
+    # True: with each evaluation the losses on DATA.VAL, as val/... in metrics.json.
+    node.TRAIN.VAL_LOSS = False
     # Which images and boxes are read, and the dataset that choices are made on.
     node.DATA = CfgNode()
     # Pictures that a training may skip, as they can't be used, before it stops: 0 stops at the

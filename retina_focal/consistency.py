@@ -10,6 +10,7 @@ from retina_focal.errors import UserError
 # Bytes of a detector's parameters, and anchors of a cell. Published ones have 0.4 GB and 45.
 MAX_BYTES = 2**31
 MAX_ANCHORS = 500
+LEAST = 8  # px of a side of a picture, below which detectron2's augmentations fail
 # Blocks per stage of detectron2's ResNets, by MODEL.RESNETS.DEPTH.
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 BLOCKS |= {101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -50,6 +51,8 @@ def _pictures(cfg: CfgNode) -> Misfits:
     crop, sizes = cfg.INPUT.CROP, cfg.INPUT.MIN_SIZE_TRAIN
     if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and (len(sizes) != 2 or sizes[0] >= sizes[1]):
         yield "INPUT.MIN_SIZE_TRAIN", "the least and the most, with MIN_SIZE_TRAIN_SAMPLING range"
+    if any(0 < x < LEAST for x in sizes):
+        yield "INPUT.MIN_SIZE_TRAIN", f"0, which resizes nothing, or at least {LEAST} px"
     is_relative = crop.TYPE.startswith("relative")
     if crop.ENABLED and not all(x <= 1 if is_relative else type(x) is int for x in crop.SIZE):
         expected = "parts of a picture, at most 1" if is_relative else "whole pixels"

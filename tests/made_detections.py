@@ -1,6 +1,11 @@
 """Made ground truth and detections in COCO format, with crowds, small boxes and tied scores."""
 
+import contextlib
+import io
+
 import numpy as np
+from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
+from pycocotools.coco import COCO
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -46,3 +51,17 @@ def made(
     categories = [{"id": 10 * i, "name": name} for i, name in enumerate(CLASSES, start=1)]
     dataset = {"images": images, "annotations": annotations, "categories": categories}
     return {"info": {}, **dataset}, results
+
+
+def of_pycocotools(dataset: dict, results: list[dict], limits: list[int]) -> COCOevalMaxDets:
+    """What pycocotools measures; the last of three limits counts for the AP."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = dataset
+        truth.createIndex()
+        measured = COCOevalMaxDets(truth, truth.loadRes([dict(x) for x in results]), "bbox")
+        measured.params.maxDets = limits
+        measured.evaluate()
+        measured.accumulate()
+        measured.summarize()
+    return measured

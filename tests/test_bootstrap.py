@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from made_detections import made
-from test_hotcoco_evaluator import of_pycocotools
+from made_detections import made, of_pycocotools
 
 from retina_focal.evaluation import bootstrap
 from retina_focal.evaluation.bootstrap import drawn_ap, draws, interval, metrics

@@ -3,13 +3,13 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from made_detections import CLASSES, made
-from test_hotcoco_evaluator import of_pycocotools
+from made_detections import CLASSES, made, of_pycocotools
 from test_train import SMALL
 
 from retina_focal.config import config_path, get_cfg
@@ -36,7 +36,7 @@ def files(tmp_path) -> tuple[str, str]:
 
 
 def printed(capsys, *argv: str) -> dict | list:
-    evaluate.main([*argv, "--json", "--draws", "50"])
+    evaluate.main(["--json", "--draws", "50", *argv])
     return json.loads(capsys.readouterr().out)
 
 
@@ -109,6 +109,7 @@ def test_boxes_that_fit_less_are_worse_in_every_draw(files, tmp_path, capsys):
     row = report["metrics"]["AP"]
     # An IoU of 0.72 is enough at five of the ten thresholds.
     assert row["second"] == pytest.approx(100) and row["first"] == pytest.approx(50, abs=3)
+    assert row["difference"] == row["second"] - row["first"]
     assert row["better"] == 1 and 40 < row["interval"][0] <= row["interval"][1] < 60
     evaluate.main([*paths, "--data", files[1], "--compare", "--draws", "9"])
     assert "same for both" in capsys.readouterr().out
@@ -173,7 +174,13 @@ def test_more_than_100_detections_of_an_image_all_count(files, capsys):
 
 
 @pytest.fixture
-def run(data, tmp_path) -> Path:
+def run(trained, tmp_path) -> Path:
+    """A copy of the folder, for a test to write to."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
     """A folder with a network that detects something, if by chance."""
     cfg = get_cfg()
     cfg.merge_from_file(config_path("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
@@ -183,8 +190,7 @@ def run(data, tmp_path) -> Path:
     cfg.DATASETS.COCO_JSON = [[name, str(data / "a.json"), str(data)] for name in names]
     cfg.DATASETS.TEST = names[1:]
     cfg.MODEL.RETINA_FOCAL.DATA.VAL = names[0]
-    folder = tmp_path / "run"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("evaluate")
     (folder / "config.yaml").write_text(cfg.dump())
     torch.manual_seed(0)
     content = {"model": Trainer.build_model(cfg).state_dict(), "classes": ["red", "blue"]}
@@ -193,7 +199,7 @@ def run(data, tmp_path) -> Path:
 
 
 def test_the_numbers_of_a_run_are_those_of_its_training(run, capsys):
-    (report,) = printed(capsys, str(run))
+    (report,) = printed(capsys, str(run), "--opts", "MODEL.RETINA_FOCAL.DATA.VAL", "")
     weights = run / "model_final.pth"
     cfg = load_cfg(str(run / "config.yaml"), ["OUTPUT_DIR", str(run)])
     model = Trainer.build_model(cfg)
@@ -224,9 +230,11 @@ def test_without_val_none_are_chosen_and_those_there_are_used(run, capsys):
     evaluate.main([str(run), "--draws", "5", *opts])
     assert "no operating points" in capsys.readouterr().out
     assert not (run / "operating_points.json").exists()
-    evaluate.main([str(run), "--draws", "5"])
+    about = {"format": 1, "rule": "f1", "dataset": "another", "classes": {}}
+    operating_points.write(run, about)
     evaluate.main([str(run), "--draws", "5", "--rule", "fppi=1", *opts])
-    assert capsys.readouterr().out.count("the highest F1 on rectangles_val") == 2
+    assert "the highest F1 on another" in capsys.readouterr().out
+    assert operating_points.read(run).content == about
 
 
 def test_bccd_is_measured_straight_from_its_folder(tmp_path, capsys):

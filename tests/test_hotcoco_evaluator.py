@@ -1,8 +1,6 @@
 """hotcoco computes what pycocotools does."""
 
-import contextlib
 import importlib
-import io
 import json
 import time
 
@@ -10,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from detectron2.structures import Boxes, Instances
-from made_detections import CLASSES, made
-from pycocotools.coco import COCO
+from made_detections import CLASSES, made, of_pycocotools
 
 from retina_focal.data.registration import register_coco_json
 from retina_focal.errors import UserError
@@ -22,19 +18,6 @@ from retina_focal.evaluation.hotcoco_evaluator import box_ap, results_array
 
 pytest.importorskip("hotcoco")
 EXACT = 1e-12
-
-
-def of_pycocotools(dataset: dict, results: list[dict], limits: list[int]) -> COCOevalMaxDets:
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = dataset
-        truth.createIndex()
-        measured = COCOevalMaxDets(truth, truth.loadRes([dict(x) for x in results]), "bbox")
-        measured.params.maxDets = limits
-        measured.evaluate()
-        measured.accumulate()
-        measured.summarize()
-    return measured
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -104,6 +104,7 @@ def test_an_unknown_name_is_refused_with_those_there_are(key):
         {"SOLVER.IMS_PER_BATCH": 2, "SOLVER.REFERENCE_WORLD_SIZE": 3},
         {"INPUT.MIN_SIZE_TRAIN": [64, 32], "INPUT.MIN_SIZE_TRAIN_SAMPLING": "range"},
         {"INPUT.MIN_SIZE_TRAIN": []},
+        {"INPUT.MIN_SIZE_TRAIN": [64, 1]},
         {"INPUT.CROP.SIZE": [0.5, 2.0], "INPUT.CROP.ENABLED": True},
         {"INPUT.CROP.SIZE": [0.5, 9], "INPUT.CROP.ENABLED": True, "INPUT.CROP.TYPE": "absolute"},
         {"INPUT.CROP.SIZE": [0.5]},

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_detections import made
-from test_hotcoco_evaluator import of_pycocotools
+from made_detections import made, of_pycocotools
 
 from retina_focal.evaluation import matches as matches_module
 from retina_focal.evaluation.detections import collect

@@ -50,7 +50,7 @@ def test_the_confusion_of_five_detections_is_known():
         (1, SMALLER, 0.9), (2, FAR, 0.8), (2, NOTHING, 0.7), (1, [82, 2, 9, 9], 0.6), (2, BOX, 0.1)
     )
     evaluated = collect(dataset, results)
-    counts = confusion(kept_at(evaluated, {"class 2": 0.5}, 0.3))
+    counts = confusion(kept_at(evaluated, {"class 2": 0.7}, 0.6))  # a score of 0.7 or 0.6 counts
     # rows: class 1, class 2, background; columns: class 1, class 2, missed
     assert counts.tolist() == [[1, 1, 0], [0, 0, 1], [0, 1, 0]]
     counts = confusion(kept_at(evaluated, {"class 2": 0.0}, 0.3))
@@ -104,6 +104,8 @@ def test_a_suspected_label_is_of_its_kind():
         ),  # surer of the label
         (dataset_of([BOX], [False]), results_of((1, NEAR, 0.9), (1, BOX, 0.8))),  # one that fits
         (dataset_of([BOX], [True]), results_of((2, BOX, 0.9))),
+        (dataset_of([BOX], [False]), results_of((2, NEAR, 0.9))),  # on the box only in part
+        (dataset_of([BOX], [True]), []),
         (dataset_of([], []), results_of((1, BOX, 0.4))),
         (dataset_of([], []), []),
     ],

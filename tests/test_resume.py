@@ -378,6 +378,14 @@ def test_results_are_read_back_as_they_were(tmp_path):
     assert str(results_in_metrics(path, 6)) == "{'bbox': {'AP': 1.5}, 'a': {'bbox': {'AP-x': nan}}}"
 
 
+@pytest.mark.parametrize(
+    "line", ['{"a": 1, "a/b": 2, "iteration": 6}', '{"a": "x", "iteration": 6}', "[" * 10**5]
+)
+def test_results_that_are_altered_are_none(line, tmp_path):
+    (tmp_path / "metrics.json").write_text(f"{line}\n")
+    assert results_in_metrics(tmp_path / "metrics.json", 6) is None
+
+
 def test_precise_statistics_are_those_of_the_uninterrupted_run(toy, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     keys = {"TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 2}

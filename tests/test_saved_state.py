@@ -82,6 +82,8 @@ ALTERED = [
     (hook("ExactResume", seed=-1), "seed is -1"),
     (hook("ExactResume", seen="1"), "seen is '1', expected a number of images"),
     (hook("Trouble", bad=["a"]), "file names and reasons"),
+    ({"raw_model": 5}, "its raw_model is 5, expected names and tensors"),
+    ({"trainer.hooks.WeightAverage": {"num_updates": -1}}, "num_updates is -1"),
     (hook("BestCheckpoint", best="1"), "best is '1'"),
 ]
 

@@ -231,6 +231,8 @@ def test_a_config_takes_sources_and_the_number_of_their_classes(tmp_path):
     assert cfg.MODEL.RETINANET.NUM_CLASSES == 5  # what is said is checked, not replaced
     cfg = load_cfg("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
     assert cfg.MODEL.RETINANET.NUM_CLASSES == 80
+    with pytest.raises(UserError, match="NUM_CLASSES is 0"):
+        load_cfg("quick_start/trees.yaml", ["MODEL.RETINANET.NUM_CLASSES", "0"])
 
 
 def test_a_lazy_config_takes_sources(tmp_path):

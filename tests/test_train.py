@@ -226,6 +226,7 @@ def test_arguments_that_cannot_run_are_refused_in_words(arguments, message, caps
         ),
         (["--dataset", "cells", "a.json", "."], r"add: DATASETS.TRAIN \"\('cells',\)\""),
         (["SOLVER.BASE_LR", "1000"], "type SOLVER.BASE_LR 1000.0"),
+        (["--num-gpus", "3"], "IMS_PER_BATCH is 16, for 3 processes; expected a multiple"),
     ],
 )
 def test_a_wrong_config_ends_the_tool_in_words_and_makes_no_folder(

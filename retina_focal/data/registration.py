@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
-from retina_focal.config import get_cfg, retina_focal_node
+from retina_focal.config import retina_focal_node
 from retina_focal.data.class_filter import keep_classes
 from retina_focal.data.classes import class_names, listed, match_classes
 from retina_focal.data.coco import CocoFile, coco_file, read_coco
@@ -52,9 +52,7 @@ def register_datasets(cfg: CfgNode, names: Sequence[str] | None = None) -> None:
     """
     names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if names is None else names
     allow_outside = retina_focal_node(cfg).DATA.ALLOW_OUTSIDE
-    for row in cfg.DATASETS.get("SOURCES", []):
-        if len(row) != 2:
-            raise UserError(f"DATASETS.SOURCES has the row {list(row)}; expected [name, uri]")
+    for row in _rows(cfg):
         if row[0] in names:
             register(*row, allow_outside=allow_outside)
     for row in cfg.DATASETS.get("COCO_JSON", []):
@@ -72,23 +70,25 @@ def register_datasets(cfg: CfgNode, names: Sequence[str] | None = None) -> None:
 
 
 def set_num_classes(cfg: CfgNode) -> None:
-    """Set ``NUM_CLASSES`` of a config that says 0 from its first dataset of ``DATASETS.SOURCES``.
-
-    Where there is none, to detectron2's default.
+    """Set ``NUM_CLASSES`` from the first dataset of ``DATASETS.SOURCES``, where it is read.
 
     Raises:
         UserError: the dataset can't be used.
     """
-    uris = {row[0]: row[1] for row in cfg.DATASETS.SOURCES if len(row) == 2}
+    uris, data = {name: uri for name, uri in _rows(cfg)}, retina_focal_node(cfg).DATA
     first = next((x for x in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if x in uris), None)
-    if cfg.MODEL.RETINANET.NUM_CLASSES == 0:
-        default = get_cfg().MODEL.RETINANET.NUM_CLASSES
-        data = retina_focal_node(cfg).DATA
-        cfg.MODEL.RETINANET.NUM_CLASSES = (
-            default
-            if first is None
-            else len(data.CLASSES or load(uris[first], data.ALLOW_OUTSIDE).classes)
-        )
+    if first is not None:
+        classes = data.CLASSES or load(uris[first], data.ALLOW_OUTSIDE).classes
+        cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
+
+
+def _rows(cfg: CfgNode) -> list[list[str]]:
+    """``DATASETS.SOURCES``, looked at (UserError)."""
+    rows = cfg.DATASETS.get("SOURCES", [])
+    for row in rows:
+        if not isinstance(row, (list, tuple)) or [*map(type, row)] != [str, str]:
+            raise UserError(f"DATASETS.SOURCES has the row {row!r}; expected [name, uri]")
+    return rows
 
 
 def register_coco_json(

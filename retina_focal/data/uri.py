@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -93,6 +94,15 @@ class Location:
 def has_scheme(data: str) -> bool:
     """Whether it is a URI of a dataset, not a name or a path."""
     return data.partition(":")[0] in EXAMPLES
+
+
+def with_whole_rows(argv: Sequence[str] | None) -> list[str]:
+    """A command line whose `--dataset NAME URI` has the third value that argparse counts on."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for i in reversed(range(len(argv) - 2)):
+        if argv[i] == "--dataset" and has_scheme(argv[i + 2]):
+            argv.insert(i + 3, "")
+    return argv
 
 
 def parse(data: str) -> Location:

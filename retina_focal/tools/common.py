@@ -34,7 +34,7 @@ from retina_focal.data.registration import (
     set_num_classes,
     use_datasets,
 )
-from retina_focal.data.uri import has_scheme
+from retina_focal.data.uri import with_whole_rows
 from retina_focal.errors import UserError
 from retina_focal.limits import check_ranges, check_values
 from retina_focal.training.checkpoints import expect_classes_of_run
@@ -45,6 +45,7 @@ from retina_focal.training.run_files import open_log
 from retina_focal.training.values import LAZY_NAMES, plain_values
 
 Item = TypeVar("Item")
+UNSET = -(2**31)  # a number of classes that nobody types
 LAZY_PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
@@ -117,15 +118,6 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(with_whole_rows(args), namespace)
 
 
-def with_whole_rows(argv: Sequence[str] | None) -> list[str]:
-    """A command line whose `--dataset NAME URI` has the third value that argparse counts on."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    for i in reversed(range(len(argv) - 2)):
-        if argv[i] == "--dataset" and has_scheme(argv[i + 2]):
-            argv.insert(i + 3, "")
-    return argv
-
-
 def _folder(text: str) -> Path:
     """The type of an argument that is a folder to write to, looked at before minutes of work."""
     path = Path(text)
@@ -193,10 +185,13 @@ def load_cfg(
     if flags:
         raise UserError(f"{flags[0]} comes after the options {opts[0]} ...; put it before them")
     cfg = get_cfg()
-    cfg.MODEL.RETINANET.NUM_CLASSES = 0  # where nothing sets it, a dataset does
+    default, cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES, UNSET
     merge_file(cfg, config_path(config_file))
     merge_options(cfg, opts)
     refuse_proposal_files(cfg)
+    takes_classes = cfg.MODEL.RETINANET.NUM_CLASSES == UNSET
+    if takes_classes:
+        cfg.MODEL.RETINANET.NUM_CLASSES = default
     check_values(cfg)
     unnamed = [x for x, *_ in datasets if x not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
     if unnamed:
@@ -206,7 +201,8 @@ def load_cfg(
         )
     cfg.DATASETS.SOURCES = [*cfg.DATASETS.SOURCES, *([x, y] for x, y, z in datasets if not z)]
     cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *(list(x) for x in datasets if x[2])]
-    set_num_classes(cfg)
+    if takes_classes:
+        set_num_classes(cfg)
     for key, registry in REGISTRIES.items():
         check_choice(key, flatten(cfg)[key], sorted(name for name, _ in registry))
     try:

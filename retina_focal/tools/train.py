@@ -15,13 +15,13 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from retina_focal.config import config_path, retina_focal_node
+from retina_focal.data.uri import with_whole_rows
 from retina_focal.errors import UserError
 from retina_focal.tools.common import (
     add_dataset_argument,
     command,
     read_cfg,
     set_up,
-    with_whole_rows,
 )
 from retina_focal.training.assembly import evaluate, fit, plain_values
 from retina_focal.training.checkpoint_files import checkpoints_of
@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         logging.disable(logging.WARNING)  # the first process of the training says it
     cfg = read_cfg(args)
     logging.disable(logging.NOTSET)
+    if not args.eval_only:
+        _check_batch(cfg, world.size if world else (args.num_gpus or 1) * args.num_machines)
     with ended_at_once():
         if starts_others:
             start(run, args, timeout_of(cfg))
@@ -103,6 +105,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     except UserError as error:
         parser.error(str(error))
     return args
+
+
+def _check_batch(cfg: CfgNode | DictConfig, num_processes: int) -> None:
+    """Refuse images per step that the processes can't share, before there are any (UserError)."""
+    node = plain_values(cfg).SOLVER
+    if not node.REFERENCE_WORLD_SIZE and node.IMS_PER_BATCH % num_processes:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {node.IMS_PER_BATCH}, for {num_processes} processes; "
+            "expected a multiple of their number (in a LazyConfig: "
+            "dataloader.train.total_batch_size)"
+        )
 
 
 def _is_tcp(url: str) -> bool:

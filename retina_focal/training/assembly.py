@@ -5,7 +5,7 @@ import os
 import traceback
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
@@ -30,7 +30,7 @@ from retina_focal.data.loading import build_train_loader
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import explain_missing
 from retina_focal.evaluation.tta import with_tta
-from retina_focal.training.average import weight_average
+from retina_focal.training.average import averaged_weights, weight_average
 from retina_focal.training.best import EarlyStop, best_checkpoint, has_ended
 from retina_focal.training.checkpoints import RunCheckpointer
 from retina_focal.training.first_step import FirstStepCheck
@@ -48,6 +48,7 @@ from retina_focal.training.run_files import SETTINGS, SavedConfig
 from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader, handled_signals
 from retina_focal.training.steps import training_steps
 from retina_focal.training.trouble import Trouble
+from retina_focal.training.validation import validation_loss
 from retina_focal.training.values import plain_values
 from retina_focal.training.words import words_only
 
@@ -112,8 +113,9 @@ class Trainer(DefaultTrainer):
         steps = training_steps(self.cfg, model)
         optimizer = self.build_optimizer(self.parts, model)
         data_loader = self.build_train_loader(self.parts)
+        self._val_loss = validation_loss(self.parts, model)
+        self.average = weight_average(retina_focal_node(self.cfg).TRAIN, model)
         expect_test_pictures(self.cfg.DATASETS.TEST)
-        self._average = weight_average(retina_focal_node(self.cfg).TRAIN, model)
         model = distribute(model, **self.lazy_options.get("ddp", {}))
         self._trainer = steps(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(self.parts, optimizer)
@@ -122,7 +124,7 @@ class Trainer(DefaultTrainer):
             self.cfg.OUTPUT_DIR,
             keep=retina_focal_node(self.cfg).TRAIN.KEEP_CHECKPOINTS,
             classes=class_names(self.cfg.DATASETS.TRAIN),
-            average=self._average,
+            average=self.average,
             trainer=weakref.proxy(self),
         )
         self.start_iter, self.max_iter = 0, self.cfg.SOLVER.MAX_ITER
@@ -150,13 +152,14 @@ class Trainer(DefaultTrainer):
             self._frozen,
             FirstStepCheck(cfg.DATASETS.TRAIN),
             Trouble(cfg.OUTPUT_DIR, retina_focal_node(cfg).DATA.MAX_BAD_IMAGES),
-            self._average,
+            self.average,
             self._saved_config,
             self._precise_bn(),
             self._resume,
             saver,  # before the evaluation: should that fail, the weights are kept
             self._stop,  # before it too: it can take long
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
+            self._val_loss,
             best_checkpoint(retina_focal_node(cfg).TRAIN),
             writer,
         ]
@@ -250,7 +253,7 @@ class Trainer(DefaultTrainer):
         if self.iter + 1 == self.max_iter:  # detectron2 asks for it when the last step failed, too
             return {}
         try:
-            with self._average.in_the_model() if self._average else nullcontext():
+            with averaged_weights(self.average):
                 self._last_eval_results = self.test(self.parts, self.model)
         except Stop as stop:
             self._trainer.stop_signal = stop.signum

@@ -1,7 +1,7 @@
 """A moving average of the weights, to be evaluated and deployed in place of the last ones."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from detectron2.config import CfgNode
@@ -73,6 +73,11 @@ class WeightAverage(HookBase):
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.num_updates = state_dict["num_updates"]
+
+
+def averaged_weights(average: WeightAverage | None) -> AbstractContextManager:
+    """`in_the_model` of an average, where there is one."""
+    return nullcontext() if average is None else average.in_the_model()
 
 
 def weight_average(train: CfgNode, model: nn.Module) -> WeightAverage | None:

@@ -72,7 +72,7 @@ def results_in_metrics(path: Path, iteration: int) -> dict | None:
     """The results, {"bbox": {"AP": ...}}, that were written at an iteration; None: none were."""
     try:
         line = json.loads(path.read_text().splitlines()[-1])
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError, RecursionError):
         return None
     if not isinstance(line, dict) or line.pop("iteration", None) != iteration:
         return None
@@ -82,5 +82,9 @@ def results_in_metrics(path: Path, iteration: int) -> dict | None:
         node = results
         for group in groups:
             node = node.setdefault(group, {})
+            if not isinstance(node, dict):
+                return None
+        if not isinstance(value, int | float):
+            return None
         node[metric] = value
     return results

@@ -48,6 +48,8 @@ def tensors_of(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def _check(content: Mapping, optimizer: Optimizer | None) -> None:
     if "classes" in content:
         _expect(content, "", "classes", _list_of(_is_text), "a list of names")
+    if "raw_model" in content:
+        _expect(content, "", "raw_model", _is_dict_of(str, Tensor), "names and tensors")
     if "iteration" in content:
         _expect(content, "", "iteration", _is_count, "a number of iterations")
     if "trainer" not in content:
@@ -208,6 +210,7 @@ HOOKS: dict[str, dict[str, tuple[Callable[[object], bool], str]]] = {
         "images": COUNT,
     },
     "Trouble": {"bad": (_is_dict_of(str, str), "file names and reasons")},
+    "WeightAverage": {"num_updates": COUNT},
     "BestCheckpoint": {
         "best": (_is_number, "a number"),
         "best_iteration": LAST,
