@@ -31,7 +31,7 @@ from retina_focal.data.fingerprint import (
 )
 from retina_focal.data.registration import register
 from retina_focal.data.sources import splits
-from retina_focal.data.uri import parse
+from retina_focal.data.uri import has_scheme, parse
 from retina_focal.errors import UserError
 from retina_focal.files import cache_folder, write_whole
 from retina_focal.safe_yaml import read_yaml_with_bases
@@ -105,11 +105,11 @@ def find_splits(data: str, val: str | None, stem: str) -> list[tuple[str, str]]:
     Raises:
         UserError: there is no telling what val is.
     """
-    if val is None and data in DatasetCatalog:
+    if val is None and _is_name(data):
         raise UserError(f"dataset '{data}' is a registered name; type its val too: --val NAME")
     if val is not None:
         pairs = (("train", data), ("val", val))
-        return [(x if x in DatasetCatalog else f"{stem}_{kind}", x) for kind, x in pairs]
+        return [(x if _is_name(x) else f"{stem}_{kind}", x) for kind, x in pairs]
     by_name = {parse(uri).split: uri for uri in splits(data)}
     train, val = by_name.get("train"), by_name.get("val") or by_name.get("valid")
     if not (train and val):
@@ -121,6 +121,11 @@ def find_splits(data: str, val: str | None, stem: str) -> list[tuple[str, str]]:
         mark = "&" if "?" in data else "?"
         train, val = (f"{data}{mark}split={x}&val={HELD_OUT}" for x in ("train", "val"))
     return [(f"{stem}_train", train), (f"{stem}_val", val)]
+
+
+def _is_name(data: str) -> bool:
+    """Whether it is a registered name; a URI may be one too, of an earlier command."""
+    return data in DatasetCatalog and not has_scheme(data)
 
 
 def _registered(pair: tuple[str, str]) -> tuple[str, str]:
