@@ -27,7 +27,7 @@ def run_here(data, output, *arguments, opts=()):
     "arguments, opts, message",
     [
         ((), ["MODEL.RETINA_FOCAL.CLS_LOSS", "foacl"], "CLS_LOSS is 'foacl'"),
-        (("--resume",), ARCHITECTURE, "another architecture"),
+        (("--resume",), ARCHITECTURE, "another architecture|its optimizer has 84 parameters"),
         (("--eval-only", "--resume"), ARCHITECTURE, "another architecture"),
         ((), ["MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth"),
         ((), ["MODEL.RETINA_FOCAL.DATA.MAX_PIXELS", "100"], "MAX_PIXELS"),  # the first batch

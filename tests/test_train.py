@@ -310,5 +310,5 @@ def test_every_tool_explains_itself(capsys):
 
 
 def test_an_unknown_tool_is_answered_with_those_there_are():
-    with pytest.raises(SystemExit, match="no tool 'trian'; it has train"):
+    with pytest.raises(SystemExit, match=r"no tool 'trian'; it has .*train"):
         cli.main(["trian"])
