@@ -11,7 +11,9 @@ setup(
     package_dir={"retina_focal.configs": "configs"},
     package_data={
         "retina_focal.configs": ["**/*.yaml", "**/*.py", "**/*.md", "**/*.json"],
+        "retina_focal.tools.check": ["page.html"],
         "retina_focal.tools.fidelity": ["settings.yaml"],
+        "retina_focal.tools.report": ["page.html"],
     },
     # Not detectron2: pip can't build it unaided, and would replace a user's own build.
     install_requires=[
@@ -25,7 +27,17 @@ setup(
     extras_require={
         "timm": ["timm"],
         "ablate": ["submitit"],
-        "test": ["timm", "submitit", "pytest", "pytest-xdist", "hypothesis"],
+        "evaluation": ["hotcoco==1.3.0"],  # the version whose numbers were compared
+        "report": ["jinja2"],
+        "test": [
+            "jinja2",
+            "timm",
+            "submitit",
+            "hotcoco==1.3.0",
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+        ],
         "dev": ["ruff"],
     },
     entry_points={"console_scripts": ["retina-focal = retina_focal.tools.cli:main"]},

@@ -30,8 +30,17 @@ from retina_focal.backbone import (
 )
 from retina_focal.config import add_retina_focal_config, get_cfg
 from retina_focal.criterion import Criterion
-from retina_focal.data.registration import register_coco_json, register_datasets
+from retina_focal.data.registration import (
+    register_coco_json,
+    register_datasets,
+)
 from retina_focal.head import DENSE_HEAD_REGISTRY, FocalRetinaNetHead
+from retina_focal.later_losses import (
+    AsymmetricLoss,
+    Poly1FocalLoss,
+    QualityFocalLoss,
+    VarifocalLoss,
+)
 from retina_focal.losses import (
     CLS_LOSS_REGISTRY,
     FocalStarLoss,
@@ -56,6 +65,7 @@ __all__ = [
     "NORMALIZER_REGISTRY",
     "ATSSAssigner",
     "Assigner",
+    "AsymmetricLoss",
     "Criterion",
     "FocalRPN",
     "FocalRPNHead",
@@ -65,9 +75,12 @@ __all__ = [
     "HardExampleSampler",
     "HingeLoss",
     "OctaveAnchorGenerator",
+    "Poly1FocalLoss",
     "Postprocessor",
+    "QualityFocalLoss",
     "SigmoidFocalLoss",
     "Trainer",
+    "VarifocalLoss",
     "accumulate_gradients",
     "add_retina_focal_config",
     "build_retina_focal_resnet_fpn_backbone",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_ioa
 from fvcore.common.registry import Registry
 from torch import Tensor
 
@@ -20,6 +20,10 @@ from retina_focal.matching import (
 )
 from retina_focal.transfer import to_device
 
+# Share of an anchor's area inside of a region, from which on it is ignored.
+MIN_INSIDE = 0.5
+REGIONS_AT_ONCE = 16  # bounds the memory
+
 ASSIGNMENTS = ("detectron2", "detectron", "paper")
 
 ASSIGNER_REGISTRY = Registry("ASSIGNER")
@@ -32,11 +36,42 @@ Assigners by ``MODEL.RETINA_FOCAL.ASSIGNMENT``. Called with `(cfg)`; returns an 
 def build_assigner(cfg: CfgNode) -> Callable[..., tuple[Tensor, Tensor]]:
     """The assigner that ``MODEL.RETINA_FOCAL.ASSIGNMENT`` names.
 
+    With ``DATA.IGNORE_REGIONS`` inside of `IgnoreRegions`.
+
     Raises:
         UserError: an unknown name, or thresholds and labels that don't fit.
     """
-    name = retina_focal_node(cfg).ASSIGNMENT
-    return registered(ASSIGNER_REGISTRY, "MODEL.RETINA_FOCAL.ASSIGNMENT", name)(cfg)
+    node = retina_focal_node(cfg)
+    name = node.ASSIGNMENT
+    assigner = registered(ASSIGNER_REGISTRY, "MODEL.RETINA_FOCAL.ASSIGNMENT", name)(cfg)
+    return IgnoreRegions(assigner) if node.DATA.IGNORE_REGIONS else assigner
+
+
+class IgnoreRegions:
+    """Another assigner's labels, -1 in place of background where an image has a region to ignore.
+
+    That is at the anchors with at least half of their own area inside one region. Positive ones
+    stay. Regions are the boxes of class -1, the last of an image (`ground_truth`), which the other
+    assigner does not see.
+    """
+
+    def __init__(self, assigner: Callable[..., tuple[Tensor, Tensor]]):
+        self.assigner, self.num_classes = assigner, assigner.num_classes
+
+    @torch.no_grad()
+    def __call__(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[Tensor, Tensor]:
+        """As `Assigner.__call__`."""
+        objects = [x[: int((x.gt_classes >= 0).sum())] for x in gt_instances]
+        labels, matched_idxs = self.assigner(anchors, objects)
+        flat = Boxes.cat(anchors)
+        for label, own, instances in zip(labels, objects, gt_instances, strict=True):
+            regions = instances.gt_boxes.tensor[len(own) :].to(flat.device)
+            for some in regions.split(REGIONS_AT_ONCE):
+                inside = (pairwise_ioa(Boxes(some), flat) >= MIN_INSIDE).any(0)
+                label[inside & (label == self.num_classes)] = -1
+        return labels, matched_idxs
 
 
 class Assigner:

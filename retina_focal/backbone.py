@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from retina_focal.config import check_choice, retina_focal_node
 from retina_focal.errors import UserError
-from retina_focal.folding import fold_timm_norms, is_depthwise
+from retina_focal.folding_timm import fold_timm_norms, is_depthwise
 
 TOP_BLOCK_IN_FEATURES = ("res5", "p5")
 TIMM_NORMS = ("FrozenBN", "BN", "SyncBN")

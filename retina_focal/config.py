@@ -7,6 +7,7 @@ The first value named in a comment is the default and means "as stock detectron2
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,10 +20,15 @@ from retina_focal.errors import UserError
 from retina_focal.files import check_regular
 from retina_focal.safe_yaml import read_yaml_with_bases
 
+# What yacs says of a value of another type.
+MISMATCH = re.compile(r"Type mismatch .* with values \((.*) vs\. (.*)\) for config key: (.*)")
+
 
 def add_retina_focal_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.RETINA_FOCAL`` and ``DATASETS.COCO_JSON`` with their defaults to a config."""
+    """Add ``MODEL.RETINA_FOCAL``, ``DATASETS.COCO_JSON`` and ``.SOURCES`` with their defaults."""
     cfg.MODEL.RETINA_FOCAL = _default_node()
+    # Datasets by URI to register: rows of [name, uri], such as [mine, "voc:FOLDER?split=train"].
+    cfg.DATASETS.SOURCES = []
     # Datasets in COCO format to register: rows of [name, annotation json, image folder].
     cfg.DATASETS.COCO_JSON = []
 
@@ -63,10 +69,13 @@ def merge_file(cfg: CfgNode, path: str) -> None:
             cfg.update(new)
         else:
             raise UserError(f"VERSION is {version}; expected at most {cfg.VERSION}")
-    except (AssertionError, KeyError, TypeError, ValueError) as error:  # yacs asserts
-        # The text of a KeyError has quotes around it.
-        message = error.args[0] if isinstance(error, KeyError) else error
-        raise UserError(f"{path}: {message}") from error
+    except KeyError as error:
+        key = str(error.args[0]).rpartition(": ")[2]
+        raise UserError(f"{path}: {_no_such_key(cfg, key)}") from error
+    except (AssertionError, TypeError, ValueError) as error:  # yacs asserts
+        found = MISMATCH.fullmatch(str(error))
+        text = f"{found[3]} is {found[2]}; expected, for example, {found[1]}" if found else error
+        raise UserError(f"{path}: {text}") from error
     except (MemoryError, RecursionError) as error:  # yacs reads a text as Python writes a value
         raise UserError(f"{path}: a value is nested too deeply") from error
     if "RETINA_FOCAL" in cfg.MODEL:
@@ -85,20 +94,25 @@ def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
             f"the options {' '.join(map(str, options))} are no pairs; expected KEY VALUE KEY VALUE"
         )
     for key, value in zip(options[::2], options[1::2], strict=True):
+        if key not in flatten(cfg):
+            raise UserError(_no_such_key(cfg, key))
         try:
             cfg.merge_from_list([key, value])
-        except (AssertionError, KeyError) as error:
-            near = difflib.get_close_matches(key, flatten(cfg), n=3)
-            raise UserError(
-                f"there is no key '{key}'" + (f"; near it: {', '.join(near)}" if near else "")
-            ) from error
         except (MemoryError, RecursionError, TypeError, ValueError) as error:
             wanted = flatten(cfg)[key]
             is_int = str(value).lstrip("+-").isdecimal()
             example = f"{int(value)}.0" if is_int and isinstance(wanted, float) else wanted
             raise UserError(
-                f"{key} is a {type(wanted).__name__}, which {value} is not; type {key} {example}"
+                f"{key} is of type {type(wanted).__name__}, which {value} is not; type {key} "
+                f"{example}"
             ) from error
+
+
+def _no_such_key(cfg: CfgNode, key: str) -> str:
+    keys = flatten(cfg)
+    nodes = {x[:i] for x in keys for i, letter in enumerate(x) if letter == "."}
+    near = difflib.get_close_matches(key, [*keys, *sorted(nodes)], n=3)
+    return f"there is no key '{key}'" + (f"; near it: {', '.join(near)}" if near else "")
 
 
 def flatten(node: dict, prefix: str = "") -> dict[str, object]:
@@ -190,12 +204,19 @@ def _default_node() -> CfgNode:
     # Loss of each class of each anchor: "focal" with MODEL.RETINANET.FOCAL_LOSS_ALPHA and _GAMMA
     # (gamma 0: alpha-balanced cross entropy); "cross_entropy" -log(p_t), without alpha;
     # "focal_star" -log(sigmoid(gamma x_t + beta)) / gamma with FOCAL_LOSS_GAMMA and FOCAL_STAR.BETA
-    # (appendix A); "hinge" max(0, HINGE.MARGIN - p_t) (Sec. 5.1).
+    # (appendix A); "hinge" max(0, HINGE.MARGIN - p_t) (Sec. 5.1). Later ones, see later_losses.py:
+    # "quality_focal" and "varifocal", whose target is the IoU; "poly1"; "asymmetric".
     node.CLS_LOSS = "focal"
     node.FOCAL_STAR = CfgNode()
     node.FOCAL_STAR.BETA = 1.0
     node.HINGE = CfgNode()
     node.HINGE.MARGIN = 0.5
+    node.POLY1 = CfgNode()
+    node.POLY1.EPSILON = 1.0
+    node.ASYMMETRIC = CfgNode()
+    node.ASYMMETRIC.GAMMA_POS = 0.0
+    node.ASYMMETRIC.GAMMA_NEG = 4.0
+    node.ASYMMETRIC.MARGIN = 0.05
 
     # True: the alpha of "focal" is the inverse class frequency of each batch (Sec. 3.1), not
     # FOCAL_LOSS_ALPHA.
@@ -236,18 +257,50 @@ def _default_node() -> CfgNode:
     node.TRAIN.BEST = ""
     # Evaluations without a better TRAIN.BEST after which the run ends; 0: it goes to the end.
     node.TRAIN.PATIENCE = 0
+    # Decay of the average of the weights, which is then evaluated, and `model` in a checkpoint; see
+    # `training.average`. 0: none.
+    node.TRAIN.EMA = 0.0
+    # Names of modules and parameters that stay as they are, such as ["backbone.bottom_up"]; their
+    # batch norms keep their statistics.
+    node.TRAIN.FREEZE = []
+    # Augmentations beyond INPUT: SCALE of objects, from low to high; COLOUR c, brightness, contrast
+    # and saturation times 1 - c to 1 + c; the probabilities of GREY, a picture without colours, and
+    # of MOSAIC, four pictures in one, not in the last share MOSAIC_OFF of the iterations.
+    node.TRAIN.AUGMENT = CfgNode({"SCALE": [1.0, 1.0], "COLOUR": 0.0, "GREY": 0.0})
+    node.TRAIN.AUGMENT.MOSAIC = 0.0
+    node.TRAIN.AUGMENT.MOSAIC_OFF = 0.2
+    # True: with each evaluation the losses on DATA.VAL, as val/... in metrics.json.
+    node.TRAIN.VAL_LOSS = False
     # Which images and boxes are read, and the dataset that choices are made on.
     node.DATA = CfgNode()
     # Pictures that a training may skip, as they can't be used, before it stops: 0 stops at the
     # first. Each is counted once and named.
     node.DATA.MAX_BAD_IMAGES = 0
+    # True: pictures without a box are trained on (DATALOADER.FILTER_EMPTY_ANNOTATIONS False).
+    node.DATA.KEEP_EMPTY = False
+    # True: background of which at least half of an anchor lies in a crowd (iscrowd 1) is ignored.
+    node.DATA.IGNORE_REGIONS = False
+    # Names of the classes that count, numbered so; others become background. []: all.
+    node.DATA.CLASSES = []
     # Pixels of the largest picture that is decoded; the file tells them beforehand.
     node.DATA.MAX_PIXELS = 50_000_000
     # Whether pictures may lie outside of their dataset's image folder, by ".." or an absolute path
     # in the annotations. Of the command line alone: a config file can't set it.
     node.DATA.ALLOW_OUTSIDE = False
+    # The dataset that choices are made on (the best checkpoint, calibration, operating points), so
+    # that those of DATASETS.TEST are only measured with; "": none is chosen.
+    node.DATA.VAL = ""
     # How detections are made and measured, beyond MODEL.RETINANET.*_TEST.
     node.TEST = CfgNode()
+    # What computes the AP of boxes: "pycocotools", or "hotcoco", which gives the same numbers in a
+    # fraction of the time and is an extra to install.
+    node.TEST.EVALUATOR = "pycocotools"
+    # Whether NMS takes overlapping boxes of two classes for one object, of the higher score.
+    node.TEST.CLASS_AGNOSTIC_NMS = False
+    # Side in pixels of the tiles into which `predict` cuts pictures that are larger; 0: none.
+    node.TEST.TILE = 0
+    # Overlap of neighbouring tiles in parts of their side: larger than most objects.
+    node.TEST.TILE_OVERLAP = 0.2
 
     # Octave anchors of OctaveAnchorGenerator (Sec. 4, "Anchors"): one base size per level, in
     # pixels, each repeated at 2^(i / SCALES_PER_OCTAVE) for i < SCALES_PER_OCTAVE.

@@ -77,12 +77,11 @@ class _DenseLossSum(torch.autograd.Function):
         # A CPU has a level in its cache; a device launches as much for one as for all.
         parts = [slice(i, i + 1) for i in range(len(logits))] if ctx.one_pass else [slice(None)]
         for own in parts:
-            for x, grad in zip(logits[own], grads[own], strict=True):
-                _add_background(loss, x, weights, sums, grad)
-            derivative = _correct_sums(loss, logits[own], targets[own], num_classes, sums)
+            _add_background(loss, logits[own], weights, sums, grads[own])
+            correction = _correct_sums(loss, logits[own], targets[own], num_classes, sums)
             if ctx.one_pass:
-                _correct_grads(grads[own], targets[own], derivative, num_classes, weights)
-        ctx.save_for_backward(*(grads if ctx.one_pass else (weights, derivative, *logits)))
+                _correct_grads(grads[own], targets[own], correction, num_classes, weights)
+        ctx.save_for_backward(*(grads if ctx.one_pass else (weights, *correction, *logits)))
         return sums.mul_(weights).sum().to(torch.promote_types(logits[0].dtype, torch.float32))
 
     @staticmethod
@@ -100,13 +99,13 @@ class _DenseLossSum(torch.autograd.Function):
                 grads = [None if grad is None else grad * grad_output for grad in grads]
             return None, None, None, None, *grads
         loss, targets, num_classes = ctx.arguments
-        weights, derivative, *logits = ctx.saved_tensors
-        weights, grads = weights * grad_output, []
-        for x, needs_grad in zip(logits, ctx.needs_input_grad[4:], strict=True):
-            grads.append(torch.empty_like(x) if needs_grad else None)
-            if needs_grad:
-                _add_background(loss, x, weights, None, grads[-1])
-        _correct_grads(grads, targets, derivative, num_classes, weights)
+        weights, *correction, logits = [*ctx.saved_tensors[:3], ctx.saved_tensors[3:]]
+        grads = [
+            torch.empty_like(x) if needs_grad else None
+            for x, needs_grad in zip(logits, ctx.needs_input_grad[4:], strict=True)
+        ]
+        _add_background(loss, logits, weights, None, grads, grad_output)
+        _correct_grads(grads, targets, correction, num_classes, weights * grad_output)
         return None, None, None, None, *grads
 
 
@@ -116,14 +115,14 @@ def _correct_sums(
     targets: Sequence[LevelTargets],
     num_classes: int,
     sums: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The true term in place of the background's where `targets` says, or nothing in its place.
 
     Args:
         logits: (N, A x K, Hi, Wi) per level.
         sums: (N,) fp64 of each image's loss.
     Returns:
-        (P,) derivatives of the positive terms by their logits, level by level.
+        (P,) derivatives of the positive terms by their logits, and their images, level by level.
     """
     positive, ignored = [], []
     for x, target in zip(logits, targets, strict=True):
@@ -133,66 +132,93 @@ def _correct_sums(
         image, anchor, row, column = target.ignored
         ignored.append(per_class[image, anchor, :, row, column])
     dtype = torch.promote_types(logits[0].dtype, torch.float32)
-    x = torch.cat(positive).to(dtype)
+    positive, ignored = torch.cat(positive).to(dtype), torch.cat(ignored).to(dtype)
     soft_target = [] if targets[0].quality is None else [torch.cat([y.quality for y in targets])]
-    value, derivative = loss(x, True, *soft_target)
+    value, derivative = loss(positive, True, *soft_target)
+    background, _ = loss(torch.cat([positive, ignored.flatten()]), False)
+    background = background.double()
+    missing = value - background[: len(positive)]
+    excess = background[len(positive) :].view(len(ignored), num_classes).sum(1)
     image = torch.cat([target.positive.image for target in targets])
-    sums.index_add_(0, image, (value - loss(x, False)[0]).double())
-    excess, _ = loss(torch.cat(ignored).to(dtype), False)
-    image = torch.cat([target.ignored.image for target in targets])
-    sums.index_add_(0, image, -excess.double().sum(1))
-    return derivative
+    images = torch.cat([image, *(target.ignored.image for target in targets)])
+    sums.index_add_(0, images, torch.cat([missing, -excess]))
+    return derivative, image
 
 
 def _correct_grads(
     grads: Sequence[Tensor | None],
     targets: Sequence[LevelTargets],
-    derivative: Tensor,
+    correction: tuple[Tensor, Tensor],
     num_classes: int,
     weights: Tensor,
 ) -> None:
-    """The same for the gradients, in place; `derivative` is from `_correct_sums`."""
-    derivative = derivative * weights[torch.cat([target.positive.image for target in targets])]
-    own = derivative.split([len(target.classes) for target in targets])
+    """The same for the gradients, in place; `correction` is from `_correct_sums`."""
+    derivative, image = correction
+    own = (derivative * weights[image]).split([len(target.classes) for target in targets])
+    # A tensor: a number would be copied to a device, and the host would wait.
+    zero = derivative.new_zeros(())
     for grad, target, values in zip(grads, targets, own, strict=True):
         if grad is not None:
             per_class = grad.unflatten(1, (-1, num_classes))
             image, anchor, row, column = target.positive
             per_class[image, anchor, target.classes, row, column] = values.to(grad.dtype)
             image, anchor, row, column = target.ignored
-            # A tensor: a number would be copied to a device, and the host would wait.
-            per_class[image, anchor, :, row, column] = grad.new_zeros(())
+            per_class[image, anchor, :, row, column] = zero.to(grad.dtype)
 
 
 def _add_background(
-    loss: DenseLoss, logits: Tensor, weights: Tensor, sums: Tensor | None, grad: Tensor | None
+    loss: DenseLoss,
+    logits: Sequence[Tensor],
+    weights: Tensor,
+    sums: Tensor | None,
+    grads: Sequence[Tensor | None],
+    grad_output: Tensor | None = None,
 ) -> None:
-    """Add each image's loss on one level, as if all were background, and write the gradient.
+    """Add each image's loss, as if all were background, and write the gradient.
 
     Args:
-        logits: (N, A x K, Hi, Wi), contiguous or channels_last.
+        logits: (N, A x K, Hi, Wi) per level, contiguous or channels_last.
         weights: (N,), which the gradient is multiplied by.
         sums: (N,) fp64, or None.
-        grad: as `logits`, in the same memory order, or None.
+        grads: as `logits`, in the same memory order; a level of None is left out.
+        grad_output: what the gradient is multiplied by, too; default: 1.
     """
-    version = logits._version
-    # Rows in memory order, whichever of the two layouts that is.
-    shape, strides = (len(logits), logits[0].numel()), (logits[0].numel(), 1)
-    rows = logits.as_strided(shape, strides)
-    grad_rows = rows if grad is None else grad.as_strided(shape, strides)
+    versions = [x._version for x in logits]
+    rows = [_rows(x) for x in logits]
+    grad_rows = [None if grad is None else _rows(grad) for grad in grads]
     # Stated by its own class: one that inherits it may compute something else.
     states_term = "background_term" in vars(type(loss))
-    if states_term and kernels.available(logits.device):
+    if states_term and kernels.available(weights.device):
         from retina_focal.kernels import focal_loss
 
+        term = loss.background_term()
         if sums is not None:
-            sums += focal_loss.background_sums(loss.background_term(), rows)
-        if grad is not None:
-            one = weights.new_ones(())
-            focal_loss.background_gradient(loss.background_term(), rows, weights, one, grad_rows)
+            sums += focal_loss.background_sums(term, rows)
+        for x, grad in zip(rows, grad_rows, strict=True):
+            if grad is not None:
+                focal_loss.background_gradient(term, x, weights, grad_output, grad)
         return
-    on_cpu, dtype = logits.device.type == "cpu", torch.promote_types(logits.dtype, torch.float32)
-    images = 1 if on_cpu else len(logits)
+    if grad_output is not None:
+        weights = weights * grad_output
+    for x, grad in zip(rows, grad_rows, strict=True):
+        _add_in_chunks(loss, x, weights, sums, grad)
+    if [x._version for x in logits] != versions:
+        raise UserError(
+            f"the class loss {loss} changed the logits in place; let it compute new tensors"
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, ...) as (N, M) in the order of memory, of a dense tensor."""
+    return x.as_strided((len(x), x[0].numel()), (x[0].numel(), 1))
+
+
+def _add_in_chunks(
+    loss: DenseLoss, rows: Tensor, weights: Tensor, sums: Tensor | None, grad: Tensor | None
+) -> None:
+    """`_add_background` for the (N, M) logits of a level, by the loss's own operations."""
+    on_cpu, dtype = rows.device.type == "cpu", torch.promote_types(rows.dtype, torch.float32)
+    images = 1 if on_cpu else len(rows)
     chunk_size = CPU_CHUNK_SIZE if on_cpu else max(1, CHUNK_SIZE // max(1, images))
     for first in range(0, len(rows), images):
         own = slice(first, first + images)
@@ -202,8 +228,4 @@ def _add_background(
             if sums is not None:
                 sums[own] += value.sum(1)
             if grad is not None:
-                torch.mul(derivative, weights[own, None], out=grad_rows[chunk])
-    if logits._version != version:
-        raise UserError(
-            f"the class loss {loss} changed the logits in place; let it compute new tensors"
-        )
+                torch.mul(derivative, weights[own, None], out=grad[chunk])

@@ -73,6 +73,11 @@ def leads_outside(name: str) -> bool:
     return os.path.isabs(name) or os.pardir in name.split("/")
 
 
+def cache_folder() -> Path:
+    """Where what can be made or fetched again is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "retina_focal")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of `path` at the end: whole or not at all.
@@ -129,8 +134,7 @@ def cached_wheel(wheel: Wheel) -> Path:
     Raises:
         UserError: it can't be fetched, or what an index offers has another hash.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "retina_focal")
-    cached = cache / f"{wheel.requirement.replace('==', '-')}.whl"
+    cached = cache_folder() / f"{wheel.requirement.replace('==', '-')}.whl"
     if cached.exists() and hashlib.sha256(cached.read_bytes()).hexdigest() == wheel.sha256:
         return cached
     print(f"fetching {wheel.requirement}", flush=True)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from retina_focal.errors import UserError
-from retina_focal.folding import FoldedConv2d, FoldedTimmConv2d
+from retina_focal.folding import FoldedWeights, folded_inside
+from retina_focal.network import run_network
 
 KEY = "MODEL.RETINA_FOCAL.CUDA_GRAPHS"
 DEVICE_TYPE = "cuda"
@@ -27,9 +28,16 @@ logger = logging.getLogger(__name__)
 class Network(nn.Module):
     """Backbone and head as one function, with the autocast that is around them."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, in_features: list[str]):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        in_features: list[str],
+        folded_weights: FoldedWeights,
+    ):
         super().__init__()
-        self.backbone, self.head, self.in_features = backbone, head, in_features
+        self.backbone, self.head = backbone, head  # whose parameters a graph has to know
+        self.parts = backbone, head, in_features, folded_weights
         device_type = next(head.parameters()).device.type
         self.autocast = {
             "device_type": device_type,
@@ -41,8 +49,8 @@ class Network(nn.Module):
         """(N, C, H, W) to logits and deltas, as the head gives them."""
         # The cache would keep half-precision weights of the step that was captured.
         with torch.autocast(**self.autocast, cache_enabled=False):
-            features = self.backbone(images)
-            return self.head([features[name] for name in self.in_features])
+            _, logits, deltas = run_network(*self.parts, images)
+        return logits, deltas
 
 
 class GraphedNetwork:
@@ -54,18 +62,24 @@ class GraphedNetwork:
         self._num_forwards = 0
 
     def __call__(
-        self, backbone: nn.Module, head: nn.Module, in_features: list[str], images: Tensor
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        in_features: list[str],
+        folded_weights: FoldedWeights,
+        images: Tensor,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Logits and deltas of a training step; the same as without graphs.
 
         Args:
             backbone, head: in training; without gradients they run as they are.
             in_features: names of the backbone's outputs that the head sees.
+            folded_weights: of the backbone.
             images: (N, C, H, W) on a GPU.
         Raises:
             UserError: the network cannot be captured, or (in backward) gradients are accumulated.
         """
-        network = Network(backbone, head, in_features)
+        network = Network(backbone, head, in_features, folded_weights)
         if not torch.is_grad_enabled():
             return network(images)
         key = (images.shape, images.stride(), *network.autocast.values())
@@ -122,12 +136,7 @@ def _state(network: Network) -> list[tuple]:
 
 def _capture(network: Network, images: Tensor) -> Callable:
     network(images)  # what is remembered of frozen weights must not lie in a graph's memory
-    remembered = [
-        tensor
-        for module in network.modules()
-        if isinstance(module, FoldedConv2d | FoldedTimmConv2d)
-        for tensor in module.folded.remembered()
-    ]
+    remembered = [own.remembered() for own in folded_inside(network)]
     with torch.autocast(images.device.type, enabled=False, cache_enabled=False):
         graphed = torch.cuda.make_graphed_callables(
             network, (images.clone(),), allow_unused_input=True

@@ -17,7 +17,8 @@ def ground_truth(
         num_classes: K.
         device: where to; what lies on the host crosses in one copy, without a wait.
     Returns:
-        N Instances with `gt_boxes`, `gt_classes`, and what else they had, where it was.
+        N Instances with `gt_boxes`, `gt_classes`, and what else they had, where it was. The
+        `ignore_regions` of a record, `Boxes`, come last, as boxes of class -1 (`IgnoreRegions`).
     Raises:
         UserError: a record without instances, a box or a class that can't be one.
     """
@@ -44,7 +45,7 @@ def ground_truth(
                 f"model has {num_classes} classes, 0 to {num_classes - 1}; set "
                 "MODEL.RETINANET.NUM_CLASSES to the dataset's"
             )
-    targets = [record["instances"] for record in batched_inputs]
+    targets = [_with_regions(record) for record in batched_inputs]
     if all(x.gt_boxes.tensor.device == x.gt_classes.device == device for x in targets):
         return targets
     boxes = to_device(
@@ -54,6 +55,18 @@ def ground_truth(
         Instances(x.image_size, **{**x.get_fields(), "gt_boxes": Boxes(own), "gt_classes": classes})
         for x, own, classes in zip(targets, boxes, boxes[len(targets) :], strict=False)
     ]
+
+
+def _with_regions(record: dict) -> Instances:
+    instances, regions = record["instances"], record.get("ignore_regions")
+    if regions is None or len(regions) == 0:
+        return instances
+    classes = instances.gt_classes
+    return Instances(
+        instances.image_size,
+        gt_boxes=Boxes(torch.cat([instances.gt_boxes.tensor, regions.tensor.to(classes.device)])),
+        gt_classes=torch.cat([classes, classes.new_full((len(regions),), -1)]),
+    )
 
 
 def _record_name(record: dict, index: int) -> str:

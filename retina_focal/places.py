@@ -30,21 +30,22 @@ class Places(NamedTuple):
 
 
 def places_of_elements(
-    index: Tensor, num_channels: int, size: Sequence[int]
+    index: Tensor, num_channels: int, num_cells: int | Tensor, width: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Anchor, channel, row and column of elements of one image's flattened map.
 
     Args:
         index: into the (A x num_channels x Hi x Wi) elements.
         num_channels: of an anchor.
-        size: (Hi, Wi).
+        num_cells: Hi x Wi of the map; a tensor, where elements are of several.
+        width: Wi of the map, likewise.
     """
-    index, cell = _divmod(index, size[0] * size[1])
+    index, cell = _divmod(index, num_cells)
     anchor, channel = _divmod(index, num_channels)
-    row, column = _divmod(cell, size[1])
+    row, column = _divmod(cell, width)
     return anchor, channel, row, column
 
 
-def _divmod(dividend: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+def _divmod(dividend: Tensor, divisor: int | Tensor) -> tuple[Tensor, Tensor]:
     quotient = dividend.div(divisor, rounding_mode="floor")
     return quotient, dividend - quotient * divisor

@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from retina_focal.box_tower import PendingDeltas, deltas_at
+from retina_focal.config import retina_focal_node
 from retina_focal.places import Places, places_of_elements
 from retina_focal.transfer import to_device
 
@@ -20,7 +21,7 @@ MARGIN = 0.1
 
 
 class Postprocessor:
-    """Score threshold, top candidates of each level, decoding, NMS of each class.
+    """Score threshold, top candidates of each level, decoding, NMS of each class or of all.
 
     Logits are compared with about the threshold's; only what passes gets a sigmoid, the exact
     comparison and a box.
@@ -36,6 +37,7 @@ class Postprocessor:
         topk_candidates: int = 1000,
         nms_thresh: float = 0.5,
         max_detections_per_image: int = 100,
+        class_agnostic_nms: bool = False,
     ):
         """
         Args:
@@ -45,6 +47,7 @@ class Postprocessor:
             topk_candidates: (anchor, class) pairs kept per level.
             nms_thresh: boxes of one class with a higher IoU are the same object.
             max_detections_per_image: kept after NMS.
+            class_agnostic_nms: whether boxes of two classes can be the same object.
         """
         self.num_classes = num_classes
         self.box2box_transform = box2box_transform
@@ -52,6 +55,7 @@ class Postprocessor:
         self.topk_candidates = topk_candidates
         self.nms_thresh = nms_thresh
         self.max_detections_per_image = max_detections_per_image
+        self.class_agnostic_nms = class_agnostic_nms
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -63,6 +67,7 @@ class Postprocessor:
             "topk_candidates": node.TOPK_CANDIDATES_TEST,
             "nms_thresh": node.NMS_THRESH_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "class_agnostic_nms": retina_focal_node(cfg).TEST.CLASS_AGNOSTIC_NMS,
         }
 
     @torch.no_grad()
@@ -115,20 +120,33 @@ class Postprocessor:
             resizing: of the boxes; only for a device.
         """
         may_read = _may_read(logits[0])
-        candidates = self._passing if may_read else self._top
-        places, scores, classes = zip(*map(candidates, logits), strict=True)
-        own_anchors = [
-            level[place.numbers(x.shape[1] // self.num_classes, x.shape[-2:])]
-            for place, level, x in zip(places, anchors, logits, strict=True)
-        ]
+        find = self._find_passing if may_read else self._find_top
+        places, number, scores, classes = find(logits)
         boxes = self.box2box_transform.apply_deltas(
-            deltas_at(deltas, places), torch.cat(own_anchors)
+            deltas_at(deltas, places), torch.cat(anchors)[number]
         )
         image = torch.cat([place.image for place in places])
-        found = Detections(image, boxes, torch.cat(scores), torch.cat(classes))
+        found = Detections(image, boxes, scores, classes)
         if may_read:
             return self._suppress_each(found, len(logits[0]))
         return self._suppress_all(found, len(logits[0]), resizing)
+
+    def _find_passing(self, logits: list[Tensor]) -> tuple[list[Places], Tensor, Tensor, Tensor]:
+        """The candidates of all levels that pass the threshold.
+
+        Args:
+            logits: (N, A x K, Hi, Wi) per level.
+        Returns:
+            Places per level, and of all M candidates the number among the R anchors, scores and
+            classes.
+        """
+        places, scores, classes = zip(*map(self._passing, logits), strict=True)
+        numbers, begin = [], 0
+        for place, x in zip(places, logits, strict=True):
+            num_anchors, size = x.shape[1] // self.num_classes, x.shape[-2:]
+            numbers.append(place.numbers(num_anchors, size) + begin)
+            begin = begin + num_anchors * size[0] * size[1]
+        return list(places), torch.cat(numbers), torch.cat(scores), torch.cat(classes)
 
     def _passing(self, logits: Tensor) -> tuple[Places, Tensor, Tensor]:
         """The top candidates of one level among those that pass, image by image.
@@ -145,29 +163,50 @@ class Postprocessor:
             scores = elements[passed].float().sigmoid()
             exactly = (scores > self.score_thresh).nonzero().squeeze(1)
             scores, order = _top(scores[exactly], self.topk_candidates)
+            height, width = logits.shape[-2:]
             anchor, classes, row, column = places_of_elements(
-                passed[exactly][order], self.num_classes, logits.shape[-2:]
+                passed[exactly][order], self.num_classes, height * width, width
             )
             found.append((torch.full_like(row, i), anchor, row, column, scores, classes))
         *places, scores, classes = (torch.cat(parts) for parts in zip(*found, strict=True))
         return Places(*places), scores, classes
 
-    def _top(self, logits: Tensor) -> tuple[Places, Tensor, Tensor]:
-        """The same without the threshold: as many in every image."""
-        top, element = _top(logits.flatten(1), self.topk_candidates)
-        anchor, classes, row, column = places_of_elements(
-            element, self.num_classes, logits.shape[-2:]
-        )
-        image = torch.arange(len(logits), device=logits.device)[:, None].expand_as(element)
-        places = Places(*(x.flatten() for x in (image, anchor, row, column)))
-        return places, top.float().sigmoid().flatten(), classes.flatten()
+    def _find_top(self, logits: list[Tensor]) -> tuple[list[Places], Tensor, Tensor, Tensor]:
+        """As `_find_passing`, without the threshold: as many in every image.
+
+        Where they stand is computed for all levels together: the host of a device launches as much
+        for one level as for all.
+        """
+        num_images, device = len(logits[0]), logits[0].device
+        tops = [_top(x.flatten(1), self.topk_candidates) for x in logits]
+        counts = [values.shape[1] for values, _ in tops]
+        # Of each level: Hi x Wi, Wi, A and its first anchor.
+        table, begin = [], 0
+        for x in logits:
+            (height, width), num_anchors = x.shape[-2:], x.shape[1] // self.num_classes
+            table.append((height * width, width, num_anchors, begin))
+            begin += height * width * num_anchors
+        table, counts_ = to_device([torch.tensor(table), torch.tensor(counts)], device)
+        columns = table.repeat_interleave(counts_, 0, output_size=sum(counts)).t()[:, None]
+        cells, width, num_anchors, first = columns
+        element = torch.cat([element for _, element in tops], 1)
+        anchor, classes, row, column = places_of_elements(element, self.num_classes, cells, width)
+        number = first + (row * width + column) * num_anchors + anchor
+        image = torch.arange(num_images, device=device)[:, None].expand_as(element)
+        scores = torch.cat([values for values, _ in tops], 1).float().sigmoid()
+        # Level by level, as the places are.
+        fields = torch.stack([image, anchor, row, column, number, classes]).split(counts, 2)
+        fields = [level.flatten(1) for level in fields]
+        number, classes = torch.cat([level[4:] for level in fields], 1)
+        scores = torch.cat([level.flatten() for level in scores.split(counts, 1)])
+        return [Places(*level[:4]) for level in fields], number, scores, classes
 
     def _suppress_each(self, found: "Detections", num_images: int) -> list["Detections"]:
-        """What non-maximum suppression per class leaves of each image, by falling score."""
+        """What non-maximum suppression leaves of each image, by falling score."""
         kept = []
         for i in range(num_images):
             own = found.at((found.image == i).nonzero().squeeze(1))
-            rows = batched_nms(own.boxes, own.scores, own.classes, self.nms_thresh)
+            rows = suppress(*own[1:], self.nms_thresh, self.class_agnostic_nms)
             kept.append(own.at(rows[: self.max_detections_per_image]))
         return kept
 
@@ -180,7 +219,8 @@ class Postprocessor:
         # moves them without rounding that matters.
         boxes = found.boxes.double()
         extent = boxes.amax() - boxes.amin() + 1 if len(boxes) else 1
-        group = found.image * self.num_classes + found.classes
+        classes = 0 if self.class_agnostic_nms else found.classes
+        group = found.image * self.num_classes + classes
         rows = nms(boxes + (group * extent)[:, None], found.scores.double(), self.nms_thresh)
         found = found.at(rows[found.image[rows].argsort(stable=True)])
 
@@ -215,6 +255,21 @@ class Resizing(NamedTuple):
 
     scale: Tensor  # (N, 4) factors of XYXY
     size: Tensor  # (N, 4) width, height, width, height to clip to, pixels
+
+
+def suppress(
+    boxes: Tensor, scores: Tensor, classes: Tensor, nms_thresh: float, class_agnostic: bool
+) -> Tensor:
+    """Rows of M boxes that non-maximum suppression leaves, by falling score.
+
+    Args:
+        boxes, scores, classes: (M, 4), (M,), (M,).
+        nms_thresh: boxes with a higher IoU are the same object.
+        class_agnostic: whether boxes of two classes can be.
+    """
+    if class_agnostic:
+        return nms(boxes, scores, nms_thresh)
+    return batched_nms(boxes, scores, classes, nms_thresh)
 
 
 def _resizing(

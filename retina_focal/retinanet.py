@@ -9,15 +9,16 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from retina_focal.assigner import Assigner, build_assigner
-from retina_focal.box_tower import first_image
+from retina_focal.box_tower import PendingDeltas, first_image
 from retina_focal.config import check_choice, retina_focal_node
 from retina_focal.criterion import Criterion
 from retina_focal.drawing import draw_training
 from retina_focal.errors import UserError
-from retina_focal.folding import fold_frozen_norms
+from retina_focal.folding import FoldedWeights, fold_frozen_norms
 from retina_focal.graphs import GraphedNetwork
 from retina_focal.ground_truth import ground_truth
 from retina_focal.head import build_dense_head
+from retina_focal.network import run_network
 from retina_focal.padding import size_of_step
 from retina_focal.postprocess import Postprocessor
 from retina_focal.precision import PRECISIONS, computation, weights_layout
@@ -74,7 +75,7 @@ class FocalRetinaNet(nn.Module):
             postprocessor: predictions to detections.
             pixel_mean, pixel_std: per channel, in `input_format` order, 0 to 255.
             precision: of backbone and head, see `precision.computation`.
-            weights_layout: torch.channels_last where half precision will run on a device.
+            weights_layout: of the weights of convolutions, see `precision.weights_layout`.
             cuda_graphs: whether training launches backbone and head as `GraphedNetwork`.
             vis_period: iterations between training pictures in the event storage; 0: none.
             input_format: channel order of the images, for those pictures.
@@ -86,6 +87,7 @@ class FocalRetinaNet(nn.Module):
         check_choice("MODEL.RETINA_FOCAL.PRECISION", precision, PRECISIONS)
         fold_frozen_norms(backbone)
         self.backbone = backbone
+        self.folded_weights = FoldedWeights(backbone)
         self.padding = {
             "size_divisibility": backbone.size_divisibility,
             "padding_constraints": backbone.padding_constraints,
@@ -153,38 +155,34 @@ class FocalRetinaNet(nn.Module):
         Returns:
             In training {"loss_cls", "loss_box_reg"}; otherwise a dict with `instances` an image.
         """
-        if self.training and padded_size is None:
-            padded_size = self.padded_size(batched_inputs)
-        images = self.preprocess_image(batched_inputs, padded_size)
         if self.training:
-            # Before the network runs: the host of a device waits here, and not for the network.
-            expected = self._empty_features(images.tensor)
-            anchors = self.anchor_generator(expected)
-            gt_instances = ground_truth(
-                batched_inputs, self.criterion.num_classes, images.tensor.device
-            )
-            matching = self.assigner(anchors, gt_instances)
-            targets = find_targets(
-                anchors, *matching, gt_instances, expected, self.criterion.num_classes
-            )
-        autocast, layout = computation(self.precision, images.tensor.device.type, self.training)
-        with autocast:
-            batch = images.tensor.to(memory_format=layout)
-            if self.training and self.graphed:
-                network = self.backbone, self.head, self.head_in_features
-                logits, deltas = self.graphed(*network, batch)
-                features = logits  # of the same sizes
-            else:
-                features = self.backbone(batch)
-                features = [features[name] for name in self.head_in_features]
-                logits, deltas = self.head(features)
-        if not self.training:
-            anchors = self.anchor_generator(features)
-            sizes = images.image_sizes
-            outputs = self.postprocessor(
-                anchors, logits, deltas, sizes, _output_sizes(batched_inputs, sizes)
-            )
-            return [{"instances": instances} for instances in outputs]
+            return self._losses(batched_inputs, normalizers, padded_size)
+        images = self.preprocess_image(batched_inputs)
+        features, logits, deltas = self._run_network(images.tensor)
+        anchors, sizes = self.anchor_generator(features), images.image_sizes
+        detections = self.postprocessor(
+            anchors, logits, deltas, sizes, _output_sizes(batched_inputs, sizes)
+        )
+        return [{"instances": instances} for instances in detections]
+
+    def _losses(
+        self,
+        batched_inputs: list[dict],
+        normalizers: Tensor | None,
+        padded_size: tuple[int, int] | None,
+    ) -> dict[str, Tensor]:
+        """`forward` in training."""
+        images = self.preprocess_image(
+            batched_inputs, padded_size or self.padded_size(batched_inputs)
+        )
+        # Labels before the network: the host of a device waits for them, and not for the network.
+        expected = self._empty_features(images.tensor)
+        anchors = self.anchor_generator(expected)
+        num_classes = self.criterion.num_classes
+        gt_instances = ground_truth(batched_inputs, num_classes, images.tensor.device)
+        matching = self.assigner(anchors, gt_instances)
+        targets = find_targets(anchors, *matching, gt_instances, expected, num_classes)
+        features, logits, deltas = self._run_network(images.tensor)
         if any(x.shape[-2:] != y.shape[-2:] for x, y in zip(features, expected, strict=True)):
             # A backbone that rounds otherwise.
             anchors = self.anchor_generator(features)
@@ -201,6 +199,19 @@ class FocalRetinaNet(nn.Module):
                 result = self.postprocessor(anchors, *first, images.image_sizes[:1])[0]
                 storage.put_image(*draw_training(batched_inputs[0], result, self.input_format))
         return losses
+
+    def _run_network(
+        self, images: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor] | PendingDeltas]:
+        """(N, C, H, W) to features, logits and deltas per level."""
+        autocast, layout = computation(self.precision, images.device.type, self.training)
+        images = images.to(memory_format=layout)
+        network = self.backbone, self.head, self.head_in_features, self.folded_weights
+        with autocast:
+            if self.training and self.graphed:
+                logits, deltas = self.graphed(*network, images)
+                return logits, logits, deltas  # the features have the sizes of the logits
+            return run_network(*network, images)
 
     def padded_size(self, batched_inputs: list[dict]) -> tuple[int, int]:
         """(H, W) that a step pads its images to; `batched_inputs` is this process's part of it."""

@@ -56,16 +56,18 @@ def read_text(path: str | Path) -> str:
         ) from error
 
 
-def read_yaml(path: str | Path) -> dict:
+def read_yaml(path: str | Path, numbered: bool = False) -> dict:
     """The keys of one YAML file, ``_BASE_`` included.
 
+    Args:
+        numbered: whether keys may be whole numbers, as in lists of classes.
     Raises:
         UserError: see `read_text`; it is no YAML of KEY: VALUE, has a tag other than YAML's own, a
             key twice, or is larger or deeper than any config.
     """
     text = read_text(path)
     try:
-        loaded = _Loader(text).get_single_data()
+        loaded = _Loader(text, numbered).get_single_data()
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: {error.problem or error.context}") from error
@@ -158,8 +160,9 @@ def _merge(new: dict, into: dict, path: str) -> None:
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses what a config needs not, with the line."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, numbered: bool = False):
         super().__init__(text)
+        self.key_tags = {TAG + "str", *([TAG + "int"] if numbered else [])}
         self.depth = 0
         self.num_nodes = 0
         self.sizes: dict[int, int] = {}  # values of a node, those of its aliases included
@@ -193,7 +196,7 @@ class _Loader(yaml.SafeLoader):
             raise _error(f"there are more than {MAX_VALUES:,} values, those of aliases too", node)
         self.sizes[id(node)] = size
         if isinstance(node, MappingNode):
-            _check_keys(node)
+            _check_keys(node, self.key_tags)
 
     def construct_scalar_of(self, node: ScalarNode) -> int | float | bool:
         """A number or a truth value."""
@@ -225,12 +228,12 @@ def _children(node: Node) -> list[Node]:
     return node.value if isinstance(node, SequenceNode) else []
 
 
-def _check_keys(node: MappingNode) -> None:
+def _check_keys(node: MappingNode, tags: set[str]) -> None:
     lines: dict[str, int] = {}
     for key, _ in node.value:
         if key.tag == TAG + "merge":
             continue
-        if key.tag != TAG + "str" or not isinstance(key, ScalarNode):
+        if key.tag not in tags or not isinstance(key, ScalarNode):
             raise _error(f"the key {_shown(key)} is no text", key)
         if key.value in lines:
             raise _error(f"the key {key.value[:100]} stands in line {lines[key.value]} too", key)

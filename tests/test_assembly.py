@@ -166,7 +166,8 @@ def metrics(output: Path, name: str) -> dict[int, float]:
 def test_a_run_evaluates_and_saves_at_its_periods_and_writes_what_it_measured(kind, toy, tmp_path):
     trainer = train(make_cfg(kind, tmp_path, toy))
     assert set(metrics(tmp_path, "bbox/AP")) == {1, 4}  # the last is after the training
-    assert set(metrics(tmp_path, "total_loss")) == {3}  # every 20 iterations, and the last
+    # After an evaluation, every 20 iterations, and the last.
+    assert set(metrics(tmp_path, "total_loss")) == {1, 3}
     assert set(trainer.results["bbox"]) >= {"AP", "AP50"}
     saved = sorted(path.name for path in tmp_path.glob("model_*.pth"))
     assert saved == ["model_0000001.pth", "model_0000003.pth", "model_final.pth"]
@@ -322,7 +323,10 @@ def test_what_does_not_fit_is_judged_from_the_model_that_a_lazy_config_builds(to
     ("override", "message"),
     [
         ("accumulate_step=2", "train.retina_focal: there is no key 'accumulate_step'; near it"),
-        ("accumulate_steps=2.5", "train.retina_focal: accumulate_steps is a int, which 2.5 is not"),
+        (
+            "accumulate_steps=2.5",
+            "train.retina_focal: accumulate_steps is of type int, which 2.5 is not",
+        ),
         ("normalizer=image", "there is no key 'normalizer'"),  # an argument of the criterion
         ("train.nope=1", "there is no key 'train.nope'"),
     ],
@@ -418,7 +422,7 @@ def test_a_users_subclass_replaces_any_part_and_adds_hooks(kind, toy, tmp_path):
     trainer.train()
     parts = ["build_model", "build_optimizer", "build_train_loader", "build_lr_scheduler"]
     assert calls == [*parts, "test", "test"]
-    assert metrics(tmp_path, "measured") == {3: 3}
+    assert metrics(tmp_path, "measured") == {1: 1, 3: 3}
     assert trainer.results == {"bbox": {"AP": 12.0}}
 
 
@@ -499,6 +503,21 @@ def test_a_wrong_name_in_a_config_is_the_users_to_put_right(kind, change, messag
             continue
         with pytest.raises(UserError, match=message):
             run(cfg)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"MODEL.RESNETS.NORM": "nope"}, "batch_norm can't build .*: nope"),
+        ({"MODEL.RESNETS.DEPTH": 19}, "resnet can't build .*: 19"),
+        ({"MODEL.FPN.OUT_CHANNELS": -1}, r"torch.* can't build .*-1"),
+        ({"SOLVER.STEPS": (3, 1)}, "Milestone"),
+    ],
+    ids=str,
+)
+def test_what_a_library_refuses_is_the_users_to_put_right(keys, message, toy, tmp_path):
+    with pytest.raises(UserError, match=message):
+        Trainer(yaml_cfg(tmp_path, toy, **keys))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,9 +1,12 @@
 """What the benchmark measures with: time, memory, recorded products, IEEE fp32."""
 
+import gc
 import math
 import os
 import signal
 import time
+import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from test_benchmark_cases import setting_of
 
 from retina_focal import box_tower
 from retina_focal.tools.benchmark import cases, inputs, instruments, models
-from retina_focal.tools.benchmark.instruments import Stopwatch
+from retina_focal.tools.benchmark.instruments import Stopwatch, Unwatched
 from retina_focal.tools.benchmark.models import Setting
 
 
@@ -31,6 +34,24 @@ def test_the_stopwatch_times_what_lies_before_each_mark(monkeypatch):
     stopwatch.mark("a")
     stopwatch.mark("b")
     assert stopwatch.seconds() == {"a": 1.0 + 4.0, "b": 8.0}
+
+
+def test_a_graph_keeps_the_tensors_that_it_reads(monkeypatch):
+    """Elsewhere their memory would become another tensor's, and a replay read that."""
+    graph = mock.MagicMock()
+    for name in ("Stream", "current_stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+
+    def made() -> tuple[instruments.Run, weakref.ref]:
+        tensor = torch.ones(3)
+        return instruments.graph_of("part", lambda: tensor.sum()), weakref.ref(tensor)
+
+    run, tensor = made()
+    assert tensor() is not None and run(Unwatched("cpu")) == 3 and graph.replay.call_count == 1
+    del run
+    gc.collect()
+    assert tensor() is None
 
 
 def flops_of(arguments: tuple) -> int:

@@ -8,11 +8,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from retina_focal.errors import UserError
+from retina_focal.tools import ablate
 from retina_focal.tools.common import (
     command,
     ignore_deprecations,
     listed,
     load_cfg,
+    load_lazy_cfg,
     number,
     tool_parser,
 )
@@ -105,6 +107,13 @@ def test_a_file_in_place_of_the_output_folder_is_refused_before_any_work(tmp_pat
     [
         (["MODEL.META_ARCHITECTURE", "Focal"], "expected one of FocalRetinaNet, GeneralizedRCNN"),
         (["MODEL.BACKBONE.NAME", "resnet"], r"MODEL\.BACKBONE\.NAME is 'resnet'"),
+        (["MODEL.RETINANET", "3"], "no key 'MODEL.RETINANET'"),
+        (["SOLVER", "{}"], "no key 'SOLVER'"),
+        (["MODEL.RETINANET.NUM_CLASSES.X", "3"], r"near it: MODEL\.RETINANET\.NUM_CLASSES"),
+        (["SOLVER.__class__", "3"], "no key 'SOLVER.__class__'"),
+        (["OUTPUT_DIR", ""], "OUTPUT_DIR is ''; expected the path of a folder"),
+        (["OUTPUT_DIR", "a\0b"], "OUTPUT_DIR is .*; expected a text without"),
+        (["MODEL.DEVICE", "meta"], "MODEL.DEVICE is 'meta'"),
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu'.* expected cpu or cuda"),
         (["MODEL.DEVICE", "cpu", "--output", "x"], "--output comes after the options MODEL.DEVICE"),
     ],
@@ -114,6 +123,41 @@ def test_options_that_cannot_be_are_refused_with_what_to_type(opts, message):
         load_cfg(CONFIG, opts)
 
 
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        ("def f(:", r"mine\.py: .*invalid syntax.*line 1"),
+        ("model = {}", r"mine\.py has no dataloader, .*train; expected model, dataloader"),
+    ],
+)
+def test_a_lazy_config_that_is_none_is_named(code, message, tmp_path):
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(UserError, match=message):
+        load_lazy_cfg(str(tmp_path / "mine.py"))
+
+
 def test_a_dataset_that_the_config_does_not_use_is_refused():
     with pytest.raises(UserError, match=r"add: DATASETS\.TRAIN \"\('mine',\)\""):
         load_cfg(CONFIG, datasets=[["mine", "a.json", "."]])
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+        {
+            **{"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+            **{"SLURM_STEP_ID": "0", "SLURM_NODELIST": "a"},
+        },
+    ],
+)
+def test_a_command_of_one_process_is_refused_to_launchers(environment, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="started 2 processes, each of which would do all of ret"):
+        ablate.main(["hinge"])
+
+
+def test_in_a_job_of_several_tasks_a_command_without_srun_is_meant(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert tool_parser("ablate", "Ablate.")

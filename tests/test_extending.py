@@ -79,7 +79,7 @@ def run_python(folder: Path, *arguments: str) -> str:
 
 
 def test_the_document_is_short_and_has_what_is_tested():
-    assert len((ROOT / "docs/EXTENDING.md").read_text().splitlines()) <= 200
+    assert len((ROOT / "docs/EXTENDING.md").read_text().splitlines()) <= 210
     assert COMMANDS[0] == COMMANDS[1].replace(" --num-gpus 2", "")
     assert len(COMMANDS) == 3 and len(FILES) == 8
 

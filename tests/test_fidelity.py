@@ -66,11 +66,15 @@ WITHOUT_EFFECT = {
     "MODEL.ANCHOR_GENERATOR.SIZES",  # OctaveAnchorGenerator has its own, and refuses others
     "MODEL.FPN.IN_FEATURES",  # the pyramid's builder needs these three
     "MODEL.RESNETS.OUT_FEATURES",
+    "MODEL.RETINA_FOCAL.ASYMMETRIC.GAMMA_NEG",
+    "MODEL.RETINA_FOCAL.ASYMMETRIC.GAMMA_POS",
+    "MODEL.RETINA_FOCAL.ASYMMETRIC.MARGIN",
     "MODEL.RETINA_FOCAL.FOCAL_STAR.BETA",
     "MODEL.RETINA_FOCAL.HINGE.MARGIN",
     "MODEL.RETINA_FOCAL.OHEM.BATCH_SIZE",
     "MODEL.RETINA_FOCAL.OHEM.NEG_PER_POS",
     "MODEL.RETINA_FOCAL.OHEM.NMS_THRESH",
+    "MODEL.RETINA_FOCAL.POLY1.EPSILON",
     "MODEL.RETINA_FOCAL.TIMM.NAME",
     "MODEL.RETINA_FOCAL.TIMM.NORM",
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
@@ -275,7 +279,7 @@ def test_differences_from_another_reference_are_not_inherited(tmp_path):
     [
         ("# Follows: the paper\nVERSION: 2\n", "expected one of paper, detectron, detectron2"),
         ("MODEL: {META_ARCHITECTURE: GeneralizedRCNN}\n", "can be compared are RetinaNet"),
-        ("MODEL: {RETINANET: {GAMMA: 2}}\n", "Non-existent config key"),
+        ("MODEL: {RETINANET: {GAMMA: 2}}\n", "there is no key .MODEL.RETINANET.GAMMA"),
     ],
 )
 def test_what_cannot_be_compared_is_said_in_words(text, message, tmp_path):

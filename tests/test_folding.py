@@ -2,6 +2,7 @@
 
 import copy
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from test_head import outputs_of
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from retina_focal import folding
 from retina_focal.folding import (
     FoldedConv2d,
-    FoldedTimmConv2d,
+    FoldedWeights,
     fold_frozen_norms,
-    fold_timm_norms,
 )
+from retina_focal.folding_timm import FoldedTimmConv2d, fold_timm_norms
 
 
 def conv(bias=False, seed=0, **kwargs):
@@ -374,3 +377,101 @@ def test_what_a_folded_convolution_cannot_do_stays_as_it_is(options, is_folded):
     fold_timm_norms(model)
     assert (type(model.conv) is FoldedTimmConv2d) == is_folded
     torch.testing.assert_close(model(x), expected)
+
+
+# Folded together
+
+
+def network():
+    """Trained and frozen convolutions, with and without a bias, one behind the other."""
+    torch.manual_seed(0)
+    layers = [conv(seed=0), conv(seed=1), conv(bias=True, seed=2), conv(seed=3)]
+    for i, layer in enumerate(layers[1:], 1):
+        layer.weight = torch.nn.Parameter(layer.weight.detach().repeat(1, 2, 1, 1)[:, :8] * i)
+    layers[1].weight.requires_grad = False
+    net = torch.nn.Sequential(*layers)
+    fold_frozen_norms(net)
+    return net
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("group_bytes", [1, 1 << 30])
+def test_folded_together_or_one_by_one_is_the_same_to_the_last_bit(
+    monkeypatch, autocast, layout, group_bytes
+):
+    monkeypatch.setattr(folding, "GROUP_BYTES", group_bytes)
+    results = []
+    for together in (False, True):
+        net = network().to(memory_format=layout)
+        weights = FoldedWeights(net)
+        folded = weights.folded() if together else nullcontext()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), folded:
+            y = net(image().to(memory_format=layout))
+        (y.float().square().sum() * 1e-6).backward()
+        results.append([y.detach(), *(p.grad for p in net.parameters())])
+    assert [x is None for x in results[0]] == [x is None for x in results[1]]
+    for one, other in zip(*results, strict=True):
+        assert one is None or torch.equal(one, other)
+
+
+def test_folding_together_costs_one_operation_a_convolution_and_pass():
+    net, products = network(), []
+    weights = FoldedWeights(net)
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def fold():
+        with weights.folded():
+            products[:] = [net[i].folded()[0] for i in (0, 3)]
+
+    def gradients():
+        torch.autograd.grad(products, [net[0].weight, net[3].weight], products)
+
+    fold()  # what is remembered
+    assert [name for name, _ in operators_of(fold) if name != "empty_like"] == ["mul", "mul"]
+    assert [x.dtype for x in products] == [torch.bfloat16] * 2
+    assert [name for name, _ in operators_of(gradients) if name != "detach"] == ["mul", "mul"]
+
+
+def test_what_was_folded_before_does_not_outlive_its_network():
+    net = network()
+    weights = FoldedWeights(net)
+    with pytest.raises(ZeroDivisionError), weights.folded():
+        assert net[0].folded.folded_before is not None
+        raise ZeroDivisionError
+    assert all(layer.folded.folded_before is None for layer in net)
+    with torch.no_grad(), weights.folded():
+        assert net[0].folded.folded_before is None
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_recomputes_what_was_folded_together(use_reentrant):
+    gradients = []
+    for is_checkpointed in (False, True):
+        net, x = network(), image().requires_grad_()
+        with FoldedWeights(net).folded():
+            y = checkpoint(net, x, use_reentrant=use_reentrant) if is_checkpointed else net(x)
+        y.square().sum().backward()
+        gradients.append([p.grad for p in net.parameters()])
+        assert all(layer.folded.of_step is None for layer in net)
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_weights_are_rounded_once_for_an_autocast_and_kept():
+    net, x = network().eval(), image()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = net(x)
+        names = [name for name, _ in operators_of(lambda: net(x))]
+        assert torch.equal(net(x), expected)
+        assert names.count("_to_copy") == 1  # of the image; a convolution would round each weight
+    with torch.no_grad():
+        assert net(x).dtype == torch.float32
+
+
+def test_another_eps_is_seen():
+    net, x = network().eval(), image()
+    with torch.no_grad():
+        before = net(x)
+        net[0].norm.eps = 1.0
+        assert not torch.equal(net(x), before)

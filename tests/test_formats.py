@@ -152,6 +152,17 @@ def test_a_checkpoint_without_checksums_is_read(tmp_path):
     assert torch.equal(read_weights(tmp_path / "x.pth")["model"]["a"], TENSORS["a"])
 
 
+@pytest.mark.parametrize("bit", [0, 7])
+def test_a_flipped_bit_in_a_tensor_is_noticed(bit, tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"model": {"a": torch.full((99,), 5.0)}}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((99,), 5.0).numpy().tobytes()) + 200] ^= 1 << bit
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"x.pth' is not a whole file of weights: .* is damaged"):
+        read_weights(path)
+
+
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_what_is_written_is_read_and_no_suffix_is_asked(suffix, tmp_path):
     tied = {**TENSORS, "tied": TENSORS["a"]}

@@ -32,11 +32,13 @@ from retina_focal.kernels.focal_loss import (  # noqa: E402
     BackgroundTerm,
     _gradient_kernel,
     _sum_kernel,
+    asymmetric,
     background_gradient,
     background_sums,
     focal,
     focal_star,
     logistic,
+    poly1,
 )
 
 KERNELS = [_sum_kernel, _gradient_kernel]
@@ -55,6 +57,8 @@ def hinge_background(x, margin, _):
 TERMS: dict[str, Callable[..., BackgroundTerm]] = {
     "focal": focal,
     "focal_star": focal_star,
+    "poly1": poly1,
+    "asymmetric": asymmetric,
     "hinge": lambda margin: BackgroundTerm(hinge_background, (margin, 0.0)),
 }
 
@@ -66,8 +70,15 @@ def definition(name: str, x: Tensor, *parameters: float) -> Tensor:
         return -F.logsigmoid(beta - gamma * x) / gamma
     if name == "hinge":
         return (parameters[0] - x.neg().sigmoid()).relu()
+    if name == "asymmetric":
+        gamma, margin = parameters
+        p_m = (x.sigmoid() - margin).clamp(min=0)
+        return -(p_m**gamma) * (1 - p_m).log()
     alpha, gamma = parameters
     balance = 1 - alpha if alpha >= 0 else 1
+    if name == "poly1":
+        epsilon, gamma = gamma, 2
+        return definition("focal", x, alpha, gamma) + balance * epsilon * x.sigmoid() ** 3
     return -balance * (gamma * F.logsigmoid(x)).exp() * F.logsigmoid(-x)
 
 
@@ -82,7 +93,8 @@ def expected(name, parameters, rows, weights, grad_output) -> tuple[Tensor, Tens
 def both_passes(name, parameters, rows, weights, grad_output) -> tuple[Tensor, Tensor]:
     """Sums and gradient of the kernels. Runs in the interpreter's process."""
     term = TERMS[name](*parameters)
-    sums = background_sums(term, rows)
+    half = rows.shape[1] // 2  # as two levels
+    sums = background_sums(term, [rows[:, :half], rows[:, half:]])
     return sums, background_gradient(term, rows, weights, grad_output)
 
 
@@ -138,6 +150,10 @@ def test_focal_loss_equals_its_definition(interpreted, logits, num_images, lengt
         ("focal_star", (2, 1)),
         ("focal_star", (4, 0)),
         ("focal_star", (0.5, -3)),
+        ("poly1", (0.25, 1.0)),
+        ("poly1", (-1, -0.5)),
+        ("asymmetric", (4, 0.05)),
+        ("asymmetric", (0, 0.3)),
         ("hinge", (0.5,)),
     ],
 )
@@ -251,7 +267,7 @@ def compiled(tmp_path, monkeypatch) -> Callable[..., dict[str, str]]:
     def compile_for_h100(kernel, term: BackgroundTerm, logits: str, size="i32", number="fp32"):
         tensors = {"rows": logits, "gradient": logits}
         tensors |= dict.fromkeys(("partial", "weights", "grad_output"), "*fp32")
-        sizes = dict.fromkeys(("length", "stride"), size)
+        sizes = dict.fromkeys(("length", "stride", "partial_stride"), size)
         types = tensors | sizes | dict.fromkeys(("parameter0", "parameter1"), number)
         constants = {"TERM": term.function, "BLOCK": BLOCK, "BLOCKS": BLOCKS}
         names = kernel.arg_names
@@ -347,11 +363,11 @@ def test_the_host_reads_no_tensor(monkeypatch):
     rows = torch.empty(2, 5000, dtype=torch.float16, device="meta")
     alpha, weights, grad_output = (torch.empty(n, device="meta") for n in ((), 2, ()))
     for term in (focal(alpha, 2), focal(alpha, alpha), focal_star(alpha, alpha)):
-        assert background_sums(term, rows).dtype == torch.float64
+        assert background_sums(term, [rows]).dtype == torch.float64
         assert background_gradient(term, rows, weights, grad_output).dtype == torch.float16
     assert (forward.grid, backward.grid) == ((2, 2), (5, 2))
     # An int would be compiled as one, and again where it is 1.
-    background_sums(focal(-1, 1), rows)
+    background_sums(focal(-1, 1), [rows])
     assert [type(x) for x in forward.arguments[-2:]] == [float, float]
 
 

@@ -16,6 +16,7 @@ LAYERS = [
     {"kernels"},
     {"errors"},
     {"config", "files", "safe_yaml"},
+    {"consistency", "limits"},
     {
         "places",
         "losses",
@@ -23,6 +24,7 @@ LAYERS = [
         "matching",
         "precision",
         "folding",
+        "folding_timm",
         "normalizers",
         "transfer",
         "padding",
@@ -36,9 +38,10 @@ LAYERS = [
         "backbone",
         "ground_truth",
         "drawing",
+        "network",
         "graphs",
     },
-    {"atss", "head", "targets"},
+    {"atss", "head", "later_losses", "targets"},
     {"criterion", "postprocess"},
     {"retinanet", "proposals"},
     {"data", "weights"},
@@ -48,7 +51,7 @@ LAYERS = [
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 DYNAMIC = ("import_module", "__import__")
 # What commands share; they import no other command.
-SHARED_TOOLS = {"common", "reports"}
+SHARED_TOOLS = {"common", "reports", "runs"}
 
 
 def module_of(path: Path) -> tuple[str, ...]:

@@ -6,10 +6,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from retina_focal.errors import UserError
+from retina_focal.weights import load
 from retina_focal.weights.load import Checkpointer
 
 WEIGHT = torch.arange(8.0).view(4, 2, 1, 1)
@@ -63,34 +63,14 @@ def test_a_missing_file_is_named_beside_those_there_are(tmp_path):
         loaded(f"{tmp_path}/model.pth?matching_heuristics=True")
 
 
-def test_a_url_that_cannot_be_fetched_is_named(monkeypatch):
-    def no_network(path, **options):
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(PathManager, "get_local_path", no_network)
-    for url in ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", "https://example.org/model.pth"):
-        with pytest.raises(UserError, match=f"can't read '{url}' .Name or service .*FILE"):
-            loaded(url)
-
-
 @pytest.mark.parametrize(
     "url",
     ["http://example.org/model.pth", "ftp://example.org/m.pth", "https://x/../../.ssh/config"],
 )
 def test_a_url_that_is_no_https_or_leads_out_of_the_cache_is_not_fetched(url, monkeypatch):
-    monkeypatch.setattr(PathManager, "get_local_path", None)
+    monkeypatch.setattr(load, "fetch", None)
     with pytest.raises(UserError, match=f"'{url}' are not fetched: expected .*https://"):
         loaded(url)
-
-
-def test_one_hosts_file_does_not_stand_for_anothers(monkeypatch, tmp_path):
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
-    fetched = []
-    monkeypatch.setattr(PathManager, "get_local_path", lambda *x, **y: fetched.append((x, y)) or "")
-    for url in ("https://example.org/model.pth", "detectron2://model.pth"):
-        Checkpointer(conv()).load(url)
-    assert fetched[0][1] == {"cache_dir": f"{tmp_path}/example.org"}
-    assert fetched[1] == (("detectron2://model.pth",), {})
 
 
 def test_an_option_of_a_path_is_obeyed_or_refused(tmp_path):
@@ -115,19 +95,14 @@ def test_a_checkpointer_goes_on_after_a_file_that_is_not_whole(tmp_path):
 
 
 def test_a_url_is_fetched_and_read(monkeypatch, tmp_path):
-    torch.save({"model": {"stem.conv1.weight": WEIGHT}}, tmp_path / "model.pth")
+    torch.save({"conv1.weight": WEIGHT}, tmp_path / "model.pth")
     fetched = []
-    real = PathManager.get_local_path
-
-    def fetch(path, **options):
-        if "://" not in path:
-            return real(path, **options)
-        fetched.append(path)
-        return str(tmp_path / "model.pth")
-
-    monkeypatch.setattr(PathManager, "get_local_path", fetch)
-    assert torch.equal(loaded("https://example.org/model.pth"), WEIGHT)
-    assert fetched == ["https://example.org/model.pth"]
+    monkeypatch.setattr(
+        load, "fetch", lambda file, _: fetched.append(file) or f"{tmp_path}/model.pth"
+    )
+    url = "https://example.org/model.pth"
+    assert torch.equal(loaded(f"{url}?matching_heuristics=True"), WEIGHT)
+    assert fetched == [url]
 
 
 def test_a_fault_while_loading_keeps_its_type(monkeypatch, tmp_path):

@@ -20,6 +20,7 @@ from retina_focal import get_cfg
 from retina_focal.data.images import BadPicture
 from retina_focal.data.registration import register_coco_json
 from retina_focal.errors import UserError
+from retina_focal.evaluation.hotcoco_evaluator import HotcocoEvaluator
 from retina_focal.training.measure import (
     _lazy_evaluator,
     load_trained,
@@ -124,6 +125,7 @@ def lazy(cfg: CfgNode, made: int = 100, **options: object):
 
 def test_a_lazy_configs_detections_all_count(cfg):
     assert _lazy_evaluator(lazy(cfg))._max_dets_per_image == [1, 10, 100]
+    assert type(_lazy_evaluator(lazy(cfg), "hotcoco")) is HotcocoEvaluator
     assert _lazy_evaluator(lazy(cfg, 300))._max_dets_per_image == [1, 10, 300]
     own = lazy(cfg, 300, max_dets_per_image=200)
     assert _lazy_evaluator(own)._max_dets_per_image == [1, 10, 200]

@@ -23,6 +23,6 @@ def test_a_place_names_the_same_anchor_in_maps_and_in_labels():
 def test_elements_of_a_flattened_map_are_told_apart():
     shape = 3, 4, 5, 6  # anchors, channels, rows, columns
     index = torch.arange(3 * 4 * 5 * 6)
-    found = places_of_elements(index, 4, (5, 6))
+    found = places_of_elements(index, 4, 5 * 6, 6)
     for coordinate, expected in zip(found, torch.unravel_index(index, shape), strict=True):
         assert torch.equal(coordinate, expected)

@@ -118,6 +118,18 @@ def test_boxes_of_different_classes_do_not_suppress_each_other():
     assert result.pred_classes.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["CPU", "as on a device"])
+def test_nms_may_take_boxes_of_all_classes_for_one_object(monkeypatch, on_cpu):
+    monkeypatch.setattr(postprocess, "_may_read", lambda x: on_cpu)
+    anchors = [Boxes(torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 9.0]]))]
+    logits = torch.tensor([3.0, 2.0, -9.0, -9.0, -9.0, 1.0]).view(1, 6, 1, 1)
+    two_images = logits.repeat(2, 1, 1, 1), torch.zeros(2, 8, 1, 1), [(20, 20)] * 2
+    results = postprocessor(class_agnostic_nms=True)(
+        anchors, *([x] for x in two_images[:2]), two_images[2]
+    )
+    assert [x.pred_classes.tolist() for x in results] == [[0], [0]]  # images stay apart
+
+
 def test_memory_format_changes_nothing():
     anchors, logits, deltas, sizes = case()
     to_last = [[x.to(memory_format=torch.channels_last) for x in y] for y in (logits, deltas)]
@@ -134,13 +146,16 @@ def test_logit_is_the_inverse_of_the_sigmoid():
     assert (logit(0), logit(-1), logit(1)) == (-math.inf, -math.inf, math.inf)
 
 
-def test_config_names_the_four_numbers():
+def test_config_names_the_numbers():
     cfg = get_cfg()
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.1
     cfg.MODEL.RETINANET.TOPK_CANDIDATES_TEST = 7
     cfg.MODEL.RETINANET.NMS_THRESH_TEST = 0.6
     cfg.TEST.DETECTIONS_PER_IMAGE = 9
+    assert not Postprocessor(cfg).class_agnostic_nms
+    cfg.MODEL.RETINA_FOCAL.TEST.CLASS_AGNOSTIC_NMS = True
     p = Postprocessor(cfg)
+    assert p.class_agnostic_nms
     found = (p.score_thresh, p.topk_candidates, p.nms_thresh, p.max_detections_per_image)
     assert found == (0.1, 7, 0.6, 9) and p.num_classes == 80
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from detectron2.config import LazyCall as L
 from detectron2.data import transforms as T
 from detectron2.engine import HookBase, hooks
 from detectron2.utils.env import seed_all_rng
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from test_assembly import lazy_cfg
 from torch import nn
 
@@ -23,7 +24,8 @@ from retina_focal.data.registration import register_coco_json
 from retina_focal.errors import UserError
 from retina_focal.training.assembly import Trainer
 from retina_focal.training.metrics import cut_metrics, results_in_metrics
-from retina_focal.training.resume import saved_seed
+from retina_focal.training.resume import CLOCK, saved_seed
+from retina_focal.training.signals import Stop
 
 SMALL = {
     **PLUGIN,
@@ -89,6 +91,21 @@ class Kill(HookBase):
             raise Killed
 
 
+class Interrupt(HookBase):
+    """At an iteration a signal comes, or the loss becomes NaN between backward and optimizer."""
+
+    def __init__(self, iteration: int, kind: str):
+        self.iteration, self.kind = iteration, kind
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.iteration and self.kind == "signal":
+            self.trainer._trainer.requested_stop = signal.SIGTERM
+
+    def after_backward(self) -> None:
+        if self.trainer.iter == self.iteration and self.kind == "nan":
+            raise FloatingPointError
+
+
 class DroppingTrainer(Trainer):
     """Its model draws random numbers."""
 
@@ -135,8 +152,7 @@ def expect_equal(one: Path, other: Path) -> None:
 def metrics(output: Path) -> list[str]:
     """The lines without what a clock gives; NaN equals itself in text."""
     lines = map(json.loads, (output / "metrics.json").read_text().splitlines())
-    clock = ("time", "data_time", "rank_data_time", "eta_seconds")
-    return [json.dumps({k: x for k, x in line.items() if k not in clock}) for line in lines]
+    return [json.dumps({k: x for k, x in line.items() if k not in CLOCK}) for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +208,33 @@ def test_a_seed_that_is_drawn_is_saved(toy, tmp_path, caplog):
     assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
     train(small(other, SEED=5), resume=True)
     assert "SEED was" in caplog.text
+
+
+@pytest.mark.parametrize("kinds", [("signal", "nan"), ("nan", "signal")])
+def test_metrics_have_each_iteration_once_and_in_order_whatever_interrupts(kinds, toy, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    changes = {"max_iter": 12, "log_period": 5, "eval_period": 3}
+
+    def run(output: Path, *interrupts: Interrupt) -> None:
+        cfg = small_lazy(output)
+        OmegaConf.update(cfg, "train", changes)
+        seed_all_rng(1)
+        trainer = ScriptedTrainer(cfg)
+        trainer._trainer.register_hooks(interrupts)
+        trainer.register_hooks(interrupts)
+        trainer.resume_or_load()
+        with suppress(Stop, FloatingPointError):
+            trainer.train()
+        iterations = [json.loads(line)["iteration"] for line in metrics(output)]
+        assert iterations == sorted(set(iterations))
+
+    run(one)
+    for iteration, kind in zip((6, 8), kinds, strict=True):
+        run(other, Interrupt(iteration, kind))
+    run(other)
+    assert metrics(one) == metrics(other)
+    iterations = [json.loads(line)["iteration"] for line in metrics(one)]
+    assert iterations == [0, 2, 4, 5, 8, 9, 11, 12]
 
 
 def interrupted(whole: Path, output: Path) -> Path:
@@ -267,7 +310,7 @@ class ScriptedTrainer(DroppingTrainer):
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
-        cls.scores, score = cls.scores[1:], cls.scores[0]
+        cls.scores, score = cls.scores[1:], (*cls.scores, 1.0)[0]
         return {"bbox": {"AP": score}}
 
 
@@ -320,7 +363,7 @@ LINES = [{"iteration": i, "x": i} for i in (0, 19, 9, 39, 29)]
 def test_metrics_end_before_the_resumed_iteration(iteration, kept, last, earlier, tmp_path):
     path = tmp_path / "metrics.json"
     text = [json.dumps(line) + "\n" for line in LINES]
-    for torn in ("", '{"iteration": 5', "\0\0", '{"x": 1}\n'):
+    for torn in ("", '{"iteration": 5', "\0\0", '{"x": 1}\n', '{"iteration": "7"}\n', "[" * 10**5):
         path.write_text(earlier + "".join(text) + torn)
         assert cut_metrics(path, iteration, len(earlier)) == last
         assert path.read_text() == earlier + "".join(text[:kept])
@@ -333,6 +376,14 @@ def test_results_are_read_back_as_they_were(tmp_path):
     path.write_text('{"iteration": 5}\n{"bbox/AP": 1.5, "a/bbox/AP-x": NaN, "iteration": 6}\n')
     assert results_in_metrics(path, 5) is None
     assert str(results_in_metrics(path, 6)) == "{'bbox': {'AP': 1.5}, 'a': {'bbox': {'AP-x': nan}}}"
+
+
+@pytest.mark.parametrize(
+    "line", ['{"a": 1, "a/b": 2, "iteration": 6}', '{"a": "x", "iteration": 6}', "[" * 10**5]
+)
+def test_results_that_are_altered_are_none(line, tmp_path):
+    (tmp_path / "metrics.json").write_text(f"{line}\n")
+    assert results_in_metrics(tmp_path / "metrics.json", 6) is None
 
 
 def test_precise_statistics_are_those_of_the_uninterrupted_run(toy, tmp_path):

@@ -154,7 +154,9 @@ def entered(model: nn.Module, batch: list[dict]) -> set[tuple[str, str, int]]:
 # open to follow it. A file may come where it holds an idea of its own, a function where it has a
 # name that could be a heading; neither for plumbing.
 OF_A_STEP = {
-    "retinanet.py": 4,  # the table of contents, preprocessing, the sizes of images and features
+    "retinanet.py": 6,  # the table of contents, preprocessing, the sizes of images and features
+    "network.py": 1,  # backbone and head
+    "folding.py": 2,  # the weights of trained convolutions with frozen norms
     "padding.py": 1,  # the size that all images of the step share
     "transfer.py": 1,  # to a device, where there is one
     "anchors.py": 1,
@@ -179,8 +181,9 @@ def test_a_training_step_enters_few_functions(model):
     ours = entered(model.train(), batch)
     own = Counter(Path(file).name for file, _, _ in ours if "retina_focal" in file)
     assert own == OF_A_STEP
-    # Stock has neither one size for several processes nor targets found before the network.
-    assert len(ours) <= 1.05 * len(stock)
+    # Stock has neither one size for several processes, nor targets found before the network, nor
+    # weights that are folded together.
+    assert len(ours) <= 1.15 * len(stock)
 
 
 def test_a_backbone_that_rounds_otherwise_trains_on_the_anchors_of_its_features(model):

@@ -54,6 +54,18 @@ SCENARIOS = {
     "passed on": (IN_A_STEP.format(sent=[(15, 0.2), (15, 0.2)]), 0),
     "second SIGTERM": (IN_A_STEP.format(sent=[(15, 1.2), (15, 9)]), 143),
     "second SIGINT": (IN_A_STEP.format(sent=[(2, 1.2), (2, 9)]), 130),
+    "told by another process first": (
+        IN_A_STEP.replace("for signum", "signals.STOPS.request(15)\n    for signum").format(
+            sent=[(15, 0.2), (15, 0.2)]
+        ),
+        0,
+    ),
+    "told, and again": (
+        IN_A_STEP.replace("for signum", "signals.STOPS.request(15)\n    for signum").format(
+            sent=[(15, 1.2), (15, 9)]
+        ),
+        143,
+    ),
     "SIGUSR1, then SIGTERM": (IN_A_STEP.format(sent=[(10, 0.2), (15, 9)]), 138),
     "inside a library": (
         """
@@ -67,6 +79,14 @@ with signals.handled_signals():
     store.wait(["never"], torch.distributed.default_pg_timeout)  # not Python: no handler runs
 """,
         143,
+    ),
+    "stopped": (
+        """
+with signals.ended_at_once():
+    print("whole")
+    raise signals.Stop(signal.SIGUSR1)
+""",
+        138,
     ),
     "ignored": (
         """
@@ -176,7 +196,11 @@ def test_each_process_ends_with_its_status(name, ends):
 
 def test_a_second_signal_ends_at_once_and_says_so(ends):
     said = {name for name, (_, _, text) in ends.items() if "again: ends at once; --resume" in text}
-    assert said == {"second SIGTERM", "second SIGINT", "SIGUSR1, then SIGTERM"}
+    assert said == {"second SIGTERM", "second SIGINT", "told, and again", "SIGUSR1, then SIGTERM"}
+
+
+def test_what_was_said_before_the_end_is_kept(ends):
+    assert ends["stopped"][1] == "whole\n"
 
 
 def test_a_signal_where_nothing_would_be_finished_ends_at_once_in_words(ends):

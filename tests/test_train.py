@@ -13,6 +13,7 @@ from test_processes import needs_cpu_processes
 
 from retina_focal import FocalRetinaNet
 from retina_focal.tools import cli, quick_start, train
+from retina_focal.training.assembly import Trainer
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -177,6 +178,9 @@ model.num_classes = 2
         train.run(train.parse_args([*common, "model.criterion.normalizer=sum"]))
 
 
+TREES = ["--config-file", "quick_start/trees.yaml"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -185,6 +189,18 @@ model.num_classes = 2
         (
             ["--config-file", "quick_start/trees.yaml", "--num-machines", "2"],
             "--dist-url tcp://ADDRESS:PORT",
+        ),
+        (
+            [*TREES, "--num-machines", "2", "--machine-rank", "2"],
+            "--machine-rank is 2 with --num-machines 2; expected 0 to 1",
+        ),
+        *(
+            ([*TREES, "--num-machines", "2", "--dist-url", url], f"--dist-url is {url}; expected")
+            for url in ("nonsense", "tcp://localhost", "tcp://x:99999", "file:///tmp/x")
+        ),
+        (
+            [*TREES, "--num-machines", "0"],
+            "expected at least one machine",
         ),
         (
             ["--config-file", "quick_start/trees.yaml", "SOLVER.MAX_ITER", "2", "--resume"],
@@ -210,6 +226,7 @@ def test_arguments_that_cannot_run_are_refused_in_words(arguments, message, caps
         ),
         (["--dataset", "cells", "a.json", "."], r"add: DATASETS.TRAIN \"\('cells',\)\""),
         (["SOLVER.BASE_LR", "1000"], "type SOLVER.BASE_LR 1000.0"),
+        (["--num-gpus", "3"], "IMS_PER_BATCH is 16, for 3 processes; expected a multiple"),
     ],
 )
 def test_a_wrong_config_ends_the_tool_in_words_and_makes_no_folder(
@@ -253,14 +270,32 @@ def test_a_wrong_lazy_config_ends_the_tool_in_words_and_makes_no_folder(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_quick_start_goes_on_only_where_the_last_checkpoint_is_not_the_final_one(tmp_path):
-    assert not quick_start._is_unfinished(tmp_path)
-    last = tmp_path / "last_checkpoint"
-    last.write_text("model_0000099.pth")
-    (tmp_path / "model_final.pth").touch()  # of an earlier run, or half of it
-    assert quick_start._is_unfinished(tmp_path)
-    last.write_text("model_final.pth")
-    assert not quick_start._is_unfinished(tmp_path)
+def test_a_quick_start_makes_a_killed_last_evaluation_again_and_does_not_train_anew(
+    data, tmp_path, monkeypatch, capsys
+):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for name, value in (("PREPARE", {"trees": print}), ("prepare_weights", print)):
+        monkeypatch.setattr(quick_start, name, value)
+    monkeypatch.setattr(quick_start, "draw_detections", lambda *_: None)
+    argv = [
+        *("trees", *SMALL, "MODEL.BACKBONE.NAME", "build_retina_focal_resnet_fpn_backbone"),
+        *("MODEL.PIXEL_MEAN", "[100.,100.,100.]", "MODEL.RETINA_FOCAL.PRECISION", "fp32"),
+        *("MODEL.RETINANET.NORM", "", "MODEL.RESNETS.OUT_FEATURES", "['res3', 'res4', 'res5']"),
+        *("DATASETS.COCO_JSON", f"[['quick', '{data / 'a.json'}', '{data}']]"),
+        *("DATASETS.TRAIN", "('quick',)", "DATASETS.TEST", "('quick',)"),
+        *("OUTPUT_DIR", str(tmp_path)),
+    ]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "test", killed)
+        quick_start.main(argv)
+    weights = (tmp_path / "model_final.pth").read_bytes()
+    capsys.readouterr()
+    quick_start.main(argv)
+    assert "trained before; to train anew: rm -r" in capsys.readouterr().out
+    assert (tmp_path / "model_final.pth").read_bytes() == weights
+    assert "bbox/AP" in metrics(tmp_path)
 
 
 def test_every_tool_explains_itself(capsys):

@@ -118,21 +118,24 @@ sys.path.insert(0, sys.argv[3])
 rank = int(sys.argv[1])
 distributed.init_process_group("gloo", rank=rank, world_size=2, init_method="file://" + sys.argv[2])
 comm.create_local_process_group(2)
-from test_trouble import Run, batch
+from test_trouble import Run, batch, skipping
 from retina_focal.training.processes import distribute
 inputs = batch(f"of_{rank}.jpg")
+skipped = skipping("a.jpg", *["x.jpg", "y.jpg"][: rank + 1])
+bad = batch(f"of_{rank}.jpg")
 if rank == 1:
-    inputs[0]["image"] = inputs[0]["image"] * torch.nan
-run = Run([inputs], Path(sys.argv[2] + "_out"))
-run._trainer.model = distribute(run.model)
-try:
-    run.go()
-except Exception as error:
-    print(type(error).__name__, error)
+    bad[0]["image"] = bad[0]["image"] * torch.nan
+for steps in ([inputs, skipped, inputs], [bad]):
+    run = Run(steps, Path(sys.argv[2] + "_out"), limit=1)
+    run._trainer.model = distribute(run.model)
+    try:
+        run.go()
+    except Exception as error:
+        print(type(error).__name__, error, f"after step {run.iter}")
 """
 
 
-def test_two_processes_stop_with_one_message_that_names_the_others_files(tmp_path):
+def test_two_processes_stop_after_the_same_step_with_one_message_that_names_all_files(tmp_path):
     arguments = [str(tmp_path / "store"), str(Path(__file__).parent)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
@@ -144,8 +147,13 @@ def test_two_processes_stop_with_one_message_that_names_the_others_files(tmp_pat
     ]
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 1]
-    assert said[1] == "" and said[0].startswith("BadLoss the loss became infinite or NaN")
-    assert "in process 1" in said[0] and "The batch: of_1.jpg" in said[0]
+    for skipped in (said[1], said[0].splitlines(keepends=True)[0]):
+        assert skipped.startswith("UserError pictures that can't be used: 2; MODEL.RETINA_FOCAL")
+        assert "image 'x.jpg' can't be used; image 'y.jpg' can't be used. To" in skipped
+        assert skipped.endswith("after step 1\n")
+    bad_loss = said[0].splitlines()[1]
+    assert bad_loss.startswith("BadLoss the loss became infinite or NaN")
+    assert "in process 1" in bad_loss and "The batch: of_1.jpg" in bad_loss
     _, inputs = read_dump(tmp_path / "store_out" / trouble.DUMP)
     assert [x["file_name"] for x in inputs] == ["of_1.jpg"]
 
@@ -174,3 +182,8 @@ def test_what_was_counted_survives_resuming(tmp_path):
     resumed.load_state_dict(run.state_dict())
     with pytest.raises(UserError, match="can't be used: 2; "):
         resumed.go()
+    lower = Run([batch("a.jpg")], tmp_path)
+    lower.load_state_dict(run.state_dict())
+    with pytest.raises(UserError, match="can't be used: 1; "):
+        lower.go()
+    assert lower.iter == 0

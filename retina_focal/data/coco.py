@@ -14,12 +14,13 @@ from pathlib import Path
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from retina_focal.data.check import check_coco, is_segmentation
+from retina_focal.data.annotations import is_segmentation, polygon_box
+from retina_focal.data.check import check_coco
 from retina_focal.data.findings import Check, Finding
 from retina_focal.errors import UserError
-from retina_focal.files import write_whole
+from retina_focal.files import cache_folder, write_whole
 
-MENDING = 1  # of the rules of `mend`: other rules write another file
+MENDING = 2  # of the rules of `mend`: other rules write another file
 
 logger = logging.getLogger(__name__)
 _KNOWN: dict[tuple, "CocoFile"] = {}
@@ -29,9 +30,9 @@ _KNOWN: dict[tuple, "CocoFile"] = {}
 class CocoFile:
     """An annotation file and what is found in it."""
 
-    path: str
+    path: str  # as messages name it
     check: Check
-    mended: str  # the file that is to be read: `path`, or a mended copy of it
+    mended: str  # the file that is to be read: the one itself, or a mended copy of it
 
     def refuse(self, name: str, trained_on: bool, allow_outside: bool = True) -> None:
         """Refuse what can't be used.
@@ -71,18 +72,20 @@ class CocoFile:
             logger.warning("dataset '%s': %s: %s", name, self.path, finding)
 
 
-def read_coco(path: str) -> CocoFile:
+def read_coco(path: str, uri: str | None = None) -> CocoFile:
     """Read and check a file once, and mend a copy in the cache where something is to be mended.
 
+    Args:
+        uri: of the dataset that a reader of ours made the file of, for messages.
     Raises:
         UserError: it is missing, no regular file, no JSON, or the copy can't be written.
     """
-    data, key = None, (path,)
+    data, key = None, (path, uri)
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"'{path}' is no regular file; expected annotations in COCO format")
-        key = (path, status.st_mtime_ns, status.st_size)
+        key = (path, uri, status.st_mtime_ns, status.st_size)
         if key not in _KNOWN:
             data = Path(path).read_bytes()
     except FileNotFoundError as error:
@@ -92,7 +95,7 @@ def read_coco(path: str) -> CocoFile:
     except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
         raise UserError(f"can't read the annotation file {path!r}: {error}") from error
     if data is not None:
-        _KNOWN[key] = _read(path, data)
+        _KNOWN[key] = _read(path, uri, data)
     return _KNOWN[key]
 
 
@@ -102,10 +105,10 @@ def coco_file(name: str) -> CocoFile | None:
     if metadata.get("evaluator_type") != "coco" or metadata.get("json_file") is None:
         return None
     path = metadata.get("source_file") or PathManager.get_local_path(metadata.json_file)
-    return read_coco(path)
+    return read_coco(path, metadata.get("uri"))
 
 
-def _read(path: str, data: bytes) -> CocoFile:
+def _read(path: str, uri: str | None, data: bytes) -> CocoFile:
     with _without_garbage_collection():
         try:
             content = json.loads(data)
@@ -113,7 +116,7 @@ def _read(path: str, data: bytes) -> CocoFile:
             raise UserError(f"{path} is not JSON: it is nested too deeply") from error
         except ValueError as error:  # no JSON, no text, or a number of over 4,300 digits
             raise UserError(f"{path} is not JSON: {error}") from error
-        check = check_coco(content)
+        check = check_coco(content, is_read=uri is not None)
         if json.detect_encoding(data) != "utf-8":
             text = f"the text is {json.detect_encoding(data)}; expected UTF-8 without a mark"
             check.findings.append(Finding("encoding", "mended", text))
@@ -123,7 +126,7 @@ def _read(path: str, data: bytes) -> CocoFile:
             if not os.path.exists(mended):
                 mend(content)
                 write_whole(Path(mended), json.dumps(content))
-    return CocoFile(path, check, mended)
+    return CocoFile(uri or path, check, mended)
 
 
 def mend(content: dict) -> None:
@@ -132,6 +135,8 @@ def mend(content: dict) -> None:
     anew = min((x["id"] for x in annotations), default=1) < 1
     for number, annotation in enumerate(annotations, start=1):
         annotation.setdefault("iscrowd", 0)
+        if annotation.get("bbox") is None:
+            annotation["bbox"] = polygon_box(annotation["segmentation"])
         if annotation.get("area") is None:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         if anew:
@@ -141,9 +146,8 @@ def mend(content: dict) -> None:
 
 
 def _cached(path: str, data: bytes) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "retina_focal")
     name = hashlib.sha256(data).hexdigest()
-    return cache / "datasets" / f"{Path(path).stem}-{name[:24]}-{MENDING}.json"
+    return cache_folder() / "datasets" / f"{Path(path).stem}-{name[:24]}-{MENDING}.json"
 
 
 @contextmanager

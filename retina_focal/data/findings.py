@@ -9,11 +9,13 @@ import numpy as np
 
 # "error": nothing can be done with the dataset; "training": it can be measured with, not trained
 # on; "outside": who types the command must allow it; "warning": it is used as it is; "mended": it
-# is used as the text says.
-Severity = Literal["error", "training", "outside", "warning", "mended"]
+# is used as the text says; "note": it is told. "picture": an image that stops what reads it.
+Severity = Literal["error", "training", "outside", "picture", "warning", "mended", "note"]
 SHOWN = 3  # records of a finding that its line shows
 MAX_ID = 2**53  # the evaluator keeps ids as float64
+SOURCE = "from"  # the key under which a reader keeps the file and record that it read
 TEXT = 60  # characters of a value that a line shows
+RECORD = 400  # characters of a record, the path of a file and the reason included
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Finding:
     severity: Severity
     text: str  # what is wrong with the records, and what to do
     records: tuple[str, ...] = ()  # such as "annotations[17] (id 23): bbox [nan, 1, 2, 3]"
+    section: str = ""  # where the records are at `indices`; "": nowhere in a COCO file
+    indices: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         more = len(self.records) - SHOWN
@@ -37,7 +41,8 @@ class Check:
 
     `counts` has what becomes of each of the `num_annotations`: "boxes" are trained on and measured
     with, "crowds" are ignored, "empty" and "outside" are not trained on, "elsewhere" are of images
-    that are not in the file.
+    that are not in the file; "faulty" have an error, and beside one in the ids or categories the
+    others are "not looked at".
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -62,8 +67,16 @@ class Check:
 class Section:
     """The records of one section, a column at a time; what is found goes into `findings`."""
 
-    def __init__(self, name: str, records: list[dict], findings: list[Finding]):
+    def __init__(
+        self, name: str, records: list[dict], findings: list[Finding], is_read: bool = False
+    ):
+        """
+        Args:
+            is_read: whether a reader of ours wrote the records, with their `SOURCE`.
+        """
         self.name, self.records, self.findings = name, records, findings
+        self.is_read = is_read
+        self.faulty: set[int] = set()  # records with an error
 
     def column(self, key: str, default: object = None) -> list:
         return [record.get(key, default) for record in self.records]
@@ -72,10 +85,14 @@ class Section:
         self, kind: str, severity: Severity, indices: Iterable[int], text: str, key: str = ""
     ) -> None:
         """Add a finding where there are records; `text` comes after their number."""
+        indices = [int(i) for i in indices]
         records = tuple(self._label(i, key) for i in indices)
+        if severity == "error":
+            self.faulty.update(indices)
         if records:
             text = f"{len(records)} of {len(self.records)} {self.name} {text}"
-            self.findings.append(Finding(kind, severity, text, records))
+            where = (self.name, tuple(indices))
+            self.findings.append(Finding(kind, severity, text, records, *where))
 
     def expect_type(
         self, key: str, values: Sequence, types: set[type], expected: str
@@ -86,9 +103,9 @@ class Section:
             fits = np.fromiter((type(x) in types for x in values), bool, len(values))
             missing = [i for i in np.flatnonzero(~fits) if key not in self.records[i]]
             others = [i for i in np.flatnonzero(~fits) if key in self.records[i]]
-            self.find(f"{key}-missing", "error", missing, f"have no '{key}'; expected {expected}")
+            self.find(key, "error", missing, f"have no '{key}'; expected {expected}")
             text = f"have a '{key}' of another type; expected {expected}"
-            self.find(f"{key}-type", "error", others, text, key)
+            self.find(key, "error", others, text, key)
         return fits
 
     def ids(self, values: Sequence) -> bool:
@@ -109,16 +126,31 @@ class Section:
         record = self.records[i]
         tag = record.get("id") if isinstance(record, dict) else None
         label = f"{self.name}[{i}]" + ("" if tag is None else f" (id {shortened(tag)})")
+        if self.is_read and isinstance(record, dict):
+            label = str(record.get(SOURCE, label))
         if key:
             label += f": {key} {shortened(record[key])}"
         return label
 
 
-def shortened(value: object) -> str:
-    """One line of at most `TEXT` characters, of a value of any size."""
+def shortened(value: object, limit: int = TEXT) -> str:
+    """One line of at most `limit` characters, of a value of any size."""
     try:
         text = value if isinstance(value, str) else str(value)
     except (RecursionError, ValueError):  # nested too deeply, or an int of over 4,300 digits
         text = f"a {type(value).__name__}"
-    text = "".join(x if x.isprintable() else "?" for x in text[: TEXT + 1])
-    return text if len(text) <= TEXT else f"{text[: TEXT - 3]}..."
+    text = "".join(x if x.isprintable() else "?" for x in text[: limit + 1])
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+# All kinds but those of pictures and between datasets (`inspection`).
+KINDS = (
+    *("structure", "encoding", "annotations-missing", "boxes-missing", "class-without-boxes"),
+    *("id", "id-huge", "id-twice", "id-zero", "name", "name-twice"),
+    *("file_name", "outside", "width", "height", "image-empty"),
+    *("category_id", "category-undeclared", "class-undeclared", "image_id", "image-undeclared"),
+    *("bbox", "box-type", "box-infinite", "box-negative", "box-xyxy", "box-subpixel"),
+    *("box-of-polygons", "box-in-pixels", "polygon", "duplicate", "empty"),
+    *("crowds", "iscrowd", "iscrowd-missing", "ignore", "difficult", "segmentation"),
+    *("area", "area-missing", "file-unreadable", "object-incomplete", "line", "row"),
+)

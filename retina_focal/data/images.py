@@ -29,15 +29,18 @@ logger = logging.getLogger(__name__)
 
 
 class BadPicture(UserError):
-    """A picture that can't be used, which a training may skip; `file_name` is as in its record."""
+    """A picture that can't be used, which a training may skip; `file_name` is as in its record.
 
-    def __init__(self, message: str, file_name: str = ""):
+    `kind` is that of the finding which `check` makes of it, `reason` what its line says.
+    """
+
+    def __init__(self, message: str, file_name: str = "", kind: str = "", reason: str = ""):
         # Alone with its message, as torch makes it anew where it came from a worker.
         super().__init__(message)
-        self.file_name = file_name
+        self.file_name, self.kind, self.reason = file_name, kind, reason
 
     def __reduce__(self) -> tuple:
-        return type(self), (str(self), self.file_name)
+        return type(self), (str(self), self.file_name, self.kind, self.reason)
 
 
 def naming(mapper: Callable[[dict], dict], max_pixels: int = MAX_PIXELS) -> Callable[[dict], dict]:
@@ -59,7 +62,7 @@ def map_record(
     name = record.get("file_name")
     if name is None:  # the mapper takes its picture from elsewhere
         return mapper(record)
-    _check_header(name, max_pixels)
+    check_head(name, max_pixels)
     try:
         return mapper(record)
     except SizeMismatchError as error:
@@ -69,51 +72,55 @@ def map_record(
                 ", once it is turned by its EXIF orientation, as detectron2 does; where the boxes "
                 "fit the picture as it is stored, delete that tag: exiftool -Orientation= FILE"
             )
-        raise _bad(name, reason) from error
+        raise _bad(name, "picture-size", reason) from error
     except Exception as error:
         frames = {frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)}
         if isinstance(error, UserError):
             raise
         if isinstance(error, OSError) or "read_image" in frames:  # Pillow may raise anything
             reason = str(error).strip() or type(error).__name__
-            raise _bad(name, f"it can't be decoded: {reason}") from error
+            raise _bad(name, "picture-broken", f"it can't be decoded: {reason}") from error
         logger.error("the mapper failed at image '%s' (id %s)", name, record.get("image_id"))
         raise
 
 
-def _check_header(name: str, max_pixels: int) -> None:
-    """Refuse what must not be decoded (BadPicture)."""
+def check_head(name: str, max_pixels: int) -> None:
+    """Refuse what must not be decoded (BadPicture), by the first bytes of the file."""
+    fault = None
     try:
         path = PathManager.get_local_path(name)
         check_regular(path)
         with Image.open(path) as image:
-            reason = _fault(image, max_pixels)
-            if image.format == "PNG" and not reason:
+            fault = _fault(image, max_pixels)
+            if image.format == "PNG" and not fault:
                 # By its checksums: detectron2 looks for EXIF in a way that decodes a PNG, swallows
                 # the error, and goes on with what was decoded till then.
                 image.verify()
     except UserError as error:
-        raise _bad(name, str(error)) from error
+        raise _bad(name, "picture-missing", str(error)) from error
     except Image.DecompressionBombError as error:
-        raise _bad(name, f"{error}; DATA.MAX_PIXELS is {max_pixels}") from error
+        reason = f"{error}; DATA.MAX_PIXELS is {max_pixels}"
+        raise _bad(name, "picture-too-large", reason) from error
     except Exception as error:  # Pillow may raise anything
         reason = "it is empty" if _is_empty(name) else f"it is no whole picture: {error}"
-        raise _bad(name, reason) from error
-    if reason:
-        raise _bad(name, reason)
+        raise _bad(name, "picture-broken", reason) from error
+    if fault:
+        raise _bad(name, *fault)
 
 
-def _fault(image: Image.Image, max_pixels: int) -> str | None:
+def _fault(image: Image.Image, max_pixels: int) -> tuple[str, str] | None:
+    """The kind of the finding, and the reason."""
     width, height = image.size
     if width * height > max_pixels:
-        return (
+        return "picture-too-large", (
             f"it has {width} x {height} pixels, more than MODEL.RETINA_FOCAL.DATA.MAX_PIXELS "
             f"{max_pixels}; cut it into tiles, or raise that key"
         )
     if image.format in PROGRAMS:
-        return f"it is {image.format}, a program that would be run; convert it to PNG"
+        reason = f"it is {image.format}, a program that would be run; convert it to PNG"
+        return "picture-program", reason
     if image.mode.partition(";")[0] in WIDE_MODES:
-        return (
+        return "picture-wide", (
             f"its pixels have more than 8 bits (Pillow's mode {image.mode}) and would be cut off "
             "at 255, white; scale them to 8 bits"
         )
@@ -137,5 +144,6 @@ def _is_empty(name: str) -> bool:
         return False
 
 
-def _bad(name: str, reason: str) -> BadPicture:
-    return BadPicture(f"image '{name}' can't be used: {reason}; {REMEDY}", name)
+def _bad(name: str, kind: str, reason: str) -> BadPicture:
+    message = f"image '{name}' can't be used: {reason}; {REMEDY}"
+    return BadPicture(message, name, kind, reason)

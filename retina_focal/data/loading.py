@@ -5,7 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from detectron2.config import CfgNode, instantiate
-from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data import (
+    DatasetFromList,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.data.build import _train_loader_from_config
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
@@ -14,7 +18,11 @@ from detectron2.utils.serialize import PicklableWrapper
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
 
+from retina_focal.config import get_cfg, retina_focal_node
+from retina_focal.data.augmentation import Mosaic, add_augmentations, refuse_for_lazy
+from retina_focal.data.existence import expect_pictures
 from retina_focal.data.images import MAX_PIXELS, BadPicture, naming
+from retina_focal.data.regions import keeping_regions
 from retina_focal.data.sampler import BatchSampler, seeded
 from retina_focal.errors import UserError
 
@@ -44,6 +52,7 @@ class TrainLoader:
         aspect_ratio_grouping: bool = True,
         collate_fn: Callable[[list[dict]], object] | None = None,
         max_pixels: int = MAX_PIXELS,
+        mosaic: Mosaic | None = None,
         **options: object,
     ):
         """
@@ -57,6 +66,7 @@ class TrainLoader:
             aspect_ratio_grouping: a batch has either wide images or others.
             collate_fn: default: a batch is a list of what `mapper` returns.
             max_pixels: of the largest picture that is decoded.
+            mosaic: makes one sample of four.
             options: of torch's `DataLoader`, such as `num_workers`.
         Raises:
             UserError: the images can't be shared among the processes.
@@ -73,7 +83,8 @@ class TrainLoader:
         self.seed, self.num_images = seed, len(dataset)
         if isinstance(dataset, list):
             dataset = DatasetFromList(dataset, copy=False)
-        self._samples = _Samples(dataset, naming(mapper, max_pixels), seed)
+        self.dataset = dataset  # the records, before the mapper
+        self._samples = _Samples(dataset, naming(mapper, max_pixels), seed, mosaic)
         # detectron2's samplers are a process's part of this order.
         self._batches = BatchSampler(sampler._infinite_indices, total_batch_size, groups)
         self._options = {"collate_fn": collate_fn or _as_list, **options}
@@ -101,8 +112,15 @@ class TrainLoader:
 class _Samples(Dataset):
     """What the mapper makes of (position, index), the same in whichever process."""
 
-    def __init__(self, dataset: Dataset, mapper: Callable[[dict], dict], seed: int):
+    def __init__(
+        self,
+        dataset: Dataset,
+        mapper: Callable[[dict], dict],
+        seed: int,
+        mosaic: Mosaic | None = None,
+    ):
         self.dataset, self.mapper, self.seed = dataset, PicklableWrapper(mapper), seed
+        self.mosaic = mosaic
 
     def __getitem__(self, place: tuple[int, int]) -> dict:
         position, index = place
@@ -112,7 +130,7 @@ class _Samples(Dataset):
                 if attempt:
                     index = int(torch.randint(len(self.dataset), ()))
                 try:
-                    sample = self.mapper(self.dataset[index])
+                    sample = self._sample(position, index)
                 except BadPicture as error:
                     skipped.append((error.file_name, str(error)))
                     continue
@@ -123,38 +141,73 @@ class _Samples(Dataset):
             f"used; the last: {skipped[-1][1] if skipped else 'the mapper returned None'}"
         )
 
+    def _sample(self, position: int, index: int) -> dict | None:
+        """Of one image, or of four."""
+        is_mosaic = self.mosaic is not None and self.mosaic.is_due(position)
+        others = torch.randint(len(self.dataset), (3,)).tolist() if is_mosaic else []
+        samples = [self.mapper(self.dataset[i]) for i in (index, *others)]
+        return self.mosaic(samples) if is_mosaic and None not in samples else samples[0]
+
 
 def _as_list(batch: list[dict]) -> list[dict]:
     return batch
 
 
-def build_train_loader(cfg: CfgNode | DictConfig, seed: int, **options: object) -> Iterable:
+def build_train_loader(
+    cfg: CfgNode | DictConfig, seed: int, node: CfgNode | None = None, **options: object
+) -> Iterable:
     """The loader of a config's training images, for both kinds of config.
 
     Args:
         seed: not negative.
+        node: ``MODEL.RETINA_FOCAL``; default: that of a YAML config, and of a LazyConfig stock's.
         options: of `TrainLoader`, beside those of the config.
     Returns:
         A `TrainLoader`; or, for a LazyConfig's own kind of loader, an iterable dataset and another
         sampler than detectron2's, what the config says, which no run can go on with exactly.
+    Raises:
+        UserError: more pictures are missing, or the images can't be shared among the processes.
     """
+    if node is None:
+        node = retina_focal_node(get_cfg() if isinstance(cfg, DictConfig) else cfg)
     with seeded(ORDER, seed):  # samplers draw their seed
         if isinstance(cfg, DictConfig):
+            refuse_for_lazy(node.TRAIN.AUGMENT)
             loader = cfg.dataloader.train
             target = loader["_target_"]
             target = locate(target) if isinstance(target, str) else target
             if target is not build_detection_train_loader:
                 return instantiate(loader)
-            arguments = {key: instantiate(x) for key, x in loader.items() if key != "_target_"}
+            arguments = {
+                key: instantiate(_keep_empty(x) if key == "dataset" and node.DATA.KEEP_EMPTY else x)
+                for key, x in loader.items()
+                if key != "_target_"
+            }
         else:
+            if node.DATA.KEEP_EMPTY:
+                cfg = cfg.clone()
+                cfg.defrost()
+                cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
             arguments = _train_loader_from_config(cfg)
+            add_augmentations(arguments["mapper"], node.TRAIN.AUGMENT)
         dataset = arguments["dataset"]
+        if isinstance(dataset, list):
+            expect_pictures(dataset, "the training data", node.DATA.MAX_BAD_IMAGES)
         if arguments.get("sampler") is None and not isinstance(
             dataset, torch.utils.data.IterableDataset
         ):
             arguments["sampler"] = TrainingSampler(len(dataset))
+    if node.DATA.IGNORE_REGIONS:
+        arguments["mapper"] = keeping_regions(arguments["mapper"])
     if not hasattr(arguments.get("sampler"), "_infinite_indices"):
         return build_detection_train_loader(**arguments)
     if not arguments.get("num_workers"):
         options.pop("timeout", None)
     return TrainLoader(**{**options, **arguments}, seed=seed)
+
+
+def _keep_empty(dataset: DictConfig) -> DictConfig:
+    """A LazyConfig's dataset with the images that have no box; one of another kind as it is."""
+    target = dataset.get("_target_") if isinstance(dataset, DictConfig) else None
+    target = locate(target) if isinstance(target, str) else target
+    return {**dataset, "filter_empty": False} if target is get_detection_dataset_dicts else dataset

@@ -11,8 +11,10 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
 from retina_focal.config import retina_focal_node
+from retina_focal.data.class_filter import keep_classes
 from retina_focal.data.classes import class_names, listed, match_classes
-from retina_focal.data.coco import coco_file, read_coco
+from retina_focal.data.coco import CocoFile, coco_file, read_coco
+from retina_focal.data.sources import load, locate, open_coco
 from retina_focal.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,9 @@ def use_datasets(cfg: CfgNode, names: Sequence[str], trained_on: Sequence[str] =
 
 
 def register_datasets(cfg: CfgNode, names: Sequence[str] | None = None) -> None:
-    """Register the rows of ``DATASETS.COCO_JSON`` with these names; again it changes nothing.
+    """Register the rows of ``DATASETS.SOURCES`` and ``DATASETS.COCO_JSON`` with these names.
+
+    Again it changes nothing.
 
     Every process needs the registration.
 
@@ -47,6 +51,10 @@ def register_datasets(cfg: CfgNode, names: Sequence[str] | None = None) -> None:
         UserError: see `register_coco_json`.
     """
     names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if names is None else names
+    allow_outside = retina_focal_node(cfg).DATA.ALLOW_OUTSIDE
+    for row in _rows(cfg):
+        if row[0] in names:
+            register(*row, allow_outside=allow_outside)
     for row in cfg.DATASETS.get("COCO_JSON", []):
         if len(row) != 3:
             raise UserError(
@@ -54,8 +62,33 @@ def register_datasets(cfg: CfgNode, names: Sequence[str] | None = None) -> None:
                 "[name, annotation json, image folder]"
             )
         if row[0] in names:
-            data = retina_focal_node(cfg).DATA
-            register_coco_json(*row, allow_outside=data.ALLOW_OUTSIDE)
+            register_coco_json(*row, allow_outside=allow_outside)
+    classes = retina_focal_node(cfg).DATA.CLASSES
+    for name in dict.fromkeys(names) if classes else ():
+        if name in DatasetCatalog:
+            keep_classes(name, classes)
+
+
+def set_num_classes(cfg: CfgNode) -> None:
+    """Set ``NUM_CLASSES`` from the first dataset of ``DATASETS.SOURCES``, where it is read.
+
+    Raises:
+        UserError: the dataset can't be used.
+    """
+    uris, data = {name: uri for name, uri in _rows(cfg)}, retina_focal_node(cfg).DATA
+    first = next((x for x in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if x in uris), None)
+    if first is not None:
+        classes = data.CLASSES or load(uris[first], data.ALLOW_OUTSIDE).classes
+        cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
+
+
+def _rows(cfg: CfgNode) -> list[list[str]]:
+    """``DATASETS.SOURCES``, looked at (UserError)."""
+    rows = cfg.DATASETS.get("SOURCES", [])
+    for row in rows:
+        if not isinstance(row, (list, tuple)) or [*map(type, row)] != [str, str]:
+            raise UserError(f"DATASETS.SOURCES has the row {row!r}; expected [name, uri]")
+    return rows
 
 
 def register_coco_json(
@@ -72,28 +105,64 @@ def register_coco_json(
         UserError: the json or the folder is missing, the json has what can't be used
             (`data.check`), or the name is taken by another dataset.
     """
-    metadata = MetadataCatalog.get(name)
-    if name in DatasetCatalog:
-        registered = (metadata.get("source_file"), metadata.get("image_root"))
-        if registered != (json_file, image_root):
-            raise UserError(
-                f"dataset '{name}' is registered with {registered}, and now asked for with "
-                f"{(json_file, image_root)}; give one of them another name"
-            )
+    if _is_registered(name, (json_file, image_root)):
         return
     try:
         file = read_coco(json_file)
     except UserError as error:
         raise UserError(f"dataset '{name}': {error}") from error
+    _register(name, file, json_file, image_root, allow_outside)
+
+
+def register(name: str, uri: str, allow_outside: bool = False) -> None:
+    """Register one dataset by its URI or path; see `sources.load` and `register_coco_json`.
+
+    Raises:
+        UserError: it is not there or has what can't be used, or the name is taken by another.
+    """
+    if _is_registered(name, (uri,)):
+        return
+    try:
+        json_file, image_root = locate(uri, allow_outside)
+        file = open_coco(uri, json_file)
+    except UserError as error:
+        raise UserError(f"dataset '{name}': {error}") from error
+    _register(name, file, str(json_file), str(image_root), allow_outside, (uri,))
+
+
+def _is_registered(name: str, what: tuple[str, ...]) -> bool:
+    """Whether the name stands for this already (UserError: for something else)."""
+    if name not in DatasetCatalog:
+        return False
+    metadata = MetadataCatalog.get(name)
+    registered = metadata.get("registered", (None, None))
+    if registered != what:
+        raise UserError(
+            f"dataset '{name}' is registered with {registered}, and now asked for with {what}; "
+            "give one of them another name"
+        )
+    return True
+
+
+def _register(
+    name: str,
+    file: CocoFile,
+    json_file: str,
+    image_root: str,
+    allow_outside: bool,
+    registered: tuple[str, ...] = (),
+) -> None:
     file.refuse(name, trained_on=False, allow_outside=allow_outside)
     if not os.path.isdir(image_root):
         raise UserError(
             f"dataset '{name}': the image folder '{image_root}' does not exist "
             f"(relative paths start from {os.getcwd()})"
         )
-    metadata.set(
+    MetadataCatalog.get(name).set(
         json_file=file.mended,
         source_file=json_file,
+        uri=file.path if file.path != json_file else None,
+        registered=registered or (json_file, image_root),
         image_root=image_root,
         evaluator_type="coco",
         thing_classes=file.check.classes,
@@ -158,7 +227,8 @@ def report_datasets(names: Sequence[str], trained_on: Sequence[str] = ()) -> Non
         if file is not None:
             file.report(name, name in trained_on)
             classes = MetadataCatalog.get(name).thing_classes
-            if file.check.classes and classes != file.check.classes:
+            kept = MetadataCatalog.get(name).get("kept_classes")
+            if file.check.classes and not kept and classes != file.check.classes:
                 logger.warning(
                     "dataset '%s': the classes of %s, %s, are matched by name: %s",
                     *(name, file.path, listed(file.check.classes), listed(classes)),
@@ -181,4 +251,6 @@ def _load(name: str) -> list[dict]:
     for record in records:
         for annotation in record["annotations"]:
             annotation["category_id"] = classes[annotation["category_id"]]
+            # detectron2 resizes integers in place, and so cuts off up to a pixel of each corner.
+            annotation["bbox"] = [float(x) for x in annotation["bbox"]]
     return records

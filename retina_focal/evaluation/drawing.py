@@ -11,6 +11,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import inference_context
 from detectron2.structures import Boxes, BoxMode
 from detectron2.utils.visualizer import Visualizer
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from retina_focal.config import retina_focal_node
@@ -125,6 +126,30 @@ def legend(
             break
         cv2.putText(image, text, (x, y), *FONT, color, 1, cv2.LINE_AA)
         x = x_end
+
+
+def draw_boxes(
+    image: Image.Image, boxes: np.ndarray, colors: Sequence[Color], titles: Sequence[str]
+) -> Image.Image:
+    """A copy of an RGB picture with a box and a title for each of M objects, the first on top.
+
+    Args:
+        boxes: (M, 4) XYXY in pixels of `image`.
+        titles: M texts, "" for none.
+    """
+    drawn = image.copy()
+    draw = ImageDraw.Draw(drawn)
+    thickness = max(round(max(image.size) / 320), 1)
+    font = ImageFont.load_default(size=max(max(image.size) / 60, 9))
+    for box, color, title in reversed(list(zip(boxes, colors, titles, strict=True))):
+        corners = [float(x) for x in box]
+        draw.rectangle(corners, outline=color, width=thickness)
+        if title:
+            x0, y0, x1, y1 = draw.textbbox(corners[:2], title, font, anchor="ld")
+            down = max(-y0, 0)  # a title at the upper edge stands inside the box
+            draw.rectangle([x0 - 1, y0 + down - 1, x1 + 1, y1 + down + 1], fill=color)
+            draw.text((corners[0], corners[1] + down), title, (0, 0, 0), font, anchor="ld")
+    return drawn
 
 
 def class_color(index: int) -> Color:

@@ -12,9 +12,11 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
 )
 
+from retina_focal.config import check_choice
 from retina_focal.data.classes import listed
 from retina_focal.data.coco import coco_file
 from retina_focal.errors import UserError
+from retina_focal.evaluation.hotcoco_evaluator import HotcocoEvaluator
 
 COCO_LIMIT = 100  # detections per image that COCO's AP counts, and the fewest that are counted
 
@@ -22,22 +24,28 @@ logger = logging.getLogger(__name__)
 
 
 def build_evaluator(
-    dataset_name: str, output_dir: str | None, max_detections: int = COCO_LIMIT, **options: object
+    dataset_name: str,
+    output_dir: str | None,
+    max_detections: int = COCO_LIMIT,
+    library: str = "pycocotools",
+    **options: object,
 ) -> DatasetEvaluator:
     """The evaluator of a registered dataset's `evaluator_type`, which writes to a folder.
 
     Args:
         max_detections: per image that the model makes; above 100 they all count for the AP.
+        library: of ``MODEL.RETINA_FOCAL.TEST.EVALUATOR``, for a dataset in COCO format.
         options: of `COCOEvaluator`.
     Raises:
-        UserError: a type that has no evaluator, or ground truth that can't be measured with.
+        UserError: a type that has no evaluator, ground truth that can't be measured with, or a
+            library that is not installed.
     """
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type == "coco":
         if max_detections > COCO_LIMIT:
             logger.info("AP counts %d detections per image, where COCO counts 100", max_detections)
             options["max_dets_per_image"] = max_detections
-        evaluator = COCOEvaluator(dataset_name, output_dir=output_dir, **options)
+        evaluator = coco_evaluator(library)(dataset_name, output_dir=output_dir, **options)
         file = coco_file(dataset_name)  # which the evaluator may only now have written
         if file is not None:
             file.refuse(dataset_name, trained_on=False)
@@ -51,6 +59,13 @@ def build_evaluator(
         "pascal_voc: set it by MetadataCatalog.get(name).evaluator_type, or register the dataset "
         "with --dataset NAME JSON IMAGES"
     )
+
+
+def coco_evaluator(library: str) -> type[COCOEvaluator]:
+    """What ``MODEL.RETINA_FOCAL.TEST.EVALUATOR`` names; raises UserError for another name."""
+    evaluators = {"pycocotools": COCOEvaluator, "hotcoco": HotcocoEvaluator}
+    check_choice("MODEL.RETINA_FOCAL.TEST.EVALUATOR", library, list(evaluators))
+    return evaluators[library]
 
 
 def explain_missing(results: Mapping[str, object]) -> None:

@@ -21,6 +21,7 @@ loss of your own brings a function, which the same kernels call:
     term = BackgroundTerm(hinge, (0.5, 0.0))
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,18 +69,30 @@ def focal_star(gamma: float | Tensor, beta: float | Tensor) -> BackgroundTerm:
     return BackgroundTerm(_focal_star, (gamma, beta))
 
 
-def background_sums(term: BackgroundTerm, rows: Tensor) -> Tensor:
+def poly1(alpha: float | Tensor, epsilon: float | Tensor) -> BackgroundTerm:
+    """Poly-1 focal loss with gamma 2: (1 - alpha) p^2 (softplus(x) + epsilon p); alpha as above."""
+    return BackgroundTerm(_poly1_of_gamma_2, (alpha, epsilon))
+
+
+def asymmetric(gamma: float | Tensor, margin: float | Tensor) -> BackgroundTerm:
+    """-p_m^gamma log(1 - p_m) with p_m = max(p - margin, 0); the margin is above 0, below 1."""
+    return BackgroundTerm(_asymmetric, (gamma, margin))
+
+
+def background_sums(term: BackgroundTerm, levels: Sequence[Tensor]) -> Tensor:
     """The forward pass: the sum of f over the logits of each image.
 
     Args:
-        rows: (N, M) logits of N images in fp32, bf16 or fp16. Elements of a row are neighbours in
-            memory, in any order; rows may lie apart.
+        levels: (N, M) logits of N images in fp32, bf16 or fp16, per pyramid level. Elements of a
+            row are neighbours in memory, in any order; rows may lie apart.
     Returns:
         (N,) float64, with a relative error of 1e-5 at most. The same logits give the same bits.
     """
-    num_images, length = rows.shape
-    partial = rows.new_empty(num_images, triton.cdiv(length, BLOCK * BLOCKS), dtype=torch.float32)
-    _launch(_sum_kernel, partial.shape[1], term, rows, partial, BLOCKS=BLOCKS)
+    num_images = len(levels[0])
+    num_programs = [triton.cdiv(rows.shape[1], BLOCK * BLOCKS) for rows in levels]
+    partial = levels[0].new_empty(num_images, sum(num_programs), dtype=torch.float32)
+    for rows, own in zip(levels, partial.split(num_programs, dim=1), strict=True):
+        _launch(_sum_kernel, own.shape[1], term, rows, own, partial.shape[1], BLOCKS=BLOCKS)
     return partial.sum(1, dtype=torch.float64)
 
 
@@ -113,7 +126,7 @@ def _launch(
     num_programs: int,
     term: BackgroundTerm,
     rows: Tensor,
-    *others: Tensor,
+    *others: Tensor | int,
     **constants: int,
 ) -> None:
     """Run a kernel with `num_programs` programs per image."""
@@ -138,6 +151,7 @@ def _launch(
 def _sum_kernel(
     rows,
     partial,
+    partial_stride,
     length,
     stride,
     parameter0,
@@ -155,7 +169,7 @@ def _sum_kernel(
         value, _ = TERM(x.to(tl.float32), parameter0, parameter1)
         total += tl.where(inside, value, 0.0)
     # No atomics: their order, and so the last bits of the sum, would be chance.
-    tl.store(partial + image * tl.num_programs(0) + program, tl.sum(total, 0))
+    tl.store(partial + image * partial_stride + program, tl.sum(total, 0))
 
 
 @triton.jit
@@ -248,3 +262,23 @@ def _balance(alpha):
 def _focal_star(x, gamma, beta):
     p, _, softplus, _ = logistic(gamma * x - beta)
     return softplus / gamma, p
+
+
+@triton.jit
+def _poly1_of_gamma_2(x, alpha, epsilon):
+    p, complement, softplus, _ = logistic(x)
+    weight = _balance(alpha) * p * p
+    own = p + 2.0 * complement * softplus
+    return weight * (softplus + epsilon * p), weight * (own + 3.0 * epsilon * p * complement)
+
+
+@triton.jit
+def _asymmetric(x, gamma, margin):
+    p, complement, _, _ = logistic(x)
+    # Below the margin any p_m will do, and 1 is none that overflows.
+    p_m, rest = tl.where(p > margin, p - margin, 1.0), complement + margin
+    cross_entropy, weight = -tl.log(rest), tl.exp2(gamma * tl.log2(p_m))
+    slope = p * complement * (gamma * cross_entropy / p_m + 1.0 / rest)
+    return tl.where(p > margin, weight * cross_entropy, 0.0), tl.where(
+        p > margin, weight * slope, 0.0
+    )

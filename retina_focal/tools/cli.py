@@ -4,9 +4,15 @@ import importlib
 import sys
 
 TOOLS = {
+    "check": "what is wrong with datasets, file by file and record by record",
+    "anchors": "which boxes the anchors reach, and anchors that reach more",
+    "configure": "write the config of a dataset and a time budget, with the reasons",
     "train": "train and evaluate a config (= train_net.py)",
     "quick-start": "sample data, training, evaluation and a picture, in minutes on a CPU",
     "sample-data": "fetch and prepare a small dataset and backbone weights",
+    "predict": "boxes of pictures, folders and videos, by a trained run",
+    "report": "all that is known of a run, on one page",
+    "evaluate": "AP, errors, calibration and operating points of a run, or two runs compared",
     "draw": "detections beside ground truth, as one picture",
     "ablate": "tables of the paper, or any grid of keys, on your own data",
     "anatomy": "where a model's class loss comes from, and its hardest windows",

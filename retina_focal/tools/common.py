@@ -13,10 +13,7 @@ from typing import TypeVar
 
 import torch
 from detectron2.config import CfgNode, LazyConfig
-from detectron2.engine import default_setup
 from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY, BACKBONE_REGISTRY, META_ARCH_REGISTRY
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
 from retina_focal.config import (
@@ -31,17 +28,25 @@ from retina_focal.data.classes import class_names, match_classes
 from retina_focal.data.registration import (
     check_datasets,
     check_num_classes,
+    register,
     register_coco_json,
     report_datasets,
+    set_num_classes,
     use_datasets,
 )
+from retina_focal.data.uri import with_whole_rows
 from retina_focal.errors import UserError
-from retina_focal.training.assembly import plain_values
+from retina_focal.limits import check_ranges, check_values
 from retina_focal.training.checkpoints import expect_classes_of_run
+from retina_focal.training.launchers import world_of
 from retina_focal.training.processes import available_device
 from retina_focal.training.resume import saved_seed, with_seed
+from retina_focal.training.run_files import open_log
+from retina_focal.training.values import LAZY_NAMES, plain_values
 
 Item = TypeVar("Item")
+UNSET = -(2**31)  # a number of classes that nobody types
+LAZY_PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 REGISTRIES = {
     "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
     "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
@@ -81,8 +86,11 @@ def tool_parser(
         doc: its first line describes the command.
         epilog: printed as it is, behind the options.
         has_folder: the command writes a folder; adds `--output DIR`, default ``output/<name>``.
+    Raises:
+        UserError: torchrun or srun started several of it.
     """
-    parser = argparse.ArgumentParser(
+    expect_one_process(f"retina-focal {name}")
+    parser = _Parser(
         prog=f"retina-focal {name}",
         description=doc.splitlines()[0],
         epilog=epilog,
@@ -92,6 +100,22 @@ def tool_parser(
         folder = {"type": _folder, "default": Path("output", name), "metavar": "DIR"}
         parser.add_argument("--output", **folder, help="folder; default: %(default)s")
     return parser
+
+
+def expect_one_process(name: str) -> None:
+    """Refuse a command that torchrun or srun started several times, to do the same (UserError)."""
+    on_purpose = argparse.Namespace(num_gpus=1, num_machines=1)  # in a job of several tasks
+    world = world_of(on_purpose, os.environ)
+    if world and world.size > 1:
+        raise UserError(
+            f"{world.launcher} started {world.size} processes, each of which would do all of "
+            f"{name}; type it without torchrun, or with: srun --ntasks 1"
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(with_whole_rows(args), namespace)
 
 
 def _folder(text: str) -> Path:
@@ -104,21 +128,22 @@ def _folder(text: str) -> Path:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """`--config-file FILE`, `--dataset NAME JSON IMAGES` and the KEY VALUE pairs at the end."""
+    """`--config-file FILE`, `--dataset` and the KEY VALUE pairs at the end."""
     parser.add_argument("--config-file", required=required, metavar="FILE", help="as of train")
     add_dataset_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
-    """`--dataset NAME JSON IMAGES`, a list of rows."""
+    """`--dataset NAME JSON IMAGES`, or `NAME URI` (see `with_whole_rows`), a list of rows."""
     parser.add_argument(
         "--dataset",
         nargs=3,
         action="append",
         default=[],
         metavar=("NAME", "JSON", "IMAGES"),
-        help="register a dataset in COCO format; may be repeated",
+        help="register a dataset in COCO format, or any by NAME URI, as in: mine "
+        "'voc:FOLDER?split=train' (docs/DATA.md); may be repeated",
     )
 
 
@@ -151,25 +176,33 @@ def load_cfg(
     Args:
         config_file: a path, or a name inside the package.
         opts: KEY VALUE pairs.
-        datasets: rows of [name, annotation json, image folder].
+        datasets: rows of [name, annotation json, image folder], or [name, uri, ""].
     Raises:
-        UserError: no such file, an unknown key, device or registered name, a value of another
-            type, a dataset that the config does not use, or files of proposals.
+        UserError: no such file, an unknown key, device or registered name, a value that can't be
+            (`limits.check_values`), a dataset that the config does not use, or files of proposals.
     """
     flags = [x for x in opts if str(x).startswith("--")]
     if flags:
         raise UserError(f"{flags[0]} comes after the options {opts[0]} ...; put it before them")
     cfg = get_cfg()
+    default, cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES, UNSET
     merge_file(cfg, config_path(config_file))
     merge_options(cfg, opts)
     refuse_proposal_files(cfg)
+    takes_classes = cfg.MODEL.RETINANET.NUM_CLASSES == UNSET
+    if takes_classes:
+        cfg.MODEL.RETINANET.NUM_CLASSES = default
+    check_values(cfg)
     unnamed = [x for x, *_ in datasets if x not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
     if unnamed:
         raise UserError(
             f"--dataset {unnamed[0]} is used by neither DATASETS.TRAIN {cfg.DATASETS.TRAIN} nor "
             f"DATASETS.TEST {cfg.DATASETS.TEST}; add: DATASETS.TRAIN \"('{unnamed[0]}',)\""
         )
-    cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *map(list, datasets)]
+    cfg.DATASETS.SOURCES = [*cfg.DATASETS.SOURCES, *([x, y] for x, y, z in datasets if not z)]
+    cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *(list(x) for x in datasets if x[2])]
+    if takes_classes:
+        set_num_classes(cfg)
     for key, registry in REGISTRIES.items():
         check_choice(key, flatten(cfg)[key], sorted(name for name, _ in registry))
     try:
@@ -179,6 +212,8 @@ def load_cfg(
             f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}', which torch does not know; expected cpu or "
             "cuda: add MODEL.DEVICE cpu"
         ) from error
+    if cfg.MODEL.DEVICE == "meta":
+        raise UserError("MODEL.DEVICE is 'meta', which holds no numbers; add MODEL.DEVICE cpu")
     cfg.MODEL.DEVICE = available_device(cfg.MODEL.DEVICE)
     cfg.freeze()
     return cfg
@@ -205,8 +240,19 @@ def expect_focal_retinanet(cfg: CfgNode, reason: str) -> None:
 def load_lazy_cfg(
     config_file: str, opts: Sequence[str] = (), datasets: Sequence[Sequence[str]] = ()
 ) -> DictConfig:
-    """The LazyConfig of a file and its KEY=VALUE overrides; see `load_cfg`."""
-    cfg = LazyConfig.load(config_path(config_file))
+    """The LazyConfig of a file and its KEY=VALUE overrides, with its datasets; see `load_cfg`.
+
+    `train.retina_focal.sources` is what ``DATASETS.SOURCES`` is in YAML.
+    """
+    path = config_path(config_file)
+    try:
+        cfg = LazyConfig.load(path)
+    except SyntaxError as error:  # detectron2's, which hides the line
+        cause = error.__cause__ or error
+        raise UserError(f"{path}: {cause}") from error
+    missing = [key for key in LAZY_PARTS if key not in cfg]
+    if missing:
+        raise UserError(f"{path} has no {', '.join(missing)}; expected {', '.join(LAZY_PARTS)}")
     wrong = [option for option in opts if "=" not in option]
     if wrong:
         raise UserError(
@@ -218,8 +264,13 @@ def load_lazy_cfg(
     except Exception as error:  # what hydra and omegaconf raise has no other base in common
         raise UserError(f"{' '.join(opts)}: {str(error).splitlines()[0]}") from error
     allow = OmegaConf.select(cfg, "train.retina_focal.data.allow_outside", default=False)
-    for row in datasets:
-        register_coco_json(*row, allow_outside=allow)
+    check_ranges(plain_values(cfg), LAZY_NAMES)
+    sources = OmegaConf.select(cfg, "train.retina_focal.sources", default=[])
+    for name, data, folder in [*([*row, ""] for row in sources), *datasets]:
+        if folder:
+            register_coco_json(name, data, folder, allow_outside=allow)
+        else:
+            register(name, data, allow_outside=allow)
     cfg.train.device = available_device(cfg.train.device)
     return cfg
 
@@ -256,9 +307,8 @@ def set_up(
         match_classes(names)
     else:
         use_datasets(cfg, names, trained_on)
-    if getattr(args, "resume", False) and trained_on:  # before the folder's config.yaml is replaced
+    if getattr(args, "resume", False) and trained_on:
         expect_classes_of_run(values.OUTPUT_DIR, class_names(trained_on))
-    default_setup(cfg, args)
-    setup_logger(values.OUTPUT_DIR, comm.get_rank(), name="retina_focal")
+    open_log(cfg, args)
     report_datasets(names, trained_on)
     return cfg

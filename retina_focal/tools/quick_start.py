@@ -19,7 +19,8 @@ TEST_IMAGES = {"trees": "held-out tiles", "bccd": "test photographs"}
 def main(argv: list[str]) -> None:
     """``retina-focal quick-start``: prepare the data, train, evaluate, draw, print the AP.
 
-    An unfinished run in the output folder is continued.
+    A run in the output folder is continued; one that has ended is evaluated, where that was
+    interrupted, and drawn again.
     """
     parser = tool_parser("quick-start", __doc__)
     parser.add_argument("name", choices=sorted(TEST_IMAGES))
@@ -28,23 +29,18 @@ def main(argv: list[str]) -> None:
     PREPARE[args.name](Path("datasets", args.name))
     prepare_weights()
     path = config_path(f"quick_start/{args.name}.yaml")
-    cfg = set_up(argparse.Namespace(config_file=path, opts=args.opts, dataset=[], eval_only=False))
+    settings = {"config_file": path, "opts": args.opts, "dataset": [], "eval_only": False}
+    cfg = set_up(argparse.Namespace(**settings, resume=True))
     start = time.perf_counter()
-    trainer = fit(cfg, resume=_is_unfinished(Path(cfg.OUTPUT_DIR)))
+    trainer = fit(cfg, resume=True)
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     picture = os.path.join(cfg.OUTPUT_DIR, "detections.png")
     draw_detections(cfg, trainer.model, picture)
     print(f"detections beside ground truth: {picture}")
     # With several test sets the results are keyed by name; the picture shows the first one's too.
-    ap = trainer.results.get(cfg.DATASETS.TEST[0], trainer.results)["bbox"]
-    print(
-        f"AP {ap['AP']:.1f}  AP50 {ap['AP50']:.1f}  "
-        f"({TEST_IMAGES[args.name]}, {minutes} min {seconds} s)"
-    )
-
-
-def _is_unfinished(output_dir: Path) -> bool:
-    """Whether the folder holds a run that stopped between its first checkpoint and its last."""
-    # Not by model_final.pth: an earlier run may have left it, or an interruption half of it.
-    last = output_dir / "last_checkpoint"
-    return last.is_file() and last.read_text() != "model_final.pth"
+    ap = trainer.results.get(cfg.DATASETS.TEST[0], trainer.results).get("bbox")
+    took = f"{minutes} min {seconds} s"
+    if trainer.start_iter >= trainer.max_iter:
+        took = f"trained before; to train anew: rm -r {cfg.OUTPUT_DIR}"
+    if ap:
+        print(f"AP {ap['AP']:.1f}  AP50 {ap['AP50']:.1f}  ({TEST_IMAGES[args.name]}, {took})")

@@ -1,17 +1,20 @@
 """What the reports of the commands share: where numbers come from, tables and figures."""
 
+import math
 import platform
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from io import BytesIO
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import detectron2
 import torch
 import torchvision
+import yaml
 from tabulate import tabulate
 
 from retina_focal.files import write_whole
@@ -49,13 +52,33 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return tabulate(rows, heads, tablefmt="pipe", colalign=align, disable_numparse=True)
 
 
+def yaml_lines(settings: Mapping[str, object], reasons: Mapping[str, str] | None = None) -> str:
+    """{"A.B": 1} as YAML, nested by the dots.
+
+    Args:
+        reasons: a comment for each key.
+    """
+    lines, above = [], []
+    for key, value in sorted(settings.items()):
+        *parents, leaf = key.split(".")
+        pairs = zip(above, parents, strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        lines += [f"{'  ' * i}{parents[i]}:" for i in range(common, len(parents))]
+        text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+        text = text.strip().removesuffix("...").strip()  # the end of a document
+        line = f"{'  ' * len(parents)}{leaf}: {text}"
+        lines.append(f"{line}  # {reasons[key]}" if reasons else line)
+        above = parents
+    return "\n".join(lines)
+
+
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
-    """A figure to draw on, in inches; saved to `path` at the end."""
+    """A figure to draw on, in inches; saved to `path` at the end, as its ending tells."""
     from matplotlib.figure import Figure  # its savefig draws by Agg, whatever the backend is
 
     drawn = Figure(figsize=(width, height), layout="constrained")
     yield drawn
     picture = BytesIO()
-    drawn.savefig(picture, dpi=120)
+    drawn.savefig(picture, dpi=120, format=path.suffix.removeprefix("."))
     write_whole(path, picture.getvalue())

@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from detectron2.config import CfgNode
@@ -14,8 +15,14 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from retina_focal.config import config_path, retina_focal_node
+from retina_focal.data.uri import with_whole_rows
 from retina_focal.errors import UserError
-from retina_focal.tools.common import add_dataset_argument, command, read_cfg, set_up
+from retina_focal.tools.common import (
+    add_dataset_argument,
+    command,
+    read_cfg,
+    set_up,
+)
 from retina_focal.training.assembly import evaluate, fit, plain_values
 from retina_focal.training.checkpoint_files import checkpoints_of
 from retina_focal.training.launchers import World, is_restarted, may_restart, world_of
@@ -25,7 +32,7 @@ from retina_focal.training.processes import (
     die_with_parent,
     share_cores,
 )
-from retina_focal.training.signals import handled_signals
+from retina_focal.training.signals import ended_at_once, handled_signals
 from retina_focal.training.spawning import start
 
 EPILOG = """
@@ -35,6 +42,8 @@ Examples:
   change options:  %(prog)s --config-file cfg.yaml MODEL.WEIGHTS weights.pth SOLVER.BASE_LR 0.001
   your own data:   %(prog)s --config-file cfg.yaml --dataset mine train.json images/
                      DATASETS.TRAIN "('mine',)" MODEL.RETINANET.NUM_CLASSES 3
+  VOC, YOLO, CSV:  %(prog)s --config-file cfg.yaml --dataset mine 'voc:FOLDER?split=train'
+                     DATASETS.TRAIN "('mine',)"
   LazyConfig:      %(prog)s --config-file cfg.py train.max_iter=1000
 """
 
@@ -52,10 +61,13 @@ def main(argv: list[str] | None = None) -> None:
         logging.disable(logging.WARNING)  # the first process of the training says it
     cfg = read_cfg(args)
     logging.disable(logging.NOTSET)
-    if starts_others:
-        start(run, args, timeout_of(cfg))
-    else:
-        run(args, world or World(), cfg)
+    if not args.eval_only:
+        _check_batch(cfg, world.size if world else (args.num_gpus or 1) * args.num_machines)
+    with ended_at_once():
+        if starts_others:
+            start(run, args, timeout_of(cfg))
+        else:
+            run(args, world or World(), cfg)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,14 +75,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = default_argument_parser(epilog=EPILOG)
     parser.set_defaults(dist_url="auto", num_gpus=None)
     add_dataset_argument(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_whole_rows(argv))
     if not args.config_file:
         parser.error("--config-file is missing; for example: --config-file quick_start/trees.yaml")
+    if (args.num_gpus or 0) < 0 or args.num_machines < 1:
+        parser.error(
+            f"--num-gpus is {args.num_gpus} and --num-machines {args.num_machines}; expected at "
+            "least one machine, and no negative number"
+        )
+    if not 0 <= args.machine_rank < args.num_machines:
+        parser.error(
+            f"--machine-rank is {args.machine_rank} with --num-machines {args.num_machines}; "
+            f"expected 0 to {args.num_machines - 1}, another one on each machine"
+        )
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error(
             f"--num-machines is {args.num_machines}, so --dist-url must name the machine of rank 0:"
             " --dist-url tcp://ADDRESS:PORT"
         )
+    if args.dist_url != "auto" and not _is_tcp(args.dist_url):
+        parser.error(f"--dist-url is {args.dist_url}; expected tcp://ADDRESS:PORT")
     if 0 < torch.cuda.device_count() < (args.num_gpus or 1):
         parser.error(f"--num-gpus is {args.num_gpus}, but there are {torch.cuda.device_count()}")
     flags = [option for option in args.opts if option.startswith("--")]
@@ -81,6 +105,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     except UserError as error:
         parser.error(str(error))
     return args
+
+
+def _check_batch(cfg: CfgNode | DictConfig, num_processes: int) -> None:
+    """Refuse images per step that the processes can't share, before there are any (UserError)."""
+    node = plain_values(cfg).SOLVER
+    if not node.REFERENCE_WORLD_SIZE and node.IMS_PER_BATCH % num_processes:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {node.IMS_PER_BATCH}, for {num_processes} processes; "
+            "expected a multiple of their number (in a LazyConfig: "
+            "dataloader.train.total_batch_size)"
+        )
+
+
+def _is_tcp(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "tcp" and bool(parts.hostname) and bool(parts.port)
+    except ValueError:  # a port beyond the last
+        return False
 
 
 @command

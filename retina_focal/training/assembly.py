@@ -1,6 +1,7 @@
 """What a training is made of, put together in one place: YAML, LazyConfig and ablation runs."""
 
 import logging
+import os
 import traceback
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,8 +10,10 @@ from contextlib import contextmanager, suppress
 from detectron2.config import CfgNode, instantiate
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from omegaconf import DictConfig
@@ -18,40 +21,65 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from retina_focal.assigner import IgnoreRegions
 from retina_focal.config import retina_focal_node
+from retina_focal.data.augmentation import mosaic
 from retina_focal.data.classes import class_names
+from retina_focal.data.existence import expect_test_pictures
 from retina_focal.data.loading import build_train_loader
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import explain_missing
+from retina_focal.evaluation.tta import with_tta
+from retina_focal.training.average import averaged_weights, weight_average
 from retina_focal.training.best import EarlyStop, best_checkpoint, has_ended
 from retina_focal.training.checkpoints import RunCheckpointer
 from retina_focal.training.first_step import FirstStepCheck
+from retina_focal.training.freezing import freeze
 from retina_focal.training.measure import (
     load_trained,
     measure_lazy,
     yaml_evaluator,
     yaml_test_loader,
 )
+from retina_focal.training.metrics import MetricsHook, MetricsWriter
 from retina_focal.training.processes import distribute, keep_freed_memory
 from retina_focal.training.resume import ExactResume, options_of_the_config, with_seed
+from retina_focal.training.run_files import SETTINGS, SavedConfig
 from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader, handled_signals
 from retina_focal.training.steps import training_steps
 from retina_focal.training.trouble import Trouble
+from retina_focal.training.validation import validation_loss
 from retina_focal.training.values import plain_values
 from retina_focal.training.words import words_only
+
+# What libraries raise for a value that they don't take.
+FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
+FAULTS += (RuntimeError, TypeError, ValueError)
 
 
 @contextmanager
 def faults_of_the_config() -> Iterator[None]:
-    """A name that no registry has, and an argument that no part takes, end as a UserError."""
+    """What a library refuses while parts are looked up and built ends as a UserError.
+
+    What our own code raises, and what other processes are the reason of, stays as it is.
+    """
     try:
         yield
-    except (KeyError, TypeError) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        # Raised where parts are looked up and called; what a part itself raises is no user's fault.
-        if frame.f_globals["__name__"].startswith(("fvcore.common.registry", "detectron2.config")):
-            raise UserError(f"{error.args[0]}; correct that name in the config") from error
+    except UserError:
         raise
+    except FAULTS as error:
+        names = [f.f_globals["__name__"] for f, _ in traceback.walk_tb(error.__traceback__)]
+        libraries = ("detectron2.", "fvcore.", "torch.", "yacs.", "timm.")
+        if not names[-1].startswith(libraries) or any("distributed" in x for x in names):
+            raise
+        SETTINGS.info("what the config asks for can't be built", exc_info=True)
+        reason = error.args[0] if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        if names[-1].startswith(("fvcore.common.registry", "detectron2.config")):
+            raise UserError(f"{reason}; correct that name in the config") from error
+        raise UserError(
+            f"{names[-1]} can't build what the config asks for ({type(error).__name__}: {reason}); "
+            "correct the value of the key that this is about"
+        ) from error
 
 
 class Trainer(DefaultTrainer):
@@ -77,12 +105,17 @@ class Trainer(DefaultTrainer):
         keep_freed_memory()
         self._draws_seed = plain_values(cfg).SEED < 0
         cfg = with_seed(cfg)
+        self._saved_config = SavedConfig(cfg, plain_values(cfg).OUTPUT_DIR)
         self.cfg = self.auto_scale_workers(plain_values(cfg), comm.get_world_size())
         self.parts = cfg if isinstance(cfg, DictConfig) else self.cfg
         model = self.build_model(self.parts)
+        self._frozen = freeze(model, retina_focal_node(self.cfg).TRAIN.FREEZE)
         steps = training_steps(self.cfg, model)
         optimizer = self.build_optimizer(self.parts, model)
         data_loader = self.build_train_loader(self.parts)
+        self._val_loss = validation_loss(self.parts, model)
+        self.average = weight_average(retina_focal_node(self.cfg).TRAIN, model)
+        expect_test_pictures(self.cfg.DATASETS.TEST)
         model = distribute(model, **self.lazy_options.get("ddp", {}))
         self._trainer = steps(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(self.parts, optimizer)
@@ -91,6 +124,7 @@ class Trainer(DefaultTrainer):
             self.cfg.OUTPUT_DIR,
             keep=retina_focal_node(self.cfg).TRAIN.KEEP_CHECKPOINTS,
             classes=class_names(self.cfg.DATASETS.TRAIN),
+            average=self.average,
             trainer=weakref.proxy(self),
         )
         self.start_iter, self.max_iter = 0, self.cfg.SOLVER.MAX_ITER
@@ -109,28 +143,43 @@ class Trainer(DefaultTrainer):
         period = cfg.SOLVER.CHECKPOINT_PERIOD
         if comm.is_main_process():
             saver = hooks.PeriodicCheckpointer(self.checkpointer, period)
-            writer = hooks.PeriodicWriter(self.build_writers(), options.get("log_period", 20))
+            writer = MetricsHook(self.build_writers(), options.get("log_period", 20))
         periods = (period, cfg.TEST.EVAL_PERIOD)
         self._resume = ExactResume(cfg.SEED, periods, self._draws_seed)
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
+            self._frozen,
             FirstStepCheck(cfg.DATASETS.TRAIN),
             Trouble(cfg.OUTPUT_DIR, retina_focal_node(cfg).DATA.MAX_BAD_IMAGES),
+            self.average,
+            self._saved_config,
             self._precise_bn(),
             self._resume,
             saver,  # before the evaluation: should that fail, the weights are kept
             self._stop,  # before it too: it can take long
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
+            self._val_loss,
             best_checkpoint(retina_focal_node(cfg).TRAIN),
             writer,
         ]
 
+    def build_writers(self) -> list[EventWriter]:
+        folder = self.cfg.OUTPUT_DIR
+        os.makedirs(folder, exist_ok=True)
+        metrics = MetricsWriter(os.path.join(folder, "metrics.json"))
+        return [CommonMetricPrinter(self.max_iter), metrics, TensorboardXWriter(folder)]
+
     @classmethod
     def build_model(cls, cfg: CfgNode | DictConfig) -> nn.Module:
         if isinstance(cfg, DictConfig):
-            return instantiate(cfg.model).to(cfg.train.device)
-        return super().build_model(cfg)
+            model = instantiate(cfg.model).to(cfg.train.device)
+            if retina_focal_node(plain_values(cfg)).DATA.IGNORE_REGIONS:
+                model.assigner = IgnoreRegions(model.assigner)
+            return model
+        model = build_model(cfg)
+        SETTINGS.info("model:\n%s", model)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode | DictConfig, model: nn.Module) -> Optimizer:
@@ -145,7 +194,9 @@ class Trainer(DefaultTrainer):
         values = plain_values(cfg)
         node = retina_focal_node(values)
         options = {"timeout": node.TRAIN.TIMEOUT, "max_pixels": node.DATA.MAX_PIXELS}
-        return build_train_loader(cfg, values.SEED, **options)
+        num_samples = values.SOLVER.MAX_ITER * values.SOLVER.IMS_PER_BATCH
+        options["mosaic"] = mosaic(node.TRAIN.AUGMENT, num_samples)
+        return build_train_loader(cfg, values.SEED, node, **options)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
@@ -166,7 +217,7 @@ class Trainer(DefaultTrainer):
     def test(cls, cfg: CfgNode | DictConfig, model: nn.Module, evaluators=None) -> dict:
         """As DefaultTrainer's; nothing where a LazyConfig has no evaluator."""
         if not isinstance(cfg, DictConfig):
-            results = super().test(cfg, model, evaluators)
+            results = super().test(cfg, with_tta(cfg, model), evaluators)
         else:
             results = measure_lazy(cfg, model, evaluators, retina_focal_node(plain_values(cfg)))
         explain_missing(results)
@@ -202,7 +253,8 @@ class Trainer(DefaultTrainer):
         if self.iter + 1 == self.max_iter:  # detectron2 asks for it when the last step failed, too
             return {}
         try:
-            self._last_eval_results = self.test(self.parts, self.model)
+            with averaged_weights(self.average):
+                self._last_eval_results = self.test(self.parts, self.model)
         except Stop as stop:
             self._trainer.stop_signal = stop.signum
             self._resume.after_step()
@@ -241,5 +293,6 @@ def evaluate(cfg: CfgNode | DictConfig, resume: bool) -> dict:
     values = plain_values(cfg)
     model = Trainer.build_model(cfg)
     checkpointer = RunCheckpointer(model, values.OUTPUT_DIR)
+    expect_test_pictures(values.DATASETS.TEST)
     load_trained(checkpointer, values.MODEL.WEIGHTS, resume, values.DATASETS.TEST)
     return Trainer.test(cfg, model)

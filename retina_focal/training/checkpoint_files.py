@@ -5,17 +5,17 @@ import os
 import re
 import shutil
 import stat
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor
+from torch.optim import Optimizer
 
 from retina_focal.errors import UserError
 from retina_focal.files import whole_file, write_error
+from retina_focal.training.saved_state import check_state, tensors_of
 from retina_focal.weights.formats import read_weights
 
 TAG = "last_checkpoint"
@@ -114,29 +114,34 @@ def number_of(path: Path) -> int | None:
 
 
 def peek(path: Path) -> Mapping:
-    """What a checkpoint holds, without reading its tensors; empty where it isn't whole."""
+    """What a checkpoint holds, without reading its tensors; empty where no run can go on."""
     try:
-        return read_weights(path, mmap=True)
+        content = read_weights(path, mmap=True)
+        check_state(path, content)
     except UserError:
         return {}
+    return content
 
 
-def read_checkpoint(path: Path) -> dict:
-    """A checkpoint that is whole and whose weights are finite.
+def read_checkpoint(path: Path, optimizer: Optimizer | None = None) -> dict:
+    """A checkpoint that is whole, whose tensors are finite and that a run can go on from.
 
+    Args:
+        optimizer: of that run; None: it is to be evaluated.
     Raises:
-        UserError: it is neither; the file is named.
+        UserError: it is not; the file is named, and why.
     """
     _check_content(path)
     content = read_weights(path, "it is no checkpoint of a run")
-    wrong = not_finite(content["model"])
+    check_state(path, content, optimizer)
+    wrong = not_finite(content)
     if wrong:
-        raise UserError(f"'{path}' has weights that are not finite: {wrong}")
+        raise UserError(f"'{path}' is not finite: {wrong}")
     return content
 
 
 def _check_content(path: Path) -> None:
-    """By the hash beside it; without one by the file's own CRCs, which torch doesn't look at."""
+    """By the hash beside it; without one the checksums count that `read_weights` looks at."""
     beside = hash_file(path)
     if is_regular(beside):
         found = hashlib.sha256()
@@ -146,14 +151,6 @@ def _check_content(path: Path) -> None:
         expected = beside.read_text(errors="replace").split()[:1]
         if [found.hexdigest()] != expected:
             raise UserError(f"'{path}' is not whole: its SHA-256 isn't that of {beside.name}")
-    elif zipfile.is_zipfile(path):  # a file of torch before 1.6 is none
-        try:
-            with zipfile.ZipFile(path) as archive:
-                wrong = archive.testzip()
-        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-            wrong = str(error)
-        if wrong:
-            raise UserError(f"'{path}' is not whole: {wrong} is damaged")
 
 
 def hash_file(path: Path) -> Path:
@@ -161,12 +158,12 @@ def hash_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def not_finite(weights: Mapping[str, object]) -> str:
-    """The name of a floating point tensor that has a NaN or an infinity, or "".
+def not_finite(content: Mapping) -> str:
+    """The place of a floating point tensor that has a NaN or an infinity, or "".
 
     The host waits for a device once.
     """
-    floats = {k: x for k, x in weights.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    floats = {place: x for place, x in tensors_of(content) if x.is_floating_point()}
     if not floats:
         return ""
     # Not `isfinite` of each, which makes three copies: a NaN or an infinity stays in a sum.

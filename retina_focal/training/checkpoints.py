@@ -8,6 +8,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from retina_focal.errors import UserError
+from retina_focal.training.average import WeightAverage
 from retina_focal.training.checkpoint_files import (
     TAG,
     checkpoints_of,
@@ -20,6 +21,7 @@ from retina_focal.training.checkpoint_files import (
     tagged_checkpoint,
     write_checkpoint,
 )
+from retina_focal.weights.class_rows import match_class_rows
 from retina_focal.weights.load import Checkpointer
 
 BEST = "model_best"
@@ -35,6 +37,7 @@ class RunCheckpointer(Checkpointer):
         *,
         keep: int = 0,
         classes: list[str] | None = None,
+        average: WeightAverage | None = None,
         **checkpointables: object,
     ):
         """
@@ -42,6 +45,7 @@ class RunCheckpointer(Checkpointer):
             model: distributed or not.
             keep: the newest `model_<iteration>.pth` that stay in the folder; 0: all.
             classes: names that are saved with the weights, and compared on resuming.
+            average: of the weights; it is then saved as `model`, and the weights as `raw_model`.
             checkpointables: have a `state_dict` and are saved under these names.
         """
         super().__init__(model, save_dir, **checkpointables)
@@ -50,7 +54,7 @@ class RunCheckpointer(Checkpointer):
                 f"MODEL.RETINA_FOCAL.TRAIN.KEEP_CHECKPOINTS is {keep}; expected a number of "
                 "checkpoints, or 0 for all"
             )
-        self.keep, self.classes = keep, classes
+        self.keep, self.classes, self.average = keep, classes, average
         self._last: str | None = None
         self._read: dict[str, dict] = {}
         self._resumes = False
@@ -65,14 +69,18 @@ class RunCheckpointer(Checkpointer):
         if not (self.save_dir and self.save_to_disk):
             return
         content = {"model": self.model.state_dict()}
-        wrong = not_finite(content["model"])
+        if self.average is not None:
+            raw = content["model"]
+            content = {"model": self.average.averaged(raw), "raw_model": raw}
+        content |= {key: x.state_dict() for key, x in self.checkpointables.items()}
+        # A momentum that is not finite spoils the weights of the next step.
+        wrong = not_finite(content)
         if wrong:
             raise UserError(
                 f"{wrong} is not finite, so that {name}.pth is not written; "
                 f"{self._whole_one()}: go on from it with a lower learning rate: --resume "
                 "SOLVER.BASE_LR ... (in a LazyConfig: optimizer.lr=...)"
             )
-        content |= {key: x.state_dict() for key, x in self.checkpointables.items()}
         content |= extra | ({} if self.classes is None else {"classes": self.classes})
         path = Path(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
@@ -132,27 +140,40 @@ class RunCheckpointer(Checkpointer):
         if os.path.lexists(tag) and tagged not in paths:
             wrong = f"names {tagged}, which isn't there" if tagged else "names no .pth beside it"
             self.logger.warning("%s %s", tag, wrong)
+        optimizer = getattr(self.checkpointables.get("trainer"), "optimizer", None)
+        reasons = []
         for path in paths:
             try:
-                self._read = {str(path): read_checkpoint(path)}
+                self._read = {str(path): read_checkpoint(path, optimizer)}
                 return str(path)
             except UserError as error:
+                reasons.append(f"; {error}")
                 self.logger.warning("%s; it is skipped", error)
         if paths or os.path.lexists(tag):
             names = ", ".join(path.name for path in paths) or f"only {TAG}"
             raise UserError(
-                f"no checkpoint in '{self.save_dir}' can be used (there: {names}); to start again, "
+                f"no checkpoint in '{self.save_dir}' can be used (there: {names}"
+                f"{reasons[0] if reasons else ''}); to start again, "
                 "leave out --resume, or name another folder: OUTPUT_DIR ANOTHER (in a LazyConfig: "
                 "train.output_dir=...)"
             )
         return ""
 
     def _load_file(self, filename: str) -> dict:
+        self._path = filename
         read = self._read.pop(filename, None)
         return super()._load_file(filename) if read is None else read
 
     def _load_model(self, checkpoint: dict):
+        goes_on = self._resumes and bool(self.checkpointables)  # an evaluation takes `model`
+        averaged, raw = checkpoint["model"], checkpoint.pop("raw_model", None)
+        if goes_on and raw is not None:
+            checkpoint["model"] = raw
+        if not self._resumes and self.classes is not None:
+            match_class_rows(self.model, checkpoint, self.classes, self._path)
         incompatible = super()._load_model(checkpoint)
+        if goes_on and self.average is not None:
+            self.average.start_from(averaged)
         if self._resumes:
             self._expect_same_model(checkpoint.get("classes"), incompatible)
         return incompatible
@@ -189,8 +210,9 @@ class RunCheckpointer(Checkpointer):
 
 def expect_classes_of_run(folder: str, classes: list[str] | None) -> None:
     """Refuse (UserError) other classes than those of the checkpoint that a run would go on from."""
-    for path in checkpoints_of(folder)[:1]:
-        _expect_same_classes(path, peek(path).get("classes"), classes)
+    contents = ((path, peek(path)) for path in checkpoints_of(folder))
+    path, content = next(((path, x) for path, x in contents if x), (folder, {}))
+    _expect_same_classes(path, content.get("classes"), classes)
 
 
 def _expect_same_classes(

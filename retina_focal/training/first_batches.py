@@ -1,12 +1,56 @@
-"""What the first batches show of the data: boxes that reach no anchor, and blank pictures."""
+"""What data shows before it costs a training: boxes that reach no anchor, and blank pictures."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from detectron2.engine import TrainerBase
 from detectron2.structures import Boxes, Instances
+
+from retina_focal.data.coverage import AnchorLayout, box_table, cover, policy_of
+from retina_focal.retinanet import FocalRetinaNet
 
 BLANK = 0.99  # share of a picture's values that are all white, or all black
 SHOWN = 3  # files that a line names
+MAX_UNREACHED = 0.02  # share of the boxes above which a training says so
+MAX_PICTURES = 2_000  # evenly spread, whose boxes are looked at: a tenth of a second
+
+logger = logging.getLogger(__name__)
+
+
+def warn_unreached(model: FocalRetinaNet, trainer: TrainerBase) -> None:
+    """Log before the first step that more than `MAX_UNREACHED` of the boxes reach no anchor.
+
+    Nothing is said where it isn't known: of a LazyConfig, whose resizing is a part of its loader,
+    of random crops, and under an assigner that has no thresholds.
+    """
+    records = getattr(getattr(trainer, "data_loader", None), "dataset", None)
+    thresholds = getattr(model.assigner, "iou_thresholds", None)
+    cfg = getattr(trainer, "cfg", {})
+    if not (records and thresholds and "INPUT" in cfg) or cfg.INPUT.CROP.ENABLED:
+        return
+    chosen = np.linspace(0, len(records) - 1, min(len(records), MAX_PICTURES)).round().astype(int)
+    table = box_table([records[i] for i in chosen])
+    constraints = model.padding["padding_constraints"]
+    divisibility = model.padding["size_divisibility"]
+    layout = AnchorLayout.of(model.anchor_generator, divisibility, constraints)
+    coverage = cover(table, layout, *policy_of(cfg))
+    missed = coverage.ious < thresholds[0]
+    if len(missed) == 0 or missed.mean() <= MAX_UNREACHED:
+        return
+    sides = coverage.sides[missed]
+    learned = "little" if getattr(model.assigner, "rule", "") == "detectron2" else "nothing"
+    logger.warning(
+        "%.1f%% of the boxes (%s of %s, in %s pictures at %s) overlap no anchor by %g, so %s is "
+        "learned of them; they are %.3g to %.3g px once resized (square root of the area). For "
+        "pictures of them and anchors that reach more type: retina-focal anchors %s --config-file "
+        "%s/config.yaml",
+        *(100 * missed.mean(), f"{missed.sum():,}", f"{len(missed):,}", f"{len(chosen):,}"),
+        *("1 size" if len(set(coverage.shorter)) == 1 else f"{len(set(coverage.shorter))} sizes",),
+        *(thresholds[0], learned, sides.min(), sides.max()),
+        *(cfg.DATASETS.TRAIN[0], cfg.OUTPUT_DIR),
+    )
 
 
 def unreached_boxes(anchors: Sequence[Boxes], gt_instances: Sequence[Instances]) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, instantiate
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -20,14 +20,15 @@ from retina_focal.config import retina_focal_node
 from retina_focal.data.classes import match_checkpoint
 from retina_focal.data.images import naming
 from retina_focal.errors import UserError
-from retina_focal.evaluation.evaluators import COCO_LIMIT, build_evaluator
+from retina_focal.evaluation.evaluators import COCO_LIMIT, build_evaluator, coco_evaluator
+from retina_focal.evaluation.tta import build_test_mapper
 from retina_focal.training.signals import StoppableLoader
 from retina_focal.weights.trained import expect_trained, missing_parameters
 
 
 def yaml_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
     """detectron2's, which names the picture that it can't use."""
-    mapper = naming(DatasetMapper(cfg, is_train=False), retina_focal_node(cfg).DATA.MAX_PIXELS)
+    mapper = naming(build_test_mapper(cfg), retina_focal_node(cfg).DATA.MAX_PIXELS)
     return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
 
@@ -43,7 +44,8 @@ def measure_lazy(
     if "evaluator" not in cfg.dataloader:
         return {}
     loader = StoppableLoader(_lazy_test_loader(cfg, node.DATA.MAX_PIXELS), node.TRAIN.TIMEOUT)
-    results = inference_on_dataset(model, loader, evaluator or _lazy_evaluator(cfg)) or {}
+    evaluator = evaluator or _lazy_evaluator(cfg, node.TEST.EVALUATOR)
+    results = inference_on_dataset(model, loader, evaluator) or {}
     print_csv_format(results)
     return results
 
@@ -60,17 +62,19 @@ def _lazy_test_loader(cfg: DictConfig, max_pixels: int) -> Iterable[list[dict]]:
 def yaml_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """See `build_evaluator`; writes to ``OUTPUT_DIR/inference``."""
     folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-    return build_evaluator(dataset_name, folder, cfg.TEST.DETECTIONS_PER_IMAGE)
+    library = retina_focal_node(cfg).TEST.EVALUATOR
+    return build_evaluator(dataset_name, folder, cfg.TEST.DETECTIONS_PER_IMAGE, library)
 
 
-def _lazy_evaluator(cfg: DictConfig) -> DatasetEvaluator:
+def _lazy_evaluator(cfg: DictConfig, library: str = "pycocotools") -> DatasetEvaluator:
     """`dataloader.evaluator`, which counts all detections that the model makes."""
     evaluator, key = cfg.dataloader.evaluator, "model.postprocessor.max_detections_per_image"
     made = OmegaConf.select(cfg, key, default=COCO_LIMIT)
     target = evaluator["_target_"]
     target = locate(target) if isinstance(target, str) else target
-    if made > COCO_LIMIT and target is COCOEvaluator and "max_dets_per_image" not in evaluator:
-        evaluator = {**evaluator, "max_dets_per_image": made}
+    if target is COCOEvaluator:
+        options = {"max_dets_per_image": made} if made > COCO_LIMIT else {}
+        evaluator = {**options, **evaluator, "_target_": coco_evaluator(library)}
     return instantiate(evaluator)
 
 

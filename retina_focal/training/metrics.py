@@ -1,8 +1,40 @@
-"""The file metrics.json of a run that is resumed."""
+"""The file metrics.json: each iteration once and in order, also of a run that is resumed."""
 
 import json
 import os
+from collections import defaultdict
 from pathlib import Path
+
+from detectron2.engine import hooks
+from detectron2.utils.events import JSONWriter, get_event_storage
+
+
+class MetricsHook(hooks.PeriodicWriter):
+    """`PeriodicWriter`, after each evaluation too: the next one would take its results' place."""
+
+    def after_step(self) -> None:
+        if self.trainer.evaluated == self.trainer.iter:
+            for writer in self._writers:
+                writer.write()
+        else:
+            super().after_step()
+
+
+class MetricsWriter(JSONWriter):
+    """Writes the lines in order, where a `JSONWriter` goes by the names of its scalars."""
+
+    def write(self) -> None:
+        latest = get_event_storage().latest_with_smoothing_hint(self._window_size)
+        rows: dict[int, dict[str, float]] = defaultdict(dict)
+        for name, (value, iteration) in latest.items():
+            if iteration > self._last_write:
+                rows[iteration][name] = value
+        for iteration, row in sorted(rows.items()):
+            line = json.dumps({**row, "iteration": iteration}, sort_keys=True)
+            self._file_handle.write(f"{line}\n")
+            self._last_write = iteration
+        self._file_handle.flush()
+        os.fsync(self._file_handle.fileno())
 
 
 def cut_metrics(path: Path, iteration: int, begin: int = 0) -> int:
@@ -17,24 +49,30 @@ def cut_metrics(path: Path, iteration: int, begin: int = 0) -> int:
         return -1
     last, end, content = -1, begin, path.read_bytes()
     for line in content[begin:].splitlines(keepends=True):
-        try:
-            current = json.loads(line)["iteration"]
-        except (ValueError, KeyError, TypeError):
+        current = _iteration(line)
+        if current is None or current >= iteration or not line.endswith(b"\n"):
             break
-        if current >= iteration or not line.endswith(b"\n"):
-            break
-        # What is written at once is in no order.
+        # Those of detectron2's own writer are in no order.
         last, end = max(last, current), end + len(line)
     if end < len(content):
         os.truncate(path, end)
     return last
 
 
+def _iteration(line: bytes) -> int | None:
+    """Of a whole line, None of another."""
+    try:
+        value = json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return value if type(value) is int else None
+
+
 def results_in_metrics(path: Path, iteration: int) -> dict | None:
     """The results, {"bbox": {"AP": ...}}, that were written at an iteration; None: none were."""
     try:
         line = json.loads(path.read_text().splitlines()[-1])
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError, RecursionError):
         return None
     if not isinstance(line, dict) or line.pop("iteration", None) != iteration:
         return None
@@ -44,5 +82,9 @@ def results_in_metrics(path: Path, iteration: int) -> dict | None:
         node = results
         for group in groups:
             node = node.setdefault(group, {})
+            if not isinstance(node, dict):
+                return None
+        if not isinstance(value, int | float):
+            return None
         node[metric] = value
     return results

@@ -20,11 +20,14 @@ from retina_focal.data.loading import TrainLoader
 from retina_focal.data.sampler import seed_everything
 from retina_focal.training.checkpoint_files import checkpoints_of, peek
 from retina_focal.training.metrics import cut_metrics
+from retina_focal.training.run_files import seed_of_config
 
 # What is drawn, beside the seed and the iteration; the loader has 0 and 1.
 STEP = 2
 # Iterations that the writers' medians look back.
 WINDOW = 20
+# Scalars that belong to the process that took them; the first steps of the next have none.
+CLOCK = ("time", "data_time", "rank_data_time", "eta_seconds")
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +201,7 @@ def _recent_scalars(storage: EventStorage) -> dict[str, tuple[bool, list[tuple[f
     return {
         name: (smoothed[name], [(float(x), int(i)) for x, i in history.values()[-WINDOW:]])
         for name, history in storage.histories().items()
+        if name not in CLOCK
     }
 
 
@@ -223,12 +227,16 @@ def with_seed(cfg: CfgNode | DictConfig, seed: int | None = None) -> CfgNode | D
 
 
 def saved_seed(folder: str) -> int | None:
-    """Of the folder's newest checkpoint, in all processes; None without one of this package."""
+    """That a run in the folder has drawn, in all processes; None where none is told.
+
+    By its newest checkpoint; before the first one by its config.
+    """
     seed = None
     if comm.is_main_process():
         content = next(filter(None, map(peek, checkpoints_of(folder))), {})
         hooks_state = content.get("trainer", {}).get("hooks", {})
         seed = hooks_state.get(ExactResume.__qualname__, {}).get("seed")
+        seed = seed_of_config(folder) if seed is None else seed
     return comm.all_gather(seed)[0]
 
 

@@ -21,7 +21,7 @@ from torch.multiprocessing import (
 
 from retina_focal.training.launchers import World
 from retina_focal.training.processes import die_with_parent
-from retina_focal.training.signals import SIGNALS, handled_signals
+from retina_focal.training.signals import SIGNALS, Stop, ended_at_once, handled_signals
 
 KILLED = ": out of memory? less of it: SOLVER.IMS_PER_BATCH, DATALOADER.NUM_WORKERS"
 
@@ -68,6 +68,8 @@ def start(main: Callable, args: argparse.Namespace, timeout: float) -> None:
     except ProcessRaisedException as error:
         sys.exit(str(error))
     except ProcessExitedException as error:
+        if error.exit_code > 128 and received:
+            raise Stop(error.exit_code - 128) from error
         if error.exit_code > 0:  # the process itself has said why
             sys.exit(error.exit_code)
         if received:
@@ -107,7 +109,7 @@ def _start_worker(
     die_with_parent(parent)
     # A spawned process would spawn the workers of its loaders too, which each import torch anew.
     multiprocessing.set_start_method(start_method, force=True)
-    with handled_signals(speaks=worlds[local_rank].rank == 0):
+    with ended_at_once(), handled_signals(speaks=worlds[local_rank].rank == 0):
         ready[local_rank] = True
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         main(args, worlds[local_rank])

@@ -32,6 +32,7 @@ class StepTrainer(SimpleTrainer):
         batch: what the loader gave this process in the last step.
         requested_stop: a signal number; a signal handler sets it. 0: none.
         stop_signal: the largest `requested_stop` of all processes, as of the last step.
+        num_skipped: pictures that could not be used in the last step, of all processes.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class StepTrainer(SimpleTrainer):
         self.num_micro_batches = num_micro_batches
         self.grad_scaler = grad_scaler
         self.batch: list[dict] = []
-        self.requested_stop = self.stop_signal = 0
+        self.requested_stop = self.stop_signal = self.num_skipped = 0
 
     def run_step(self) -> None:
         assert self.model.training, "the model was changed to eval mode"
@@ -85,20 +86,23 @@ class StepTrainer(SimpleTrainer):
     def _share(self, losses: dict[str, Tensor], data_time: float) -> None:
         """Write the metrics of all processes; stop all where a loss of one is not finite."""
         own = torch.stack(list(losses.values())).double()
-        rows = own.new_zeros(comm.get_world_size(), len(own) + 2)  # a row per process
+        num_skipped = sum(len(sample.get("skipped", ())) for sample in self.batch)
+        rows = own.new_zeros(comm.get_world_size(), len(own) + 3)  # a row per process
         row = rows[comm.get_rank()]
-        row[:-2] = own
-        row[-2].fill_(data_time)  # a number of the host, without a copy to the device
-        row[-1].fill_(self.requested_stop)
+        row[:-3] = own
+        # Numbers of the host, without a copy to the device.
+        for place, number in ((-3, data_time), (-2, num_skipped), (-1, self.requested_stop)):
+            if number:
+                row[place].fill_(number)
         if len(rows) > 1:
             dist.all_reduce(rows)
         rows = rows.cpu()
-        values, (data_times, stops) = rows[:, :-2], rows[:, -2:].T
+        values, (data_times, skipped, stops) = rows[:, :-3], rows[:, -3:].T
         means = dict(zip(losses, values.mean(0).tolist(), strict=True))
         bad = (~values.isfinite().all(1)).nonzero().flatten().tolist()
         if bad:
             stop_for_bad_loss(self, means, self.iter, bad)
-        self.stop_signal = int(stops.max())
+        self.stop_signal, self.num_skipped = int(stops.max()), int(skipped.sum())
         storage = get_event_storage()
         storage.put_scalar("rank_data_time", data_time)
         if comm.is_main_process():

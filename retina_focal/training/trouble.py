@@ -20,7 +20,6 @@ from retina_focal.files import whole_file
 
 DUMP = "bad_loss.pth"  # one per folder: a later one takes its place
 REFERENCE_LR = (0.01, 16)  # detectron2's learning rate for RetinaNet, and its images per step
-PERIOD = 20  # iterations after which processes tell each other of bad pictures
 SHOWN = 5  # files that a message names
 
 logger = logging.getLogger(__name__)
@@ -34,15 +33,16 @@ class Trouble(HookBase):
     """Keeps what a dump of a bad loss needs, and counts the pictures that could not be used.
 
     Each picture is counted once, over all processes, and named when it is met first; beyond
-    `max_bad_images` the run ends. What was counted is saved with a checkpoint.
+    `max_bad_images` the run ends, in all of them after the same step. What was counted is saved
+    with a checkpoint.
     """
 
     def __init__(self, output_dir: str, max_bad_images: int):
         self.output_dir, self.max_bad_images = output_dir, max_bad_images
         self.bad: dict[str, str] = {}  # file name to reason, of all processes
-        self._new: dict[str, str] = {}  # what the others do not know yet
 
     def before_train(self) -> None:
+        self._stop_beyond_limit()  # which may be lower now
         buffers = _single(self.trainer.model).named_buffers()
         # What a forward pass changes and the losses depend on.
         self._normalizers = {k: x for k, x in buffers if k.endswith("loss_normalizer")}
@@ -54,34 +54,27 @@ class Trouble(HookBase):
         step.normalizers = {k: x.detach().clone() for k, x in self._normalizers.items()}
 
     def after_step(self) -> None:
-        for sample in self.trainer._trainer.batch:
-            for name, reason in sample.get("skipped", ()):
+        step = self.trainer._trainer
+        if not step.num_skipped:  # in no process, by the step's one look at all of them
+            return
+        own = dict(pair for sample in step.batch for pair in sample.get("skipped", ()))
+        for bad in comm.all_gather(own):
+            for name, reason in bad.items():
                 if name not in self.bad:
-                    self.bad[name] = self._new[name] = reason
                     logger.warning("skipped: %s", reason)
-        # A process may stop alone, as it may anywhere; what is the others' it hears of later.
-        if comm.get_world_size() == 1 or (self.trainer.iter + 1) % PERIOD == 0:
-            self._share()
+                    self.bad[name] = reason
         self._stop_beyond_limit()
 
     def after_train(self) -> None:
-        if self.trainer.iter + 1 >= self.trainer.max_iter:  # else a process may have failed
-            self._share()
-            if self.bad:
-                names = _listed(list(self.bad))
-                logger.warning("%d pictures were skipped: %s", len(self.bad), names)
-            self._stop_beyond_limit()
+        if self.bad and self.trainer.iter + 1 >= self.trainer.max_iter:
+            names = _listed(list(self.bad))
+            logger.warning("%d pictures were skipped: %s", len(self.bad), names)
 
     def state_dict(self) -> dict:
         return {"bad": self.bad}
 
     def load_state_dict(self, state: dict) -> None:
         self.bad = dict(state["bad"])
-
-    def _share(self) -> None:
-        for new in comm.all_gather(self._new):
-            self.bad |= new
-        self._new = {}
 
     def _stop_beyond_limit(self) -> None:
         if len(self.bad) > self.max_bad_images:

@@ -9,6 +9,14 @@ from retina_focal.errors import UserError
 # What a LazyConfig has of MODEL.RETINA_FOCAL, in lower case, in `train.retina_focal`; all else is
 # an argument of one of its parts.
 TRAINING_KEYS = ("ACCUMULATE_STEPS", "TRAIN", "DATA", "TEST")
+# What a LazyConfig calls other values of its training.
+LAZY_NAMES = {
+    "SEED": "train.seed",
+    "SOLVER.MAX_ITER": "train.max_iter",
+    "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
+    "SOLVER.CHECKPOINT_PERIOD": "train.checkpointer.period",
+    "TEST.EVAL_PERIOD": "train.eval_period",
+}
 
 
 def plain_values(cfg: CfgNode | DictConfig) -> CfgNode:
@@ -22,7 +30,7 @@ def plain_values(cfg: CfgNode | DictConfig) -> CfgNode:
     train = OmegaConf.to_container(cfg.train, resolve=True)
     defaults = get_cfg().MODEL.RETINA_FOCAL
     ours = CfgNode({key: defaults[key] for key in TRAINING_KEYS})
-    found = flatten(train.get("retina_focal", {}))
+    found = flatten({k: v for k, v in train.get("retina_focal", {}).items() if k != "sources"})
     try:
         merge_options(ours, [x for key, value in found.items() for x in (key.upper(), value)])
     except UserError as error:

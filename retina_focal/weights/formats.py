@@ -33,7 +33,8 @@ def read_weights(path: str | Path, remedy: str = OTHER_FILE, mmap: bool = False)
     Args:
         path: of a regular file, or of a link to one.
         remedy: what to type, at the end of an error.
-        mmap: leave the tensors of a zip of torch.save in the file until they are used.
+        mmap: leave the tensors of a zip of torch.save in the file until they are used, without a
+            look at its checksums.
     Returns:
         "model": names and tensors, or numpy arrays; and what else a checkpoint holds, such as
         "matching_heuristics" True where names are to be matched by their ends.

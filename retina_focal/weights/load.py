@@ -1,20 +1,18 @@
 """The one place that loads weights."""
 
 import os
-from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import parse_qs
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.utils.file_io import PathManager
-from iopath.common.file_io import get_cache_dir
 from torch import nn
 
 from retina_focal.data.classes import match_checkpoint
 from retina_focal.errors import UserError
 from retina_focal.files import check_regular
+from retina_focal.weights.fetch import fetch
 from retina_focal.weights.formats import OTHER_FILE, check_sha256, read_weights
 from retina_focal.weights.trained import expect_trained, missing_parameters
 
@@ -39,8 +37,9 @@ class Checkpointer(DetectionCheckpointer):
         remedy = self._remedy(path)
         check_weights_file(path, remedy)
         file, mark, options = path.partition("?")
+        local = fetch(file, remedy) if "://" in file else file
         try:
-            return super().load(_local_path(file, remedy) + mark + options, *args, **kwargs)
+            return super().load(local + mark + options, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # detectron2 leaves it behind an error
 
@@ -99,18 +98,11 @@ def check_weights_file(path: str, remedy: str = OTHER_FILE) -> None:
         check_regular(file)
 
 
-def _local_path(file: str, remedy: str) -> str:
-    """A path as it is; of a URL the file that it is fetched to, once."""
-    if "://" not in file:
-        return file
-    url = urlparse(file)
-    # iopath's cache forgets the host: another one's file must not stand for the zoo's.
-    apart = url.scheme == "https" and url.hostname != "dl.fbaipublicfiles.com"
-    options = {"cache_dir": os.path.join(get_cache_dir(), url.hostname or "")} if apart else {}
-    try:
-        return PathManager.get_local_path(file, **options)
-    except (OSError, HTTPException, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"can't read '{file}' ({error}); {remedy}") from error
+def local_weights(path: str) -> Path:
+    """The file that ``MODEL.WEIGHTS`` names; a URL is fetched. See `check_weights_file`."""
+    check_weights_file(path)
+    file = path.partition("?")[0]
+    return Path(fetch(file, OTHER_FILE) if "://" in file else file)
 
 
 def load_model(cfg: CfgNode) -> nn.Module:

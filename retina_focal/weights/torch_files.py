@@ -126,7 +126,7 @@ def read_torch_zip(file: BinaryIO, size: int, mmap: bool = False) -> dict:
 
     Args:
         size: bytes of the file.
-        mmap: leave the tensors in the file until they are used.
+        mmap: leave the tensors in the file until they are used, without a look at its checksums.
     Raises:
         NotWeights: it is not whole, or holds more than weights.
     """
@@ -158,7 +158,21 @@ def read_torch_zip(file: BinaryIO, size: int, mmap: bool = False) -> dict:
         return storage
 
     read_pickle(file, file.tell() + records[program].file_size, _TORCH, stored)
+    # torch looks at no checksum, and may be told to write none.
+    if not mmap and any(record.CRC for record in records.values()):
+        _check_sums(file)
     return _load_torch(file, mmap)
+
+
+def _check_sums(file: BinaryIO) -> None:
+    """0.7 s for 300 MB, which torch.load reads in 0.4."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            wrong = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
+        wrong = str(error)
+    if wrong:
+        raise NotWeights(f"is not a whole file of weights: {wrong} is damaged")
 
 
 def _contents_offset(file: BinaryIO, record: zipfile.ZipInfo) -> int:

@@ -21,6 +21,7 @@ from retina_focal.config import config_path, flatten, get_cfg, merge_options
 from retina_focal.data.check import ALLOW_OUTSIDE
 from retina_focal.errors import UserError
 from retina_focal.files import write_whole
+from retina_focal.limits import check_values
 from retina_focal.safe_yaml import BASE_KEY, read_text, read_yaml
 from retina_focal.tools.common import (
     ignore_deprecations,
@@ -147,6 +148,7 @@ def _merged(cfg: CfgNode, keys: dict[str, object]) -> CfgNode:
         is_float = isinstance(before.get(key), float) and isinstance(value, int)
         merge_options(cfg, [key, float(value) if is_float else value])
     refuse_proposal_files(cfg)
+    check_values(cfg)
     return cfg
 
 

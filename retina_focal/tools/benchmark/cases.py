@@ -6,6 +6,7 @@ is timed, and nothing else.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -40,18 +41,20 @@ from retina_focal.tools.benchmark.instruments import (
     Stopwatch,
     after_head,
     graph_of,
+    replay_of,
 )
-from retina_focal.tools.benchmark.models import Setting, build, calibrate
+from retina_focal.tools.benchmark.models import OURS_GRAPHED, Setting, build, calibrate
 
-# A column of the rows of a GPU.
-DENSE_SUM = "dense sum"
+# Models that only the rows of a GPU have: the loss without finding the positives, launched by the
+# host and by a CUDA graph, whose time is the GPU's own; and our step with CUDA_GRAPHS.
+DENSE_SUM, DENSE_SUM_GRAPHED = "dense sum", "dense sum, graphed"
 
 
 def classification_loss(setting: Setting, names: Sequence[str]) -> dict[str, Run]:
     """From the raw logits of each level to their gradients, over the number of positives.
 
     Ours includes what the box loss shares with it: finding and gathering the positives. `DENSE_SUM`
-    is ours without that.
+    is ours without that, `DENSE_SUM_GRAPHED` that in one launch.
     """
     cfg = setting.cfg.clone()
     cfg.defrost()
@@ -100,8 +103,15 @@ def classification_loss(setting: Setting, names: Sequence[str]) -> dict[str, Run
         return value.detach(), torch.autograd.grad(value, logits)
 
     losses = {"stock": stock, "torchvision": torchvision, "ours": ours, DENSE_SUM: dense_sum}
-    part = "loss and gradient"
-    return {name: _one_part(part, partial(with_gradient, losses[name])) for name in names}
+    losses |= {DENSE_SUM_GRAPHED: dense_sum}
+    part, runs = "loss and gradient", {}
+    for name in names:
+        compute = partial(with_gradient, losses[name])
+        if name == DENSE_SUM_GRAPHED and torch.device(setting.device).type == "cuda":
+            runs[name] = graph_of(part, compute)
+        else:
+            runs[name] = _one_part(part, compute)
+    return runs
 
 
 def matching(setting: Setting, names: Sequence[str]) -> dict[str, Run]:
@@ -143,7 +153,9 @@ def training_step(setting: Setting, names: Sequence[str]) -> dict[str, Run]:
         model = build(name, setting).train()
 
         def run(stopwatch: Stopwatch) -> dict[str, Tensor]:
-            with EventStorage(), after_head(model, lambda _: stopwatch.mark("network, forward")):
+            after = after_head(model, lambda _: stopwatch.mark("network, forward"))
+            # A graph would not call the hook.
+            with EventStorage(), nullcontext() if name == OURS_GRAPHED else after:
                 stopwatch.start()
                 with setting.autocast:
                     losses = model(*arguments(name, batch, setting.device))
@@ -228,7 +240,7 @@ def convolutions(setting: Setting, names: Sequence[str]) -> dict[str, Run]:
             stopwatch.mark("convolutions")
 
     if torch.device(setting.device).type == "cuda":
-        replay = graph_of(recorder.calls)
+        replay = replay_of(recorder.calls)
     return {"convolutions": replay, "ours": step}
 
 

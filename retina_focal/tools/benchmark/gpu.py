@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +15,10 @@ from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 
 from retina_focal.config import retina_focal_node
-from retina_focal.tools.benchmark.cases import DENSE_SUM, TIMED
+from retina_focal.tools.benchmark.cases import DENSE_SUM, DENSE_SUM_GRAPHED, TIMED
 from retina_focal.tools.benchmark.inputs import anchors_per_level
 from retina_focal.tools.benchmark.instruments import Run, Stopwatch, Unwatched, tf32
-from retina_focal.tools.benchmark.models import MODELS, Setting, torchvision_has
+from retina_focal.tools.benchmark.models import MODELS, OURS_GRAPHED, Setting, torchvision_has
 
 # Untimed runs: cuDNN and Triton choose and compile in the first, torch.jit in its second.
 WARM_UP = 3
@@ -48,8 +49,11 @@ PRECISIONS = {
     "ours-bf16": Precision(True, torch.bfloat16, False, "bf16"),
 }
 PROFILE = "profile"
-# In the order of what matters most, in case time runs out.
 WHAT = ("loss", "train", "inference", PROFILE, "convolutions", "matching")
+# Batches that come before all others of any kind, in case time runs out.
+FIRST = {"loss": (16,), "train": (2, 16), "inference": (1,), "convolutions": (2, 16)}
+# The batches that come before all others of any kind, in case time runs out.
+FIRST = {"loss": (16,), "train": (2, 16), "inference": (1,), "convolutions": (2, 16)}
 # Where not all precisions make a difference.
 OF_WHAT = {
     "loss": ("ieee-fp32", "amp-bf16", "amp-fp16"),
@@ -90,28 +94,30 @@ def jobs(
     boxes: Sequence[int],
     precisions: Sequence[str],
 ) -> Iterator[Job]:
-    """In the order of `what`; of `boxes`, all but matching takes the first."""
+    """In the order of `what`, those of `FIRST` first; of `boxes`, all but matching takes one."""
     models = MODELS if torchvision_has(cfg) else ("stock", "ours")
-    for name in what:
+    order = sorted(product(what, batches), key=lambda x: x[1] not in FIRST.get(x[0], ()))
+    for name, batch in order:
         cases = {PROFILE: None} if name == PROFILE else TIMED[name]
-        for batch in batches:
-            for precision in (x for x in precisions if x in OF_WHAT.get(name, PRECISIONS)):
-                _, half, amp, ours = PRECISIONS[precision]
-                own_cfg = cfg.clone()
-                own_cfg.defrost()
-                retina_focal_node(own_cfg).PRECISION = ours
-                own_cfg.freeze()
-                own_models = models if precision != "ours-bf16" else ("ours",)
-                if name == "loss":
-                    own_models += (DENSE_SUM,)
-                elif name == "convolutions":
-                    own_models = ("convolutions",)
-                elif name == PROFILE:
-                    own_models = tuple(x for x in own_models if x != "torchvision")
-                for count in boxes if name == "matching" else boxes[:1]:
-                    setting = Setting(own_cfg, image_size, batch, count, half, amp)
-                    for title, case in cases.items():
-                        yield Job(title, case, setting, precision, own_models)
+        for precision in (x for x in precisions if x in OF_WHAT.get(name, PRECISIONS)):
+            _, half, amp, ours = PRECISIONS[precision]
+            own_cfg = cfg.clone()
+            own_cfg.defrost()
+            retina_focal_node(own_cfg).PRECISION = ours
+            own_cfg.freeze()
+            own_models = models if precision != "ours-bf16" else ("ours",)
+            if name == "loss":
+                own_models += (DENSE_SUM, DENSE_SUM_GRAPHED)
+            elif name == "train" and on_gpu(cfg.MODEL.DEVICE):
+                own_models += (OURS_GRAPHED,)
+            elif name == "convolutions":
+                own_models = ("convolutions",)
+            elif name == PROFILE:
+                own_models = tuple(x for x in own_models if x != "torchvision")
+            for count in boxes if name == "matching" else boxes[:1]:
+                setting = Setting(own_cfg, image_size, batch, count, half, amp)
+                for title, case in cases.items():
+                    yield Job(title, case, setting, precision, own_models)
 
 
 def measure(

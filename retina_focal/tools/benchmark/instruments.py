@@ -132,8 +132,30 @@ class ConvolutionRecorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def graph_of(calls: Sequence[tuple[Callable, tuple]]) -> Run:
-    """The recorded products as one CUDA graph: the GPU's own time, without the host's.
+def graph_of(part: str, compute: Callable[[], object]) -> Run:
+    """A CUDA graph of what `compute` launches: the GPU's own time, without the host's."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # chooses algorithms, compiles
+            compute()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = compute()
+
+    def replay(stopwatch: Stopwatch) -> object:
+        stopwatch.start()
+        graph.replay()
+        stopwatch.mark(part)
+        assert compute  # kept: the graph reads at the addresses of its tensors
+        return results
+
+    return replay
+
+
+def replay_of(calls: Sequence[tuple[Callable, tuple]]) -> Run:
+    """The recorded products as one CUDA graph.
 
     What they read are parts of one buffer for each position and dtype, filled with noise: zeros
     would compute faster, since they cost less power.
@@ -157,19 +179,7 @@ def graph_of(calls: Sequence[tuple[Callable, tuple]]) -> Run:
         for function, likenesses in calls:
             function(*arguments_of(likenesses))
 
-    compute()  # chooses algorithms, and makes the buffers
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        compute()
-
-    def replay(stopwatch: Stopwatch) -> None:
-        stopwatch.start()
-        graph.replay()
-        stopwatch.mark("convolutions")
-        assert buffers  # the graph reads them
-
-    return replay
+    return graph_of("convolutions", compute)
 
 
 @contextmanager

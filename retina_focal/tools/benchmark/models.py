@@ -17,6 +17,7 @@ from retina_focal.backbone import PYRAMID_INPUTS, TimmBackbone
 from retina_focal.config import retina_focal_node
 
 MODELS = ("stock", "torchvision", "ours")
+OURS_GRAPHED = "ours, CUDA graphs"
 SEED = 0
 
 
@@ -51,12 +52,15 @@ class Setting:
 
 
 def build(name: str, setting: Setting) -> nn.Module:
-    """One of `MODELS` with random weights; those of "stock" and "ours" are equal."""
+    """One of `MODELS` or `OURS_GRAPHED`; random weights, those of "stock" and "ours" are equal."""
     torch.manual_seed(SEED)
     if name == "torchvision":
         return _torchvision_model(setting)
-    if name == "ours":
-        return build_model(setting.cfg)
+    if name in ("ours", OURS_GRAPHED):
+        cfg = setting.cfg.clone()
+        cfg.defrost()
+        retina_focal_node(cfg).CUDA_GRAPHS = name == OURS_GRAPHED
+        return build_model(cfg)
     model = build_model(stock_cfg(setting.cfg))
     if isinstance(getattr(model.backbone, "bottom_up", None), TimmBackbone):
         model.backbone.bottom_up = PlainTimm(setting.cfg, model.backbone.bottom_up)

@@ -93,16 +93,22 @@ def _class_loss(cfg: CfgNode) -> str:
         return f"focal_star, beta {node.FOCAL_STAR.BETA:g}"
     if node.CLS_LOSS == "hinge":
         return f"hinge, margin {node.HINGE.MARGIN:g}"
+    if node.CLS_LOSS == "poly1":
+        return f"poly1, epsilon {node.POLY1.EPSILON:g}"
+    if node.CLS_LOSS == "asymmetric":
+        gammas = f"gammas {node.ASYMMETRIC.GAMMA_POS:g} and {node.ASYMMETRIC.GAMMA_NEG:g}"
+        return f"asymmetric, {gammas}, margin {node.ASYMMETRIC.MARGIN:g}"
     return node.CLS_LOSS
 
 
 def _gamma(cfg: CfgNode) -> float | None:
-    has_gamma = cfg.MODEL.RETINA_FOCAL.CLS_LOSS in ("focal", "focal_star")
+    having = ("focal", "focal_star", "poly1", "quality_focal", "varifocal")
+    has_gamma = cfg.MODEL.RETINA_FOCAL.CLS_LOSS in having
     return cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA if has_gamma else None
 
 
 def _alpha(cfg: CfgNode) -> float | str | None:
-    if cfg.MODEL.RETINA_FOCAL.CLS_LOSS != "focal":
+    if cfg.MODEL.RETINA_FOCAL.CLS_LOSS not in ("focal", "poly1", "varifocal"):
         return None
     if cfg.MODEL.RETINA_FOCAL.ALPHA_FROM_DATA:
         return "inverse class frequency"

@@ -1,0 +1,215 @@
+"""What a dataset and a time budget ask of a training: numbers in, settings with reasons out.
+
+Nothing here looks at a picture, a clock or a machine: `retina-focal configure` measures, and this
+decides. The rules are few and are written into the config that they make.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from retina_focal.data.anchor_search import Octaves
+from retina_focal.data.fingerprint import (
+    SHORTEST,
+    SPENT,
+    TILE,
+    Fingerprint,
+    Machine,
+    Pace,
+    enough_steps,
+    evaluation_seconds,
+    grained,
+    is_tiled,
+    num_evaluations,
+    steps_within,
+)
+from retina_focal.errors import UserError
+
+MOST_EPOCHS = 150
+SEVERAL_SIZES_FROM = 20  # epochs; fewer learn more from one size
+SIZES = (0.8, 0.9, 1.0, 1.1, 1.2)  # of the shorter side
+LEAST_STEPS = 50
+RATE_PER_PICTURE = 0.02 / 4  # configs/quick_start, SGD
+GPU_RATE_PER_PICTURE = 0.01 / 16  # detectron2's
+RARE = 0.1  # of the pictures: classes in fewer of them are shown more often
+
+
+class Setting(NamedTuple):
+    """A value of a config and why it is that."""
+
+    value: object
+    reason: str
+
+
+Settings = dict[str, Setting]  # by key
+
+
+def input_settings(
+    found: Fingerprint, pace: Pace, minutes: float, shorter: int
+) -> tuple[Settings, list[int], int]:
+    """Sizes of the pictures; beside the settings the shorter sides and the longer side's limit."""
+    if is_tiled(found):
+        return _tile_settings(found), [0], 0
+    epochs = steps_within(found, pace, minutes, shorter) * pace.batch / max(found.num_pictures, 1)
+    sides, why = [shorter], f"one size: the minutes give {epochs:.0f} epochs"
+    if epochs >= SEVERAL_SIZES_FROM:
+        sides = sorted({grained(shorter * x, SHORTEST) for x in SIZES})
+        why = f"several sizes: the minutes give {epochs:.0f} epochs"
+    scale = shorter / found.shorter
+    small = f"a tenth of the smallest class is below {found.small:.0f} px"
+    of = f"{small}, {found.small * scale:.0f} px so"
+    longer = grained(max(sides) * max(found.aspect, 1.34) * 1.1, SHORTEST)
+    limit = f"95% of the pictures are at most {found.aspect:.2f} times as long as wide"
+    settings = {
+        "INPUT.MIN_SIZE_TRAIN": Setting(sides, f"{of}; {why}"),
+        "INPUT.MIN_SIZE_TRAIN_SAMPLING": Setting("choice", "each of these as often"),
+        "INPUT.MAX_SIZE_TRAIN": Setting(longer, limit),
+        "INPUT.MIN_SIZE_TEST": Setting(shorter, "as in training"),
+        "INPUT.MAX_SIZE_TEST": Setting(longer, "as in training"),
+    }
+    return settings, sides, longer
+
+
+def _tile_settings(found: Fingerprint) -> Settings:
+    """Random tiles in training; `predict` cuts the same way. Nothing is resized."""
+    why = (
+        f"a tenth of the smallest class is below {found.small:.0f} px in pictures of "
+        f"{found.shorter:.0f} px: too small when whole"
+    )
+    none = "pictures are evaluated whole, where these objects are lost; predict cuts them"
+    return {
+        "INPUT.CROP.ENABLED": Setting(True, why),
+        "INPUT.CROP.TYPE": Setting("absolute", "px of the picture's file"),
+        "INPUT.CROP.SIZE": Setting([TILE, TILE], "a tile keeps the size of its objects"),
+        "INPUT.MIN_SIZE_TRAIN": Setting([TILE], "of a tile"),
+        "INPUT.MAX_SIZE_TRAIN": Setting(2 * TILE, "a small picture may be narrower than a tile"),
+        "INPUT.MIN_SIZE_TEST": Setting(TILE, "of a tile; the whole picture is a second scale"),
+        "INPUT.MAX_SIZE_TEST": Setting(math.ceil(TILE * found.aspect), "the same"),
+        "MODEL.RETINA_FOCAL.TEST.TILE": Setting(TILE, "predict cuts as the training did"),
+        "DATASETS.TEST": Setting([], none),
+    }
+
+
+def anchor_settings(octaves: Octaves, before: Mapping, after: Mapping) -> Settings:
+    """Anchors, with the shares of boxes that they and the backbone's usual ones reach."""
+    gain = (
+        f"boxes at IoU >= 0.5: {after['at_least_upper']:.1%}, mean of the best "
+        f"{after['mean_best_iou']:.3f}; with the base's anchors {before['at_least_upper']:.1%}, "
+        f"{before['mean_best_iou']:.3f}"
+    )
+    reasons = {"BASE_SIZES": gain, "NAME": "takes the three below"}
+    return {
+        key: Setting(value, reasons.get(key.rpartition(".")[2], "found with BASE_SIZES"))
+        for key, value in octaves.settings().items()
+    }
+
+
+def data_settings(found: Fingerprint) -> Settings:
+    """Classes, their imbalance, pictures without boxes, and how many boxes a picture has."""
+    counts = ", ".join(
+        f"{name} {count:,}" for name, count in zip(found.classes, found.boxes_of_class, strict=True)
+    )
+    settings = {
+        "MODEL.RETINANET.NUM_CLASSES": Setting(len(found.classes), f"boxes: {_short(counts)}"),
+        "DATALOADER.FILTER_EMPTY_ANNOTATIONS": Setting(
+            False,
+            f"{found.num_empty:,} of {found.num_pictures:,} pictures have no box; they are kept, "
+            "as they show what is none",
+        ),
+        "TEST.DETECTIONS_PER_IMAGE": Setting(
+            max(100, math.ceil(found.most_boxes * 1.5 / 50) * 50),
+            f"a picture has up to {found.most_boxes} boxes",
+        ),
+        "MODEL.RETINANET.NMS_THRESH_TEST": Setting(
+            round(min(0.6, max(0.3, found.overlap + 0.15)), 2),
+            f"99% of the boxes overlap others of their class by less than {found.overlap:.2f}",
+        ),
+    }
+    shares = [x / found.num_pictures for x in found.pictures_of_class if x]
+    sampler, why = (
+        "TrainingSampler",
+        f"every class is in at least {min(shares):.0%} of the pictures",
+    )
+    if min(shares) < RARE and len(shares) > 1:
+        rare = found.classes[found.pictures_of_class.index(round(min(shares) * found.num_pictures))]
+        sampler = "RepeatFactorTrainingSampler"
+        why = f"'{rare}' is in {min(shares):.1%} of the pictures: those come more often"
+        settings["DATALOADER.REPEAT_THRESHOLD"] = Setting(RARE, "share below which a class is rare")
+    settings["DATALOADER.SAMPLER_TRAIN"] = Setting(sampler, why)
+    return settings
+
+
+def schedule_settings(
+    found: Fingerprint, machine: Machine, pace: Pace, minutes: float, sides: Sequence[int]
+) -> Settings:
+    """Batch, learning rate, iterations and evaluations.
+
+    Raises:
+        UserError: the minutes don't suffice for a training.
+    """
+    # Seconds grow with the pixels: those of several sizes are those of their mean square.
+    mean = pace.shorter if is_tiled(found) else math.sqrt(np.mean(np.square(sides)))
+    steps = steps_within(found, pace, minutes, mean)
+    evaluation = evaluation_seconds(found, pace, mean)
+    if steps < LEAST_STEPS:
+        least = (LEAST_STEPS * pace.step_at(mean) + pace.start + evaluation) / 60 / SPENT
+        raise UserError(
+            f"{minutes:g} minutes give {steps} steps of {pace.step_at(mean):.2g} s; expected "
+            f"{LEAST_STEPS} or more: type --minutes {math.ceil(least)}"
+        )
+    most = math.ceil(MOST_EPOCHS * found.num_pictures / pace.batch)
+    fits = f"{minutes:g} min, less {pace.start:.0f} s of start and {evaluation:.0f} s of evaluation"
+    fits += f", at {pace.step_at(mean):.2g} s a step measured here"
+    if steps > max(most, enough_steps(found, pace.batch)):
+        steps = max(most, enough_steps(found, pace.batch))
+        fits = f"{MOST_EPOCHS} epochs; the minutes would give more, which nothing is learned from"
+    epochs = steps * pace.batch / found.num_pictures
+    times = 0 if is_tiled(found) else num_evaluations(evaluation, minutes * 60 * SPENT)
+    per_picture = GPU_RATE_PER_PICTURE if machine.has_gpu else RATE_PER_PICTURE
+    of = "detectron2's 0.01 for 16" if machine.has_gpu else "0.02 for 4, of configs/quick_start"
+    best = "no weights but the last are evaluated"
+    if times:
+        best = "the best of the evaluations on val is kept, in model_best.pth"
+    settings = {
+        "SOLVER.IMS_PER_BATCH": Setting(
+            pace.batch,
+            "as in configs/quick_start" if not machine.has_gpu else "what the GPU's memory holds",
+        ),
+        "SOLVER.BASE_LR": Setting(
+            float(f"{per_picture * pace.batch:.3g}"), f"in proportion to the batch: {of}"
+        ),
+        "SOLVER.MAX_ITER": Setting(steps, f"{epochs:.3g} epochs: {fits}"),
+        "SOLVER.LR_SCHEDULER_NAME": Setting("WarmupMultiStepLR", "as in quick_start/bccd.yaml"),
+        "SOLVER.STEPS": Setting([int(steps * 0.8)], "at 80%, as in quick_start/bccd.yaml"),
+        "SOLVER.WARMUP_ITERS": Setting(min(500, steps // 8), "an eighth, up to 500"),
+        "SOLVER.CHECKPOINT_PERIOD": Setting(
+            max(1, min(steps // 4, round(300 / pace.step_at(mean)))), "each 5 min, or four"
+        ),
+        "MODEL.RETINA_FOCAL.TRAIN.KEEP_CHECKPOINTS": Setting(2, "what a resumed run needs"),
+        "TEST.EVAL_PERIOD": Setting(
+            -(-steps // (times + 1)) if times else 0,
+            f"{times} before the last one: {evaluation:.0f} s each for {found.num_val} pictures",
+        ),
+        "MODEL.RETINA_FOCAL.TRAIN.BEST": Setting("bbox/AP" if times else "", best),
+    }
+    return settings
+
+
+def machine_settings(machine: Machine) -> Settings:
+    """Device, precision and workers."""
+    workers = min(8, machine.cores) if machine.has_gpu else max(0, machine.cores // 4)
+    why = f"{machine.cores} cores" + ("" if machine.has_gpu else ", which the network needs")
+    return {
+        "MODEL.DEVICE": Setting(
+            "cuda" if machine.has_gpu else "cpu", "a GPU" if machine.has_gpu else "no GPU was found"
+        ),
+        "MODEL.RETINA_FOCAL.PRECISION": Setting("auto", "bf16 where the processor has it"),
+        "DATALOADER.NUM_WORKERS": Setting(workers, why),
+        "SEED": Setting(1, "the same command gives the same pictures in the same order"),
+    }
+
+
+def _short(text: str, length: int = 120) -> str:
+    return text if len(text) <= length else f"{text[:length].rpartition(',')[0]}, ..."

@@ -1,0 +1,166 @@
+"""The numbers of a dataset that decide how it is trained, and the input size that follows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from detectron2.structures import Boxes, pairwise_iou
+from torch import from_numpy
+
+from retina_focal.data.coverage import BoxTable
+from retina_focal.errors import UserError
+
+SMALL = 0.1  # quantile of a class's sizes; the class where it is least decides the input size
+LEAST_BOXES = 10  # of a class that may decide
+SMALL_SIDE = 32  # px, square root of the area, that this quantile shall have; COCO's "small" ends
+LEAST_SIDE = 12  # px; smaller ones lie between the cells of the finest level
+GRAIN = 32  # px; shorter sides are multiples, as the network pads to
+SHORTEST, LONGEST = 224, 1333  # px of a shorter side, of a longer side
+MAX_ENLARGEMENT = 1.5  # of a picture: beyond it there is nothing more to see
+TILE = 640  # px of the network's input where pictures are cut
+
+ENOUGH_EPOCHS, ENOUGH_STEPS = 13, 250  # what a training gets before its pictures become larger
+SPENT = 0.95  # of the minutes: machines are not even
+EVALUATIONS, SHARE_OF_EVALUATIONS = 3, 0.06  # before the last; of the time
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The numbers of the training pictures that decide."""
+
+    classes: tuple[str, ...]
+    boxes_of_class: tuple[int, ...]
+    pictures_of_class: tuple[int, ...]
+    num_pictures: int
+    num_empty: int  # pictures without a box
+    num_val: int  # pictures to evaluate
+    shorter: float  # px, median
+    aspect: float  # longer side over shorter, 95% of the pictures have less
+    small: float  # px, square root of the area: the class's quantile `SMALL` that is the least
+    most_boxes: int  # of one picture
+    overlap: float  # IoU that 1% of the boxes exceed with another one of their class
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What trains."""
+
+    has_gpu: bool
+    cores: int
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What was measured with a shorter side of `shorter` px."""
+
+    shorter: int
+    batch: int
+    start: float  # s from the command to the first step, and of the end
+    step: float  # s
+    picture: float  # s of evaluating one
+
+    def step_at(self, shorter: float) -> float:
+        """Seconds of a step: they grow as the pixels do."""
+        return self.step * (shorter / self.shorter) ** 2
+
+    def picture_at(self, shorter: float) -> float:
+        return self.picture * (shorter / self.shorter) ** 2
+
+
+def fingerprint(table: BoxTable, classes: Sequence[str], num_val: int) -> Fingerprint:
+    """The fingerprint of a training set.
+
+    Raises:
+        UserError: it has no box that has an area.
+    """
+    low, high = table.boxes[:, :2], table.boxes[:, 2:]
+    sides = np.sqrt((high - low).clip(min=0).prod(1))
+    of_class = [sides[(table.classes == x) & (sides > 0)] for x in range(len(classes))]
+    of_class = [x for x in of_class if len(x) >= LEAST_BOXES] or [sides[sides > 0]]
+    if not len(of_class[0]):
+        raise UserError("the training set has no box that has an area; expected at least one")
+    num_pictures = len(table.sizes)
+    pairs = np.unique(np.stack([table.classes, table.pictures]), axis=1)
+    per_picture = np.bincount(table.pictures, minlength=num_pictures)
+    return Fingerprint(
+        tuple(classes),
+        tuple(np.bincount(table.classes, minlength=len(classes)).tolist()),
+        tuple(np.bincount(pairs[0], minlength=len(classes)).tolist()),
+        num_pictures,
+        int((per_picture == 0).sum()),
+        num_val,
+        float(np.median(table.sizes.min(1))),
+        float(np.quantile(table.sizes.max(1) / table.sizes.min(1), 0.95)),
+        min(float(np.quantile(x, SMALL)) for x in of_class),
+        int(per_picture.max()),
+        _overlap(table),
+    )
+
+
+def _overlap(table: BoxTable, max_pictures: int = 500) -> float:
+    """Quantile 99% of the IoU of a box with its closest neighbour of the same class."""
+    best = [np.zeros(1)]
+    step = -(-len(table.sizes) // max_pictures)
+    for picture in range(0, len(table.sizes), step):
+        mine = table.pictures == picture
+        boxes = Boxes(from_numpy(table.boxes[mine]))
+        ious = pairwise_iou(boxes, boxes).numpy()
+        ious[table.classes[mine][:, None] != table.classes[mine]] = 0
+        np.fill_diagonal(ious, 0)
+        if len(ious):
+            best.append(ious.max(1))
+    return float(np.quantile(np.concatenate(best), 0.99))
+
+
+def is_tiled(found: Fingerprint) -> bool:
+    """Whether small boxes would be too small in whole pictures of any size that fits."""
+    whole = found.small * min(MAX_ENLARGEMENT, LONGEST / (found.shorter * found.aspect))
+    return whole < LEAST_SIDE and found.small * MAX_ENLARGEMENT > whole
+
+
+def wanted_shorter(found: Fingerprint) -> int:
+    """px of the shorter side, of pictures or of tiles, at which small boxes are large enough."""
+    if is_tiled(found):
+        return TILE
+    most = min(found.shorter * MAX_ENLARGEMENT, LONGEST / found.aspect)
+    return grained(min(found.shorter * SMALL_SIDE / found.small, most), SHORTEST)
+
+
+def affordable_shorter(found: Fingerprint, pace: Pace, minutes: float) -> int:
+    """The largest px up to `wanted_shorter` at which the minutes suffice for enough steps."""
+    wanted = wanted_shorter(found)
+    least = wanted if is_tiled(found) else max(SHORTEST, found.shorter * LEAST_SIDE / found.small)
+    fits = [
+        side
+        for side in range(grained(least, SHORTEST), wanted + 1, GRAIN)
+        if steps_within(found, pace, minutes, side) >= enough_steps(found, pace.batch)
+    ]
+    return max(fits, default=min(wanted, grained(least, SHORTEST)))
+
+
+def enough_steps(found: Fingerprint, batch: int) -> int:
+    """Steps of `ENOUGH_EPOCHS`, and at least `ENOUGH_STEPS`."""
+    return max(ENOUGH_STEPS, math.ceil(ENOUGH_EPOCHS * found.num_pictures / batch))
+
+
+def steps_within(found: Fingerprint, pace: Pace, minutes: float, shorter: float) -> int:
+    """Steps that fit beside the start and the evaluations."""
+    seconds = minutes * 60 * SPENT
+    evaluation = evaluation_seconds(found, pace, shorter)
+    left = seconds - pace.start - evaluation * (1 + num_evaluations(evaluation, seconds))
+    return max(0, int(left / pace.step_at(shorter)))
+
+
+def evaluation_seconds(found: Fingerprint, pace: Pace, shorter: float) -> float:
+    """Of all pictures of val; tiles are not evaluated."""
+    return 0.0 if is_tiled(found) else found.num_val * pace.picture_at(shorter)
+
+
+def num_evaluations(evaluation: float, seconds: float) -> int:
+    """Evaluations before the last one, which takes `evaluation` s, of a training of `seconds`."""
+    return min(EVALUATIONS, int(SHARE_OF_EVALUATIONS * seconds / max(evaluation, 1e-9)))
+
+
+def grained(px: float, least: int) -> int:
+    return max(least, int(px / GRAIN + 0.5) * GRAIN)

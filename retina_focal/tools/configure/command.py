@@ -1,0 +1,217 @@
+"""Write the config of a dataset and a time budget, each line with its reason."""
+
+import os
+import shlex
+import tempfile
+from pathlib import Path
+
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from retina_focal.config import config_path, flatten, get_cfg, merge_file, package_config
+from retina_focal.data.anchor_search import search
+from retina_focal.data.coverage import BoxTable, anchors_of, box_table, cover
+from retina_focal.data.decisions import (
+    Setting,
+    Settings,
+    anchor_settings,
+    data_settings,
+    input_settings,
+    machine_settings,
+    schedule_settings,
+)
+from retina_focal.data.fingerprint import (
+    GRAIN,
+    Fingerprint,
+    Machine,
+    Pace,
+    affordable_shorter,
+    fingerprint,
+    wanted_shorter,
+)
+from retina_focal.data.registration import register
+from retina_focal.data.sources import splits
+from retina_focal.data.uri import parse
+from retina_focal.errors import UserError
+from retina_focal.files import cache_folder, write_whole
+from retina_focal.safe_yaml import read_yaml_with_bases
+from retina_focal.tools.common import command, number, tool_parser
+from retina_focal.tools.configure.pace import measured_pace, text_of
+from retina_focal.tools.reports import processor
+from retina_focal.weights.lite0 import prepare_weights
+
+CPU_BASE = "quick_start/lite0.yaml"
+GPU_BASE = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+BATCH, GPU_BATCH = 4, 16  # a GPU's is halved until its memory holds it
+HELD_OUT = 0.2  # of the pictures, where there is no val
+
+# Why the base has what it has; other keys are as there.
+REASONS = {
+    "VERSION": "of detectron2's keys",
+    "MODEL.META_ARCHITECTURE": "RetinaNet of this package",
+    "MODEL.WEIGHTS": "trained on ImageNet; fetched once, SHA-256 checked",
+    "MODEL.PIXEL_MEAN": "what the weights were trained with",
+    "MODEL.PIXEL_STD": "what the weights were trained with",
+    "INPUT.FORMAT": "what the weights were trained with",
+    "MODEL.RETINA_FOCAL.TIMM.NAME": "without a GPU: trains on two cores",
+    "MODEL.BACKBONE.FREEZE_AT": "early features are general, and their gradients costly",
+    "MODEL.RETINANET.NUM_CONVS": "two learn more than four in minutes (lite0.yaml)",
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": "learns more than L1 in minutes (lite0.yaml)",
+}
+
+EPILOG = """
+Looked at are the boxes of the train split, and how many pictures val has; test never. A few steps
+of the training and evaluations are run, so that the minutes are those of `train` on this machine,
+start and evaluation included. Without val, a fifth of the pictures is held out.
+
+Examples:
+  %(prog)s voc:VOC2012 --minutes 60 --output mine.yaml
+  %(prog)s train.json --val val.json --minutes 8 --output mine.yaml
+then:
+  retina-focal train --config-file mine.yaml
+"""
+
+
+@command
+def main(argv: list[str]) -> None:
+    """``retina-focal configure``: look at the data, measure the machine, decide, write."""
+    parser = tool_parser("configure", __doc__, EPILOG)
+    parser.add_argument("data", metavar="DATA", help="URI, path or name of a dataset")
+    parser.add_argument("--val", metavar="DATA", help="default: DATA's val split, or a part of it")
+    parser.add_argument("--minutes", type=number(float, 1), required=True, metavar="M")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .yaml file")
+    args = parser.parse_args(argv)
+    if args.output.suffix not in (".yaml", ".yml"):
+        parser.error(f"--output is '{args.output}'; expected a name that ends in .yaml")
+    stem = args.output.stem
+    train, val = (_registered(x) for x in find_splits(args.data, args.val, stem))
+    table = box_table(DatasetCatalog.get(train[0]))
+    val_records = DatasetCatalog.get(val[0])
+    found = fingerprint(table, MetadataCatalog.get(train[0]).thing_classes, len(val_records))
+    machine = Machine(torch.cuda.is_available(), len(os.sched_getaffinity(0)))
+    settings = {**base_settings(machine), **data_settings(found), **machine_settings(machine)}
+    settings |= dataset_settings(train, val, args.val)
+    settings["OUTPUT_DIR"] = Setting(f"output/{stem}", "named as this file")
+    settings |= decide(settings, table, found, machine, args.minutes, val_records)
+    text = _header(argv, found, machine) + text_of(settings) + "\n"
+    write_whole(args.output, text)
+    check(args.output)
+    print(f"wrote {args.output}; type: retina-focal train --config-file {args.output}")
+
+
+def find_splits(data: str, val: str | None, stem: str) -> list[tuple[str, str]]:
+    """Name and URI of the training set and of val; a registered name is its own URI.
+
+    Raises:
+        UserError: there is no telling what val is.
+    """
+    if val is None and data in DatasetCatalog:
+        raise UserError(f"dataset '{data}' is a registered name; type its val too: --val NAME")
+    if val is not None:
+        pairs = (("train", data), ("val", val))
+        return [(x if x in DatasetCatalog else f"{stem}_{kind}", x) for kind, x in pairs]
+    by_name = {parse(uri).split: uri for uri in splits(data)}
+    train, val = by_name.get("train"), by_name.get("val") or by_name.get("valid")
+    if not (train and val):
+        if set(by_name) - {"", "train", "test"}:
+            raise UserError(
+                f"'{data}' has the splits {', '.join(sorted(by_name))}; name those to take, as in: "
+                f"'{splits(data)[0]}' --val '{splits(data)[-1]}'"
+            )
+        mark = "&" if "?" in data else "?"
+        train, val = (f"{data}{mark}split={x}&val={HELD_OUT}" for x in ("train", "val"))
+    return [(f"{stem}_train", train), (f"{stem}_val", val)]
+
+
+def _registered(pair: tuple[str, str]) -> tuple[str, str]:
+    if pair[0] != pair[1]:
+        register(*pair)
+    return pair
+
+
+def base_settings(machine: Machine) -> Settings:
+    """The network: what the base config says, written out, so that the file stands alone."""
+    base = GPU_BASE if machine.has_gpu else CPU_BASE
+    read = read_yaml_with_bases(config_path(base), package_config)
+    settings = {
+        key: Setting(value, REASONS.get(key, f"as in {base}"))
+        for key, value in flatten(read).items()
+    }
+    if not machine.has_gpu:
+        weights = cache_folder() / "tf_efficientnet_lite0.pth"
+        prepare_weights(weights)
+        settings["MODEL.WEIGHTS"] = Setting(str(weights), REASONS["MODEL.WEIGHTS"])
+    return settings
+
+
+def dataset_settings(train: tuple[str, str], val: tuple[str, str], named: str | None) -> Settings:
+    """The datasets; test is not among them."""
+    rows = [list(pair) for pair in (train, val) if pair[0] != pair[1]]
+    made = not named and f"val={HELD_OUT}" in val[1]
+    why = "a fifth of the pictures, near-duplicates together" if made else "as named"
+    return {
+        "DATASETS.SOURCES": Setting(rows, "relative paths start from where train is typed"),
+        "DATASETS.TRAIN": Setting([train[0]], "what it learns from"),
+        "DATASETS.TEST": Setting([val[0]], f"val: {why}; measure test once, at the end"),
+        "MODEL.RETINA_FOCAL.DATA.VAL": Setting(val[0], "what choices are made on"),
+    }
+
+
+def decide(
+    settings: Settings,
+    table: BoxTable,
+    found: Fingerprint,
+    machine: Machine,
+    minutes: float,
+    val_records: list[dict],
+) -> Settings:
+    """Input size, anchors and schedule, with the seconds of a step measured at that size."""
+    pace, shorter = None, wanted_shorter(found)
+    for _ in range(2):
+        batch = pace.batch if pace else (GPU_BATCH if machine.has_gpu else BATCH)
+        fixed = Pace(shorter, batch, 0, 1e9, 0)  # one size of pictures
+        sized = {**settings, **input_settings(found, fixed, minutes, shorter)[0]}
+        pace = measured_pace(sized, val_records, shorter, batch, machine)
+        print(
+            f"{pace.step:.3g} s a step of {pace.batch} pictures at {shorter} px, "
+            f"{pace.picture:.3g} s an evaluated picture, {pace.start:.0f} s of start",
+            flush=True,
+        )
+        affordable = affordable_shorter(found, pace, minutes)
+        if abs(affordable - shorter) < 2 * GRAIN:
+            break
+        shorter = affordable
+    inputs, sides, longer = input_settings(found, pace, minutes, affordable)
+    _, layout = anchors_of(config_of({**settings, **inputs}))
+    octaves = search(table, layout, sides, longer, upper=0.5, max_per_cell=layout.num_per_cell)
+    shares = (cover(table, x, sides, longer) for x in (layout, octaves.layout(layout)))
+    before, after = (x.shares((0.4, 0.5)) for x in shares)
+    anchors = anchor_settings(octaves, before, after)
+    return {**inputs, **anchors, **schedule_settings(found, machine, pace, minutes, sides)}
+
+
+def config_of(settings: Settings):
+    """The config that settings make."""
+    with tempfile.TemporaryDirectory(prefix="retina_focal-") as folder:
+        path = Path(folder, "config.yaml")
+        path.write_text(text_of(settings))
+        return check(path)
+
+
+def check(path: Path):
+    """The config of a file, as any script of detectron2's would read it."""
+    cfg = get_cfg()
+    merge_file(cfg, str(path))
+    return cfg
+
+
+def _header(argv: list[str], found: Fingerprint, machine: Machine) -> str:
+    """What the file is, and what it was made from."""
+    name = processor("cuda" if machine.has_gpu else "cpu")
+    threads = f", {torch.get_num_threads()} threads" if not machine.has_gpu else ""
+    return (
+        f"# Written by: retina-focal configure {shlex.join(argv)}\n"
+        f"# For {found.num_pictures:,} pictures with {sum(found.boxes_of_class):,} boxes, "
+        f"{found.num_val:,} pictures of val. Times are of {name}{threads}.\n"
+        "# Train with: retina-focal train --config-file THIS_FILE\n"
+    )

@@ -1,0 +1,108 @@
+"""All that is known of a run, on one page that needs no network: `retina-focal report`."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog
+
+from retina_focal.config import retina_focal_node
+from retina_focal.data.sources import load
+from retina_focal.errors import UserError
+from retina_focal.evaluation import operating_points
+from retina_focal.evaluation.mistakes import kept_at
+from retina_focal.evaluation.summary import DEFAULT_THRESHOLD, Subject, measure
+from retina_focal.files import write_whole
+from retina_focal.tools.common import command, number, tool_parser
+from retina_focal.tools.report import content, figures
+from retina_focal.tools.reports import origin
+from retina_focal.tools.runs import Run, detections, open_run, run_model, use_data
+
+SUSPECTS = 12  # suspected labels that are shown
+EPILOG = """
+Measured on --data, which is only measured with: operating points and calibration are those of
+operating_points.json, which `retina-focal evaluate` writes. What is missing is left out.
+
+Examples:
+  %(prog)s output/bccd
+  %(prog)s output/bccd --data 'voc:photos?split=test' --output bccd.html
+"""
+
+
+@command
+def main(argv: list[str]) -> None:
+    """``retina-focal report``: measure a run and write the page."""
+    parser = tool_parser("report", __doc__, EPILOG)
+    parser.add_argument("run", metavar="RUN", help="folder of a training")
+    parser.add_argument("--config-file", metavar="FILE", help="in place of RUN's; as of train")
+    default = "default: the first of DATASETS.TEST"
+    parser.add_argument("--data", metavar="DATA", help=f"a dataset's name, URI or path; {default}")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html")
+    worst = "pictures with the most mistakes that are shown; default: %(default)s"
+    parser.add_argument("--worst", type=number(least=0), default=8, metavar="N", help=worst)
+    opts = {"nargs": argparse.REMAINDER, "default": [], "metavar": "KEY VALUE"}
+    parser.add_argument("--opts", **opts, help="for the config, at the end")
+    args = parser.parse_args(argv)
+    from retina_focal.tools.report.page import render  # before minutes of work: it is an extra
+
+    run = open_run(args.run, args.config_file, args.opts)
+    if not (args.data or run.cfg.DATASETS.TEST):
+        raise UserError("the config names no dataset to test on; add: --data DATA")
+    data = use_data(run, args.data or run.cfg.DATASETS.TEST[0])
+    page = {
+        **origin("report", argv, run.cfg.MODEL.DEVICE),
+        "run": args.run,
+        "weights": run.weights.name,
+        **_measured(run, data, args.worst),
+        **_of_training(run, Path(args.run), data),
+    }
+    path = args.output or Path(args.run, "report.html")
+    text = render(page)
+    write_whole(path, text)
+    print(f"{path}: {len(text.encode()) / 1e6:.2f} MB, opens without a network")
+
+
+def _measured(run: Run, data: str, num_worst: int) -> dict:
+    """What the run detects on the dataset, measured and shown."""
+    dataset = json.loads(load(data).json_file.read_bytes())
+    subject = Subject(str(run.weights), data, dataset, detections(run, run_model(run), data))
+    points = operating_points.read(run.weights.parent)
+    is_same = points is not None and points.content.get("dataset") == data
+    report = measure(subject, points, is_same)
+    kept = kept_at(subject.evaluated, points.thresholds if points else {}, DEFAULT_THRESHOLD)
+    paths = {x["image_id"]: x["file_name"] for x in DatasetCatalog.get(data)}
+    pixels = retina_focal_node(run.cfg).DATA.MAX_PIXELS
+    worst = content.worst_pictures(kept, report["worst_images"][:num_worst], paths, pixels)
+    suspects = content.suspects(report["suspected_labels"][:SUSPECTS], paths, pixels)
+    return {
+        "report": report,
+        "figures": figures.evaluation_figures(report),
+        "worst": _as_uris(worst),
+        "suspects": _as_uris(suspects),
+        "num_suspects": len(report["suspected_labels"]),
+    }
+
+
+def _as_uris(shown: Sequence[content.Shown]) -> list[dict]:
+    return [{**x._asdict(), "image": figures.jpeg(x.image)} for x in shown]
+
+
+def _of_training(run: Run, folder: Path, tested: str) -> dict:
+    """Data findings, curves, anchors and anatomy; each None, with the reason, where it is not."""
+    cfg = run.cfg
+    names = [*cfg.DATASETS.TRAIN, retina_focal_node(cfg).DATA.VAL, tested]
+    names = [name for name in dict.fromkeys(names) if name]
+    data, no_data = content.or_reason(lambda: content.data_findings(cfg, names))
+    name = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else tested
+    anchors, no_anchors = content.or_reason(lambda: content.anchor_coverage(cfg, name))
+    anatomy, no_anatomy = content.or_reason(lambda: content.anatomy(folder / "anatomy"))
+    if anatomy and anatomy["figure"].is_file():
+        anatomy["figure"] = figures.png(anatomy["figure"])
+    return {
+        "data": data,
+        "curves": figures.curves(folder / "metrics.json"),
+        "anchors": anchors,
+        "anatomy": anatomy,
+        "reasons": {"data": no_data, "anchors": no_anchors, "anatomy": no_anatomy},
+    }

@@ -1,0 +1,186 @@
+"""A finished run as an argument: its config, its weights, its classes and what it detects."""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import inference_context
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from torch import nn
+from tqdm import tqdm
+
+from retina_focal.config import retina_focal_node
+from retina_focal.data.classes import class_names, match_classes
+from retina_focal.data.registration import register, register_datasets, use_datasets
+from retina_focal.errors import UserError
+from retina_focal.evaluation.tta import with_tta
+from retina_focal.safe_yaml import read_text
+from retina_focal.tools.common import load_cfg
+from retina_focal.training.checkpoint_files import (
+    checkpoints_of,
+    is_regular,
+    peek,
+    read_checkpoint,
+)
+from retina_focal.training.checkpoints import BEST
+from retina_focal.training.measure import yaml_test_loader
+from retina_focal.weights.load import load_model, local_weights
+
+CONFIG = "config.yaml"  # what a training writes into its folder
+FIRST = (f"{BEST}.pth", "model_final.pth")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What predicts, as `open_run` found it."""
+
+    cfg: CfgNode  # frozen; MODEL.WEIGHTS names the weights, OUTPUT_DIR is the run's folder
+    weights: Path
+    classes: tuple[str, ...]  # K names, in the order of the model's scores
+
+
+def open_run(
+    folder: str | Path | None = None, config_file: str | None = None, opts: Sequence[str] = ()
+) -> Run:
+    """A run by its folder, by a config that names weights, or by the weights of a folder with
+    another config.
+
+    Args:
+        folder: of a run: its config.yaml, and its model_best.pth, else its model_final.pth, else
+            its newest checkpoint; one that is not whole is skipped, with a line.
+        config_file: in place of the folder's; as of `train`.
+        opts: KEY VALUE pairs; MODEL.WEIGHTS among them takes the place of the folder's weights.
+    Raises:
+        UserError: neither is given; no such folder or config, or the config is a LazyConfig's; no
+            weights, or none that are whole; or they have another number of classes.
+    """
+    if folder is None and config_file is None:
+        raise UserError("no run is given; expected its folder, or --config-file FILE")
+    cfg = load_cfg(config_file or _config_of(Path(folder)), opts).clone()
+    cfg.defrost()
+    if folder is not None:
+        cfg.OUTPUT_DIR = str(folder)
+        if "MODEL.WEIGHTS" not in opts[::2]:
+            cfg.MODEL.WEIGHTS = str(weights_of(Path(folder)))
+    cfg.freeze()
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError("no weights are given; add: MODEL.WEIGHTS output/model_final.pth")
+    weights = local_weights(cfg.MODEL.WEIGHTS)
+    return Run(cfg, weights, _classes(cfg, weights))
+
+
+def weights_of(folder: Path) -> Path:
+    """The whole checkpoint that a run's folder means; see `open_run`.
+
+    Raises:
+        UserError: there is none.
+    """
+    first = [x for x in (folder / name for name in FIRST) if is_regular(x)]
+    for path in first + [x for x in checkpoints_of(folder) if x not in first]:
+        try:
+            read_checkpoint(path)
+            return path
+        except UserError as error:
+            logger.warning("%s; it is skipped", error)
+    raise UserError(
+        f"'{folder}' holds no whole checkpoint; expected {FIRST[0]}, {FIRST[1]} or "
+        "model_<iteration>.pth, as a training writes them: name another folder"
+    )
+
+
+def use_data(run: Run, data: str) -> str:
+    """Register a dataset that a command names, with the classes of a run; its name.
+
+    Args:
+        data: a name that the run's config or detectron2 has, a URI or a path.
+    Raises:
+        UserError: it is not there, can't be used, or has other classes.
+    """
+    rows = (*run.cfg.DATASETS.get("SOURCES", ()), *run.cfg.DATASETS.get("COCO_JSON", ()))
+    if data not in DatasetCatalog and data not in [name for name, *_ in rows]:
+        register(data, data, allow_outside=retina_focal_node(run.cfg).DATA.ALLOW_OUTSIDE)
+    use_datasets(run.cfg, [data])
+    match_classes([data], run.classes, f"'{run.weights}'")
+    return data
+
+
+def run_model(run: Run) -> nn.Module:
+    """The trained model, for `detections`."""
+    cfg = run.cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TEST = ()  # whose classes are compared where they are read: `use_data`
+    return load_model(cfg)
+
+
+def detections(run: Run, model: nn.Module, dataset: str) -> list[dict]:
+    """What a run detects, in COCO format, with the ids of the dataset's categories.
+
+    Args:
+        model: of `run_model`.
+        dataset: of `use_data`.
+    """
+    ids = MetadataCatalog.get(dataset).get("thing_dataset_id_to_contiguous_id")
+    by_class = {index: category for category, index in ids.items()}
+    found = []
+    model = with_tta(run.cfg, model)
+    with inference_context(model):
+        for inputs in tqdm(yaml_test_loader(run.cfg, dataset), dataset, unit="image"):
+            for image, output in zip(inputs, model(inputs), strict=True):
+                instances = output["instances"].to("cpu")
+                found += instances_to_coco_json(instances, image["image_id"])
+    for result in found:
+        result["category_id"] = by_class[result["category_id"]]
+    return found
+
+
+def _config_of(folder: Path) -> str:
+    if not folder.is_dir():
+        raise UserError(
+            f"the run '{folder}' is no folder (relative paths start from {Path.cwd()}); expected "
+            "the OUTPUT_DIR of a training"
+        )
+    path = folder / CONFIG
+    if not path.exists():
+        raise UserError(
+            f"'{folder}' holds no {CONFIG}, so it is no run; expected the OUTPUT_DIR of a "
+            "training, or a config in its place: --config-file FILE"
+        )
+    if re.search(r"^dataloader:", read_text(path), re.MULTILINE):
+        raise UserError(
+            f"'{path}' is of a LazyConfig, which is code; give a YAML config of the same model: "
+            "--config-file FILE"
+        )
+    return str(path)
+
+
+def _classes(cfg: CfgNode, weights: Path) -> tuple[str, ...]:
+    """Those of the checkpoint; of one that doesn't tell them the config's datasets', or numbers."""
+    expected = cfg.MODEL.RETINANET.NUM_CLASSES
+    classes = peek(weights).get("classes")
+    if classes is None:
+        classes = _classes_of_datasets(cfg)
+        told = f"as in {cfg.DATASETS.TRAIN}" if classes else "and neither do the datasets"
+        logger.warning("'%s' does not name its classes, %s", weights, told)
+    if not classes:
+        return tuple(map(str, range(expected)))
+    if len(classes) != expected:
+        raise UserError(
+            f"'{weights}' has {len(classes)} classes but MODEL.RETINANET.NUM_CLASSES is {expected};"
+            f" add: MODEL.RETINANET.NUM_CLASSES {len(classes)}"
+        )
+    return tuple(classes)
+
+
+def _classes_of_datasets(cfg: CfgNode) -> list[str] | None:
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    try:
+        register_datasets(cfg, names)
+        return class_names(names)
+    except UserError:  # files that are no longer there
+        return None

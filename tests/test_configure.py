@@ -1,0 +1,131 @@
+"""The config that `retina-focal configure` writes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from detectron2.data import DatasetCatalog
+from test_sources import write_voc
+
+from retina_focal.config import flatten, get_cfg
+from retina_focal.data.decisions import Setting
+from retina_focal.data.fingerprint import Pace
+from retina_focal.errors import UserError
+from retina_focal.tools.common import load_cfg
+from retina_focal.tools.configure import command, pace
+from retina_focal.tools.configure.command import find_splits, main
+
+
+@pytest.fixture
+def arguments(data, lite0_weights, tmp_path, monkeypatch) -> list[str]:
+    """Of a command whose datasets are six pictures, and whose weights lie in the cache."""
+    monkeypatch.setattr(command, "cache_folder", lambda: lite0_weights.parent)
+    uri = f"coco:{data}/a.json?images={data}"
+    yield [uri, "--val", uri, "--minutes", "8", "--output", str(tmp_path / "rectangles.yaml")]
+    for name in ("rectangles_train", "rectangles_val"):
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+
+
+@pytest.fixture
+def idle(monkeypatch) -> None:
+    """A machine whose pace is known."""
+
+    def paced(settings, val_records, shorter, batch, machine) -> Pace:
+        return Pace(shorter, batch, 20.0, 0.57 * (shorter / 320) ** 2, 0.1)
+
+    monkeypatch.setattr(command, "measured_pace", paced)
+
+
+def test_every_line_that_sets_something_says_why(arguments, idle):
+    main(arguments)
+    path = Path(arguments[-1])
+    lines = [x for x in path.read_text().splitlines() if not x.startswith("#")]
+    loaded = flatten(yaml.safe_load(path.read_text()))
+    valued = [x for x in lines if not x.split("  #")[0].rstrip().endswith(":")]
+    assert len(valued) == len(loaded) > 40
+    assert all(len(x.split("  # ", 1)[1].strip()) > 3 for x in valued)
+
+
+def test_the_file_is_plain_and_stands_alone(arguments, idle, tmp_path, monkeypatch):
+    main(arguments)
+    path, cfg = arguments[-1], get_cfg()
+    cfg.merge_from_file(path, allow_unsafe=False)
+    assert "_BASE_" not in Path(path).read_text()
+    assert Path(cfg.MODEL.WEIGHTS).is_file()
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 2
+    assert cfg.DATASETS.TRAIN == ("rectangles_train",)
+    assert cfg.DATASETS.TEST == ("rectangles_val",)
+    assert cfg.MODEL.RETINA_FOCAL.DATA.VAL == "rectangles_val"
+    assert cfg.DATASETS.SOURCES[0] == ["rectangles_train", arguments[0]]
+    assert cfg.OUTPUT_DIR == "output/rectangles"
+    # 36 x 28 px are 32 px of 64: nothing is to be enlarged beyond the least size.
+    assert cfg.INPUT.MIN_SIZE_TEST == 224
+    assert load_cfg(path).SOLVER.MAX_ITER == cfg.SOLVER.MAX_ITER
+
+
+def test_test_is_not_looked_at(tmp_path, monkeypatch):
+    for name in ("train", "val", "test"):
+        write_voc(tmp_path / "voc", split=name)
+    found = find_splits(f"voc:{tmp_path}/voc", None, "mine")
+    assert [name for name, _ in found] == ["mine_train", "mine_val"]
+    assert not any("test" in uri.rpartition("split=")[2] for _, uri in found)
+
+
+def test_where_val_is_missing_a_part_is_held_out(data):
+    found = find_splits(f"coco:{data}/a.json?images={data}", None, "mine")
+    assert [uri.rpartition("&split=")[2] for _, uri in found] == ["train&val=0.2", "val&val=0.2"]
+    DatasetCatalog.register("a_registered_name", list)
+    try:
+        with pytest.raises(UserError, match="type its val too: --val NAME"):
+            find_splits("a_registered_name", None, "mine")
+        pair = find_splits("a_registered_name", f"coco:{data}/a.json", "mine")
+        assert pair == [("a_registered_name",) * 2, ("mine_val", f"coco:{data}/a.json")]
+    finally:
+        DatasetCatalog.remove("a_registered_name")
+
+
+def test_the_output_is_a_yaml_file(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([*arguments[:-1], "config.json"])
+    assert error.value.code == 2
+    assert "ends in .yaml" in capsys.readouterr().err
+
+
+def test_the_pace_is_read_from_what_the_training_wrote(tmp_path):
+    lines = '{"iteration": 3}\n{"iteration": 7, "time": 0.5}\n'
+    (tmp_path / "metrics.json").write_text(lines)
+    log = "d2: Total inference time: 0:00:01.500000 (0.300000 s / iter per device, on 1 devices)"
+    (tmp_path / "log.txt").write_text(f"start\n{log}\n")
+    found = pace._pace_of(tmp_path, wall=30.0, shorter=320, batch=4)
+    assert found == Pace(320, 4, 30.0 - 0.5 * pace.MEASURED_STEPS - 1.5, 0.5, 0.3)
+    assert found.step_at(640) == 2.0
+
+
+def test_a_training_that_fails_is_told_of(arguments, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "some warning\nretina-focal train: no disk\n")
+    monkeypatch.setattr(pace.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(SystemExit, match="retina-focal train: no disk"):
+        main(arguments)
+
+
+def test_settings_of_tiles_are_keys_of_the_config():
+    from test_decisions import CELLS, CPU, PACE, input_settings, replace, schedule_settings
+
+    slide = replace(CELLS, shorter=12_000.0, aspect=1.0, small=20.0)
+    inputs, sides, _ = input_settings(slide, PACE, 30, 640)
+    settings = {**inputs, **schedule_settings(slide, CPU, PACE, 30, sides)}
+    assert settings.keys() <= flatten(get_cfg()).keys()
+    assert pace.text_of({"A.B": Setting(1, "why")}) == "A:\n  B: 1  # why"
+
+
+@pytest.mark.slow
+def test_it_trains_with_nothing_touched(arguments, tmp_path):
+    arguments[arguments.index("--minutes") + 1] = "1"
+    main(arguments)
+    command = [sys.executable, "-W", "ignore", "-m", "retina_focal.tools.cli", "train"]
+    command += ["--config-file", arguments[-1], "OUTPUT_DIR", str(tmp_path / "run")]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "run" / "model_final.pth").is_file()
