@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -185,9 +186,8 @@ def test_a_sweep_killed_in_the_middle_repeats_no_finished_run_and_loses_none(
     finished = results_of(tmp_path)
     assert len(finished) == 1
     trained = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
-    second = ablate_process(base, tmp_path, *grid)
-    output, _ = second.communicate(timeout=500)
-    assert second.returncode == 0, output
+    again = [*grid, "--jobs", "2", "--base", str(base), "--output", str(tmp_path)]
+    ablate.main(again)
     assert results_of(tmp_path)[:1] == finished
     assert [result["row"] for result in results_of(tmp_path)] == [
         f"FOCAL_LOSS_GAMMA {g}" for g in (0, 2)
@@ -199,12 +199,12 @@ def test_a_sweep_killed_in_the_middle_repeats_no_finished_run_and_loses_none(
     tables = [tmp_path / name for name in ("table.md", "table.csv", "plot.png")]
     for table in tables:
         table.unlink()
-    ablate.main([*grid, "--base", str(base), "--output", str(tmp_path)])
+    ablate.main(again)
     assert all(table.stat().st_size > 0 for table in tables)
 
 
 def test_a_killed_sweep_leaves_nothing_running(base, tmp_path):
-    sweep = ablate_process(base, tmp_path, "hinge", "--iterations", "100000")
+    sweep = ablate_process(base, tmp_path, "hinge", "--jobs", "2", "--iterations", "100000")
     while not list(tmp_path.rglob("metrics.json")):
         assert sweep.poll() is None, sweep.stdout.read()
         time.sleep(0.1)
@@ -305,17 +305,27 @@ def test_the_grids_sentence_is_the_mean_range_along_each_key(base, tmp_path):
     assert f"by 4.5 with {GAMMA}, by 1.5 with {ALPHA}." in sentence
 
 
-def test_submitits_local_executor_runs_a_row(base, tmp_path):
+@pytest.fixture
+def submit(base, tmp_path, monkeypatch) -> Callable[..., list[str]]:
+    """Runs a row through submitit, whose jobs have this environment; the rows that have results."""
     pytest.importorskip("submitit", reason="submitit is not installed: make setup")
-    process = ablate_process(base, tmp_path, "hinge", "--cluster", "local")
-    output, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, output
-    assert [result["row"] for result in results_of(tmp_path)] == ["hinge"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def run(*arguments: str) -> list[str]:
+        output = tmp_path / "out"
+        ablate.main(["hinge", "--base", str(base), "--output", str(output), *arguments])
+        return [result["row"] for result in results_of(output)]
+
+    return run
 
 
-def test_the_slurm_job_that_submitit_writes_runs_the_row(base, tmp_path):
+def test_submitits_local_executor_runs_a_row(submit):
+    assert submit("--cluster", "local") == ["hinge"]
+
+
+def test_the_slurm_job_that_submitit_writes_runs_the_row(submit, tmp_path, monkeypatch):
     """`sbatch`, `srun` and `sacct` stand in for a cluster; the job is slurm's own script."""
-    pytest.importorskip("submitit", reason="submitit is not installed: make setup")
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, lines in {
@@ -331,22 +341,11 @@ def test_the_slurm_job_that_submitit_writes_runs_the_row(base, tmp_path):
         path = programs / name
         path.write_text(f"#!/bin/bash\n{lines}\n")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    environment = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
-    command = [sys.executable, "-W", "ignore", "-m", "retina_focal.tools.cli", "ablate", "hinge"]
-    command += ["--base", str(base), "--output", str(tmp_path / "out"), "--cluster", "slurm"]
-    command += ["--cluster-option", "slurm_partition=gpu", "--cluster-option", "gpus_per_node=1"]
-    process = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    options = ["--cluster-option", "slurm_partition=gpu", "--cluster-option", "gpus_per_node=1"]
+    assert submit("--cluster", "slurm", *options) == ["hinge"]
     job = (tmp_path / "job.sh").read_text()
     assert "#SBATCH --partition=gpu" in job and "#SBATCH --gpus-per-node=1" in job
-    assert [result["row"] for result in results_of(tmp_path / "out")] == ["hinge"]
 
 
 def test_a_results_file_of_something_else_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 
+from retina_focal.data.coco import coco_file
 from retina_focal.data.registration import register_coco_json
 from retina_focal.errors import UserError
 from retina_focal.evaluation import evaluators
@@ -87,6 +88,22 @@ def test_ground_truth_that_is_not_finite_is_refused_whoever_registered_it(tmp_pa
     finally:
         DatasetCatalog.remove("of_functions")
         MetadataCatalog.remove("of_functions")
+
+
+def test_what_can_not_be_trained_on_can_be_measured_with(tmp_path):
+    """A test set of which nobody has annotated anything."""
+    image = {"id": 1, "file_name": "a.png", "height": 9, "width": 9}
+    content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "cell"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    register_coco_json("bare", str(tmp_path / "a.json"), str(tmp_path))
+    try:
+        file = coco_file("bare")
+        with pytest.raises(UserError, match=r"'bare': .*can't be used"):
+            file.refuse("bare", trained_on=True)
+        assert evaluators.build_evaluator("bare", str(tmp_path))
+    finally:
+        DatasetCatalog.remove("bare")
+        MetadataCatalog.remove("bare")
 
 
 NAN = math.nan

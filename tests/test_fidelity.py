@@ -219,6 +219,15 @@ def test_values_of_detectron2_are_read_from_detectron2(monkeypatch):
     fidelity.choice_of.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("name", "source"), [("prior", "detectron2 defaults.py"), ("anchor scales", "model zoo")]
+)
+def test_a_value_of_detectron2_is_said_to_be_where_it_is_set(name, source):
+    """Base-RetinaNet.yaml sets the scales of an octave; defaults.py has one anchor size."""
+    (setting,) = (setting for setting in SETTINGS if setting.name == name)
+    assert fidelity.choice_of(setting, "detectron2").source.endswith(source)
+
+
 def test_consequences_quote_the_ap_of_the_ablations():
     consequence = {setting.name: setting.consequence for setting in SETTINGS}
     for path in CONFIGS.glob("ablations/table_1[ab]_*.yaml"):

@@ -29,6 +29,7 @@ from retina_focal.data.sample import (
     to_coco,
 )
 from retina_focal.errors import UserError
+from retina_focal.tools import sample_data
 from retina_focal.tools.sample_data import main
 from retina_focal.weights.lite0 import WEIGHTS_FILE, WEIGHTS_WHEEL, to_timm
 
@@ -93,6 +94,17 @@ def test_offline_is_one_sentence_and_leaves_nothing_behind(tmp_path, monkeypatch
     assert "needs the network once" in stop.value.code
     assert "\n" not in stop.value.code
     assert not output.exists() and not weights.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"), [([], "datasets/trees"), (["--output", "mine"], "mine")]
+)
+def test_the_folder_is_the_one_that_is_named(arguments, folder, monkeypatch):
+    written = []
+    monkeypatch.setitem(sample.PREPARE, "trees", written.append)
+    monkeypatch.setattr(sample_data, "prepare_weights", written.append)
+    main(["trees", "--weights", "weights.pth", *arguments])
+    assert written == [Path(folder), Path("weights.pth")]
 
 
 # --- the real files
