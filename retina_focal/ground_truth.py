@@ -45,7 +45,10 @@ def ground_truth(
                 f"model has {num_classes} classes, 0 to {num_classes - 1}; set "
                 "MODEL.RETINANET.NUM_CLASSES to the dataset's"
             )
-    targets = [_with_regions(record) for record in batched_inputs]
+    targets = [
+        _with_regions(record) if "ignore_regions" in record else record["instances"]
+        for record in batched_inputs
+    ]
     if all(x.gt_boxes.tensor.device == x.gt_classes.device == device for x in targets):
         return targets
     boxes = to_device(
@@ -58,9 +61,7 @@ def ground_truth(
 
 
 def _with_regions(record: dict) -> Instances:
-    instances, regions = record["instances"], record.get("ignore_regions")
-    if regions is None or len(regions) == 0:
-        return instances
+    instances, regions = record["instances"], record["ignore_regions"]
     classes = instances.gt_classes
     return Instances(
         instances.image_size,
