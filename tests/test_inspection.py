@@ -215,3 +215,16 @@ def test_the_page_shows_the_pictures_of_findings_and_needs_nothing_beside_it(tmp
     assert len(sizes) == 2 and all(max(size) <= 160 for size in sizes)
     red = np.asarray(Image.open(io.BytesIO(found[1])), int)
     assert ((red[..., 0] > 200) & (red[..., 1] < 80)).any()
+
+
+@pytest.mark.parametrize("same", range(4))
+def test_three_bits_that_differ_are_near_whichever_quarter_is_the_same(same):
+    """Each quarter of the 64 bits is two rows of the thumbnail."""
+    rising = np.arange(100, 109, dtype=np.uint8)  # no bit is set
+    thumb = np.tile(rising, (8, 1))
+    other = thumb.copy()
+    for quarter in {0, 1, 2, 3} - {same}:
+        other[2 * quarter, 8] = other[2 * quarter, 7] - 1  # one bit
+    assert near_pairs(np.stack((thumb, other))).tolist() == [[0, 1]]
+    other[2 * same, 8] = other[2 * same, 7] - 1
+    assert near_pairs(np.stack((thumb, other))).tolist() == []

@@ -100,7 +100,6 @@ def _thumbnail(image: Image.Image) -> bytes:
 
 def _decode(image: Image.Image) -> bytes:
     image.draft("L", (4 * WIDTH, 4 * HEIGHT))  # does nothing where it is no JPEG
-    image.load()
     return image.convert("L").resize((WIDTH, HEIGHT), Image.Resampling.BOX).tobytes()
 
 
