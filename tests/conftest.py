@@ -43,7 +43,6 @@ PLUGIN = {
 def small_cfg(depth: int = 18, norm: str = "BN", **names: str) -> CfgNode:
     """detectron2's retinanet_R_50_FPN_1x.yaml with 64 channels, 3 classes and no weights file.
 
-    R-50 has half its channels: as deep, and a quarter of the arithmetic.
     Norms are trained: a random network with frozen ones sends activations of 1e5 into the head.
     """
     cfg = detectron2_get_cfg()
@@ -53,9 +52,7 @@ def small_cfg(depth: int = 18, norm: str = "BN", **names: str) -> CfgNode:
         "MODEL.WEIGHTS": "",
         "MODEL.BACKBONE.FREEZE_AT": 0,
         "MODEL.RESNETS.DEPTH": depth,
-        "MODEL.RESNETS.STEM_OUT_CHANNELS": 64 if depth < 50 else 32,
-        "MODEL.RESNETS.WIDTH_PER_GROUP": 64 if depth < 50 else 32,
-        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 if depth < 50 else 128,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 if depth < 50 else 256,
         "MODEL.RESNETS.NORM": norm,
         "MODEL.FPN.OUT_CHANNELS": 64,
         "MODEL.RETINANET.NUM_CLASSES": 3,

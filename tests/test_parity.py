@@ -177,9 +177,10 @@ def test_detections_equal_stock_without_a_score_threshold(pair, batch):
         assert_same_detections(ours, theirs)
 
 
+@pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("norm", ["BN", "GN"])
-def test_detections_equal_stock_after_training(norm):
-    stock, plugin = build_pair(18, norm, norm)  # a head with norm learns in few steps
+def test_detections_equal_stock_after_training(depth, norm):
+    stock, plugin = build_pair(depth, norm, norm)  # a head with norm learns in few steps
     train = pictures([(96, 128), (128, 96)], num_boxes=[10, 12], seed=1)
     for _ in range(10):
         sgd_steps(stock, [train] * 10, lr=0.02, max_norm=10.0)
@@ -236,7 +237,7 @@ def test_weights_drift_from_stock_as_rounding_does_r50(norm):
     """A deep network amplifies rounding: the scale is stock against itself with noisy gradients."""
     stock, plugin = build_pair(50, norm, "")
     noisy = copy.deepcopy(stock)
-    batches = batches_of_two(8)
+    batches = batches_of_two(20)
     sgd_steps(stock, batches, lr=1e-3)
     sgd_steps(noisy, batches, lr=1e-3, gradient_noise=1e-7)
     sgd_steps(plugin, batches, lr=1e-3)

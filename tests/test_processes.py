@@ -31,14 +31,10 @@ needs_cpu_processes = pytest.mark.skipif(
 
 
 def tiny_cfg(norm: str = "GN", normalizer: str = "global", **names: object):
-    """A thin R-50 and pyramid, whose norms see one image each, so that a batch can be split.
-
-    32 channels are the fewest that group norm takes.
-    """
-    cfg = small_cfg(50, norm, **PLUGIN)
+    """R-18 with a thin pyramid, whose norms see one image each, so that a batch can be split."""
+    cfg = small_cfg(norm=norm, **PLUGIN)
     add_retina_focal_config(cfg)
     tiny = {
-        "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
         "MODEL.FPN.OUT_CHANNELS": 32,
         "MODEL.RETINANET.NUM_CONVS": 1,
         "MODEL.RETINA_FOCAL.NORMALIZER": normalizer,
