@@ -106,7 +106,7 @@ def test_installed_wheel_trains_two_iterations_from_a_config_name(installed, tmp
     run_outside(installed, tmp_path, installed / "bin" / "retina-focal", "train", *flags, *pairs)
     output = tmp_path / "output"
     config = installed / "retina_focal" / "configs" / name
-    assert f"config_file={config}:" in (output / "log.txt").read_text()
+    assert f"config_file='{config}'" in (output / "log.txt").read_text()
     assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == 1
     lines = (output / "metrics.json").read_text().splitlines()
     assert any("bbox/AP" in json.loads(line) for line in lines)

@@ -140,7 +140,7 @@ TEXTS = {
     "key that is a number": ("1: 2", "line 1: the key 1 is no text"),
     "key that is a list": ("? [1]\n: 2", "line 1: the key that is a list"),
     "unknown key": ("MODEL: {{NOPE: 1}}".format(), "MODEL.NOPE"),
-    "value of another type": ("SEED: x", "Type mismatch"),
+    "value of another type": ("SEED: x", "SEED is x; expected"),
     "value for a node": ("MODEL: 3", "MODEL is 3; expected KEY: VALUE"),
     "text that is no value": ("OUTPUT_DIR: '{[]: 1}'", "unhashable"),
     "version": ("VERSION: 99", "VERSION is 99; expected at most 2"),
