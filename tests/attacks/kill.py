@@ -285,6 +285,10 @@ def damage(output: Path, draw: random.Random, seen: dict[str, int]) -> None:
             file.write('{"iteration": 9')
     elif kind in ("torn", "flipped", "nan") and len(paths) > 1:
         path = paths[-1]
+        try:
+            read_checkpoint(path)
+        except UserError:
+            return  # spoilt before, and not written anew since
         size = path.stat().st_size
         if kind == "torn":
             os.truncate(path, draw.randrange(size))
