@@ -16,7 +16,7 @@ from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import build_evaluator
 from retina_focal.evaluation.hotcoco_evaluator import box_ap, results_array
 
-pytest.importorskip("hotcoco")
+pytest.importorskip("hotcoco", reason="hotcoco is not installed: make setup")
 EXACT = 1e-12
 
 

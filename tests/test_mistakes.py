@@ -30,7 +30,7 @@ NOTHING = [40, 85, 10, 10]
     ],
 )
 def test_a_made_error_is_of_its_kind(kind, results):
-    pytest.importorskip("hotcoco")
+    pytest.importorskip("hotcoco", reason="hotcoco is not installed: make setup")
     # A box of the second class, so that it has an AP; it is found.
     dataset = dataset_of([BOX, FAR, [0, 80, 9, 9]], [False] * 3, [1, 1, 2])
     results = results + results_of((2, [0, 80, 9, 9], 0.95))
@@ -69,7 +69,7 @@ def test_every_box_and_detection_is_in_the_confusion_once(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_without_crowds_the_confusion_is_hotcocos(seed):
-    module = pytest.importorskip("hotcoco")
+    module = pytest.importorskip("hotcoco", reason="hotcoco is not installed: make setup")
     dataset, results = made(seed)
     dataset["annotations"] = [x for x in dataset["annotations"] if not x["iscrowd"]]
     truth = module.COCO(dataset)

@@ -438,7 +438,9 @@ def test_a_turned_picture_has_the_size_that_detectron2_sees(tmp_path):
 
 
 def test_yolo_and_voc_are_what_supervision_reads(tmp_path):
-    supervision = pytest.importorskip("supervision")
+    supervision = pytest.importorskip(
+        "supervision", reason="supervision is not installed: pip install supervision"
+    )
     write_voc(tmp_path / "voc")
     write_yolo(tmp_path / "yolo")
     voc = supervision.DetectionDataset.from_pascal_voc(
