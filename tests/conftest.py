@@ -40,6 +40,12 @@ PLUGIN = {
 }
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of another test's, or of the user's, in the cache of datasets."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def small_cfg(depth: int = 18, norm: str = "BN", **names: str) -> CfgNode:
     """detectron2's retinanet_R_50_FPN_1x.yaml with 64 channels, 3 classes and no weights file.
 

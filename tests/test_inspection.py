@@ -9,11 +9,13 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from test_sources import CLASSES, cache, scene_of, write_coco, write_voc  # noqa: F401
+from test_sources import CLASSES, scene_of, write_coco, write_voc
 
 from retina_focal.data.duplicates import near_pairs
 from retina_focal.data.inspection import DONE, PICTURES, SPLITS, compare, inspect
 from retina_focal.tools.check.command import as_json, main
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 BCCD = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "bccd")
 

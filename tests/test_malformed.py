@@ -8,9 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
-from test_sources import WRITERS, cache  # noqa: F401
+from test_sources import WRITERS
 
 from retina_focal.data.inspection import Inspected, inspect
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 # What is damaged, of what `WRITERS` writes.
 FILES = {

@@ -18,6 +18,8 @@ from retina_focal.errors import UserError
 from retina_focal.tools.common import add_config_arguments, load_cfg, load_lazy_cfg, tool_parser
 from retina_focal.training.values import plain_values
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CLASSES = ("RBC", "WBC", "Platelets")
 BCCD = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), "bccd")
 # (picture, (width, height), [(class, corners in px)]); the last has no box.
@@ -26,11 +28,6 @@ SCENE = [
     ("b.jpg", (33, 77), [("Platelets", (3, 3, 4, 76)), ("RBC", (0, 0, 33, 77))]),
     ("c.jpg", (50, 40), []),
 ]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def voc_xml(name, size, boxes, head="", difficult=0) -> str:
