@@ -5,6 +5,7 @@ import json
 import logging
 import resource
 import signal
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as detectron2_get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from hypothesis import settings
 
@@ -98,6 +100,16 @@ def table_rows(markdown: str) -> list[list[str]]:
 def _package_log_reaches_caplog(monkeypatch) -> None:
     """Also where a tool, run by an earlier test, gave the logger handlers of its own."""
     monkeypatch.setattr(logging.getLogger("retina_focal"), "propagate", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _datasets_of_one_file() -> Iterator[None]:
+    """No file of tests meets the datasets that another one registered under the same names."""
+    before = set(DatasetCatalog), set(MetadataCatalog)
+    yield
+    for catalog, kept in zip((DatasetCatalog, MetadataCatalog), before, strict=True):
+        for name in set(catalog) - kept:
+            catalog.remove(name)
 
 
 def fetched(wheel: Wheel) -> Path:
