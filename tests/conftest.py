@@ -97,9 +97,15 @@ def table_rows(markdown: str) -> list[list[str]]:
 
 
 @pytest.fixture(autouse=True)
-def _package_log_reaches_caplog(monkeypatch) -> None:
-    """Also where a tool, run by an earlier test, gave the logger handlers of its own."""
-    monkeypatch.setattr(logging.getLogger("retina_focal"), "propagate", True)
+def _package_log_reaches_caplog(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Also where a command gives the logger handlers of its own and passes nothing on."""
+    logger = logging.getLogger("retina_focal")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(caplog.handler)
+    yield
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(autouse=True, scope="module")
