@@ -29,11 +29,16 @@ setup(
         "ablate": ["submitit"],
         "evaluation": ["hotcoco==1.3.0"],  # the version whose numbers were compared
         "report": ["jinja2"],
+        "export": ["onnx", "onnxscript", "onnxruntime"],
+        "openvino": ["openvino==2026.4.1", "nncf==3.4.0"],  # the ones whose results were compared
         "test": [
             "jinja2",
             "timm",
             "submitit",
             "hotcoco==1.3.0",
+            "onnx",
+            "onnxscript",
+            "onnxruntime",
             "pytest",
             "pytest-xdist",
             "hypothesis",
