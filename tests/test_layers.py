@@ -46,6 +46,7 @@ LAYERS = [
     {"retinanet", "proposals"},
     {"data", "weights"},
     {"training", "evaluation"},
+    {"export"},
     {"tools"},
 ]
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
