@@ -1,10 +1,10 @@
-"""What an exported file says of itself: all that its users need besides the arithmetic."""
+"""What an exported file says of itself: one JSON text, under one key in every format."""
 
 import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,31 +15,38 @@ from retina_focal.errors import UserError
 from retina_focal.evaluation.operating_points import OperatingPoints
 from retina_focal.files import open_regular
 
-KEY = "retina_focal"  # under which a file holds the JSON text
+KEY = "retina_focal"
 VERSION = 1
-RESIZES = ("shortest_edge", "none")
+AGAIN = "export the run again: retina-focal export RUN --output DIR"
+CHOICES = {
+    "format": ("RGB", "BGR"),
+    "dtype": ("float32", "uint8"),
+    "nms": ("inside", "outside"),
+    "scores": ("raw", "calibrated"),
+    "precision": ("fp32", "bf16", "int8"),
+}
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """Of one exported file. The fields are those of the JSON object, in its order."""
+    """What whoever runs the file needs to know."""
 
-    classes: tuple[str, ...]
-    input: dict  # {"format": "RGB" or "BGR", "dtype": "float32" or "uint8"}
-    resize: dict  # {"kind": one of RESIZES, "min": pixels, "max": pixels}
+    classes: tuple[str, ...]  # K names
+    format: str  # channel order of the input
+    dtype: str  # of the input
+    resize: dict  # {"kind": "shortest_edge", "min": 800, "max": 1333}, pixels
     score_thresh: float
     nms_thresh: float
-    nms: str  # "inside" or "outside"
+    nms: str
     class_agnostic_nms: bool
     topk_candidates: int
     detections_per_image: int
-    operating_points: dict[str, float | None] | None  # by class; None: no score reaches the rule
-    calibration: dict[str, dict] | None  # by class, as operating_points.json has it
-    scores: str  # "raw" or "calibrated"
-    precision: str  # "fp32", "bf16" or "int8"
+    operating_points: dict[str, float | None] | None
+    calibration: dict | None
+    scores: str
+    precision: str
     checkpoint_sha256: str
     producer: str
-    version: int = VERSION
 
     @classmethod
     def of_run(
@@ -52,7 +59,6 @@ class Metadata:
         uint8: bool = False,
         nms: str = "inside",
         scores: str = "raw",
-        precision: str = "fp32",
     ) -> "Metadata":
         """What a run's config, weights and operating points say.
 
@@ -61,99 +67,61 @@ class Metadata:
             weights: the checkpoint.
             points: of these weights, where there are any.
         """
-        node, smallest = cfg.MODEL.RETINANET, cfg.INPUT.MIN_SIZE_TEST
-        edges = {"kind": "shortest_edge", "min": smallest, "max": cfg.INPUT.MAX_SIZE_TEST}
+        node, edges = cfg.MODEL.RETINANET, cfg.INPUT
+        resize = {"kind": "shortest_edge", "min": edges.MIN_SIZE_TEST, "max": edges.MAX_SIZE_TEST}
         return cls(
             classes=tuple(classes),
-            input={"format": cfg.INPUT.FORMAT, "dtype": "uint8" if uint8 else "float32"},
-            resize=edges if smallest else {"kind": "none"},
+            format=edges.FORMAT,
+            dtype="uint8" if uint8 else "float32",
+            resize=resize if edges.MIN_SIZE_TEST else {"kind": "none"},
             score_thresh=node.SCORE_THRESH_TEST,
             nms_thresh=node.NMS_THRESH_TEST,
             nms=nms,
             class_agnostic_nms=retina_focal_node(cfg).TEST.CLASS_AGNOSTIC_NMS,
             topk_candidates=node.TOPK_CANDIDATES_TEST,
             detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-            operating_points=points and _thresholds(points),
-            calibration=points and _calibration(points),
+            operating_points=None if points is None else _thresholds(points),
+            calibration=None if points is None else _calibration(points),
             scores=scores,
-            precision=precision,
+            precision="fp32",
             checkpoint_sha256=_sha256(weights),
             producer=f"retina_focal {_own_version()}",
         )
 
     def to_json(self) -> str:
-        """One line; `from_json` gives the same back."""
-        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+        content = asdict(self)
+        image = {key: content.pop(key) for key in ("format", "dtype")}
+        return json.dumps({"version": VERSION, "input": image, **content}, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str, source: str | Path) -> "Metadata":
-        """What the text of a file says.
-
+    def from_json(cls, text: str, source: str) -> "Metadata":
+        """
         Args:
-            source: of the text, for messages.
+            source: names the file in messages.
         Raises:
-            UserError: it is no such text, of a newer version, or lacks a field or has it wrong.
+            UserError: it is no JSON, of another version, or lacks something.
         """
         try:
             content = json.loads(text)
-            found = content["version"]
-            if not isinstance(found, int) or not 1 <= found <= VERSION:
+            version = content.pop("version")
+            if not isinstance(version, int) or version > VERSION:
                 raise UserError(
-                    f"'{source}' was exported with version {found!r} of the metadata, and this "
-                    f"package reads {VERSION}: update it with pip install -U retina_focal, or "
-                    "export the run with this one"
+                    f"'{source}' has metadata of version {version}; this retina_focal reads "
+                    f"{VERSION}: upgrade it, or {AGAIN}"
                 )
-            metadata = cls(**{name: content[name] for name in cls.__annotations__})
-            return cls(**{**metadata.__dict__, "classes": tuple(_checked(metadata).classes)})
+            image = content.pop("input")
+            known = {x.name for x in fields(cls)}
+            content = {k: v for k, v in {**image, **content}.items() if k in known}
+            content["classes"] = tuple(map(str, content["classes"]))
+            metadata = cls(**content)
+            for key, choices in CHOICES.items():
+                if getattr(metadata, key) not in choices:
+                    raise ValueError(f"{key} is {getattr(metadata, key)!r}")
+            return metadata
         except UserError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
-            raise UserError(
-                f"the metadata '{KEY}' of '{source}' can't be used: {reason}; expected a file "
-                "that retina-focal export wrote"
-            ) from error
-
-
-def _checked(metadata: Metadata) -> Metadata:
-    """The same; raises ValueError, TypeError or KeyError where a field is wrong."""
-    wrong = [
-        name
-        for name, is_right in {
-            "classes": _are_names(metadata.classes),
-            "input": metadata.input["format"] in ("RGB", "BGR")
-            and metadata.input["dtype"] in ("float32", "uint8"),
-            "resize": _is_resize(metadata.resize),
-            "score_thresh": 0 <= metadata.score_thresh <= 1,
-            "nms_thresh": 0 <= metadata.nms_thresh <= 1,
-            "nms": metadata.nms in ("inside", "outside"),
-            "class_agnostic_nms": isinstance(metadata.class_agnostic_nms, bool),
-            "topk_candidates": metadata.topk_candidates >= 1,
-            "detections_per_image": metadata.detections_per_image >= 1,
-            "operating_points": _are_by_class(metadata.operating_points, metadata.classes),
-            "calibration": _are_by_class(metadata.calibration, metadata.classes),
-            "scores": metadata.scores in ("raw", "calibrated"),
-            "precision": metadata.precision in ("fp32", "bf16", "int8"),
-        }.items()
-        if not is_right
-    ]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is {getattr(metadata, wrong[0])!r}")
-    return metadata
-
-
-def _are_names(classes: object) -> bool:
-    return isinstance(classes, list) and all(isinstance(x, str) for x in classes) and bool(classes)
-
-
-def _is_resize(resize: dict) -> bool:
-    if resize["kind"] == "none":
-        return True
-    return resize["kind"] in RESIZES and 0 < resize["min"] <= resize["max"]
-
-
-def _are_by_class(value: dict | None, classes: Sequence[str]) -> bool:
-    return value is None or set(value) <= set(classes)
+            raise UserError(f"'{source}' has wrong metadata ({error}); {AGAIN}") from error
 
 
 def _thresholds(points: OperatingPoints) -> dict[str, float | None]:
@@ -167,8 +135,8 @@ def _calibration(points: OperatingPoints) -> dict[str, dict]:
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open_regular(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        while part := file.read(1 << 20):
+            digest.update(part)
     return digest.hexdigest()
 
 

@@ -32,7 +32,7 @@ def write_onnx(model: FocalRetinaNet, metadata: Metadata, path: Path) -> None:
             f"export to onnx needs {error.name}, which is not installed; type: "
             "pip install 'retina_focal[export]'"
         ) from error
-    uint8 = metadata.input["dtype"] == "uint8"
+    uint8 = metadata.dtype == "uint8"
     network = ExportedNetwork(model, uint8=uint8, nms=metadata.nms == "inside").eval()
     dims = (0, "N"), (1 if uint8 else 2, "H"), (2 if uint8 else 3, "W")
     with warnings.catch_warnings(), torch.no_grad():
