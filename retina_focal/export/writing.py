@@ -3,22 +3,22 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from retina_focal.export.beside import write_runtime
 from retina_focal.export.metadata import Metadata
 from retina_focal.export.onnx_format import write_onnx
+from retina_focal.export.openvino_format import quantize, to_openvino
 from retina_focal.export.proof import Row, prove
 from retina_focal.export.runners import open_exported
 from retina_focal.export.torch_formats import write_torch_export, write_torchscript
 from retina_focal.files import write_error
 from retina_focal.retinanet import FocalRetinaNet
-
-Writer = Callable[[FocalRetinaNet, Metadata, Path], object]
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Format:
     """One that `retina-focal export` writes."""
 
     file: str
-    write: Writer
     precisions: tuple[str, ...] = ("fp32",)
 
 
 FORMATS = {
-    "onnx": Format("model.onnx", write_onnx),
-    "torch-export": Format("model.pt2", write_torch_export),
-    "torchscript": Format("model.torchscript", write_torchscript),
+    "onnx": Format("model.onnx"),
+    "openvino": Format("model.xml", ("fp32", "bf16", "int8")),
+    "torch-export": Format("model.pt2"),
+    "torchscript": Format("model.torchscript"),
 }
 
 
@@ -43,23 +43,51 @@ def export(
     format: str,
     output: Path,
     pictures: list[np.ndarray],
+    calibration: Iterable[np.ndarray] = (),
 ) -> tuple[Path, list[Row]]:
     """Write an exported model into a folder, if it detects what the model does.
 
     Args:
+        metadata: its precision is one of the format's.
         format: one of `FORMATS`.
         output: the folder; what it holds of another export of this format is replaced.
         pictures: see `prove`.
+        calibration: for int8; see `quantize`.
     Returns:
         The path of the model, and what was compared.
     Raises:
         UserError: see `prove` and the writer of the format; nothing is written then.
     """
+    assert metadata.precision in FORMATS[format].precisions, metadata.precision
     with whole_folder(output) as folder:
         path = folder / FORMATS[format].file
-        FORMATS[format].write(model, metadata, path)
+        if format == "openvino":
+            _write_openvino(model, metadata, folder, calibration)
+        else:
+            WRITERS[format](model, metadata, path)
         rows = prove(open_exported(path), model, pictures)
+        if format == "onnx":
+            write_runtime(folder)
     return output / path.name, rows
+
+
+WRITERS: dict[str, Callable[[FocalRetinaNet, Metadata, Path], None]] = {
+    "onnx": write_onnx,
+    "torch-export": write_torch_export,
+    "torchscript": write_torchscript,
+}
+
+
+def _write_openvino(
+    model: FocalRetinaNet, metadata: Metadata, folder: Path, calibration: Iterable[np.ndarray]
+) -> None:
+    onnx = folder / "model.onnx"
+    write_onnx(model, replace(metadata, precision="fp32"), onnx)
+    if metadata.precision == "int8":
+        quantize(onnx, folder, calibration, metadata)
+    else:
+        to_openvino(onnx, folder, metadata.precision, metadata)
+    onnx.unlink()
 
 
 @contextmanager

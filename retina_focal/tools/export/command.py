@@ -14,7 +14,7 @@ from retina_focal.export.metadata import Metadata
 from retina_focal.export.proof import table
 from retina_focal.export.writing import FORMATS, export
 from retina_focal.tools.common import command, expect_focal_retinanet, tool_parser
-from retina_focal.tools.export.pictures import proof_pictures
+from retina_focal.tools.export.pictures import calibration_images, proof_pictures
 from retina_focal.tools.runs import Run, open_run, run_model
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,11 @@ def main(argv: list[str]) -> None:
     _say_what_stays(run)
     metadata = _metadata(run, args)
     pictures = proof_pictures(run, args.pictures)
+    calibration = ()
+    if args.precision == "int8":
+        calibration = calibration_images(run, args.calibration, args.uint8)
     model = run_model(run).cpu()
-    path, rows = export(model, metadata, args.format, args.output, pictures)
+    path, rows = export(model, metadata, args.format, args.output, pictures, calibration)
     print(f"{path} against the model, the greatest differences:\n\n{table(rows)}")
 
 
@@ -57,6 +60,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--format", choices=FORMATS, default="onnx",
         help="default: onnx; torchscript is for programs that know no other: torch calls it "
         "deprecated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", choices=FORMATS["openvino"].precisions, default="fp32",
+        help="bf16 and int8: of openvino alone; default: fp32",
     )  # fmt: skip
     parser.add_argument(
         "--uint8", action="store_true", help="the file takes (N, H, W, 3) uint8; default: "
@@ -74,11 +81,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--pictures", nargs="+", metavar="FILE", help="to compare on: pictures, folders, patterns "
         "in quotes; default: of the run's validation or test dataset"
     )  # fmt: skip
+    parser.add_argument(
+        "--calibration", nargs="+", metavar="FILE", help="for int8: pictures like those that the "
+        "file will see, named as --pictures; default: of the run's training dataset"
+    )  # fmt: skip
     opts = {"nargs": argparse.REMAINDER, "default": [], "metavar": "KEY VALUE"}
     parser.add_argument("--opts", **opts, help="for the config, at the end")
     args = parser.parse_args(argv)
     if (args.run is None) == (args.config_file is None):
         parser.error("give one of RUN and --config-file FILE")
+    if args.precision not in FORMATS[args.format].precisions:
+        parser.error(f"--precision {args.precision} needs --format openvino")
     if args.calibrated and args.nms == "outside":
         parser.error("--calibrated needs --nms inside: calibration may change which box is best")
     return args
@@ -105,7 +118,8 @@ def _metadata(run: Run, args: argparse.Namespace) -> Metadata:
     metadata = Metadata.of_run(
         run.cfg, run.classes, run.weights, points, uint8=args.uint8, nms=args.nms
     )
-    return replace(metadata, scores="calibrated") if args.calibrated else metadata
+    scores = "calibrated" if args.calibrated else "raw"
+    return replace(metadata, scores=scores, precision=args.precision)
 
 
 def _points(run: Run) -> OperatingPoints | None:

@@ -1,4 +1,4 @@
-"""The pictures that an exported file is compared on."""
+"""The pictures that an exported file is compared and calibrated on."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
+from detectron2.data.transforms import ResizeShortestEdge
 
 from retina_focal.config import retina_focal_node
 from retina_focal.data.images import BadPicture, check_head
 from retina_focal.data.registration import register_datasets
 from retina_focal.errors import UserError
 from retina_focal.evaluation.inputs import find_inputs
+from retina_focal.export.openvino_format import MOST_PICTURES
 from retina_focal.tools.runs import Run
 
 # One for itself and two in a batch.
@@ -28,7 +30,35 @@ def proof_pictures(run: Run, named: Sequence[str] | None) -> list[np.ndarray]:
     Raises:
         UserError: there is none that can be read.
     """
-    names = [str(x.path) for x in find_inputs(named) if not x.is_video] if named else _of_run(run)
+    cfg = run.cfg
+    names = (retina_focal_node(cfg).DATA.VAL, *cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)
+    return _read(run, named, names, COUNT, "--pictures")
+
+
+def calibration_images(run: Run, named: Sequence[str] | None, uint8: bool) -> list[np.ndarray]:
+    """At most `MOST_PICTURES` batches of one image, resized as the run's config says.
+
+    Args:
+        named: as of `proof_pictures`; default: of ``DATASETS.TRAIN``.
+    Returns:
+        (1, 3, H, W) float32 or (1, H, W, 3) uint8 each.
+    """
+    edges = run.cfg.INPUT
+    resize = ResizeShortestEdge([edges.MIN_SIZE_TEST] * 2, edges.MAX_SIZE_TEST)
+    images = []
+    for picture in _read(run, named, run.cfg.DATASETS.TRAIN, MOST_PICTURES, "--calibration"):
+        image = resize.get_transform(picture).apply_image(picture)
+        images.append(image[None] if uint8 else image.transpose(2, 0, 1)[None].astype(np.float32))
+    return images
+
+
+def _read(
+    run: Run, named: Sequence[str] | None, datasets: Sequence[str], count: int, option: str
+) -> list[np.ndarray]:
+    if named is None:
+        names = _of_datasets(run, datasets)
+    else:
+        names = (str(x.path) for x in find_inputs(named) if not x.is_video)
     pictures, limit = [], retina_focal_node(run.cfg).DATA.MAX_PIXELS
     for name in names:
         try:
@@ -36,19 +66,19 @@ def proof_pictures(run: Run, named: Sequence[str] | None) -> list[np.ndarray]:
             pictures.append(np.ascontiguousarray(read_image(name, run.cfg.INPUT.FORMAT)))
         except BadPicture as error:
             logger.warning("%s; it is left out", error)
-        if len(pictures) == COUNT:
+        if len(pictures) == count:
             break
     if not pictures:
         raise UserError(
-            "no picture of the run's datasets is there to compare on; add: --pictures FILE ..."
+            f"no picture of the run's datasets {[x for x in datasets if x]} can be read; add: "
+            f"{option} FILE ..."
             if named is None
             else f"none of the pictures {' '.join(named)} can be read; name others"
         )
     return pictures
 
 
-def _of_run(run: Run) -> Iterator[str]:
-    datasets = retina_focal_node(run.cfg).DATA.VAL, *run.cfg.DATASETS.TEST, *run.cfg.DATASETS.TRAIN
+def _of_datasets(run: Run, datasets: Sequence[str]) -> Iterator[str]:
     for dataset in filter(None, datasets):
         try:
             register_datasets(run.cfg, [dataset])
