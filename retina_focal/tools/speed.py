@@ -21,14 +21,8 @@ from retina_focal.data.registration import use_datasets
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import build_evaluator
 from retina_focal.files import write_whole
-from retina_focal.tools.common import (
-    add_dataset_argument,
-    command,
-    listed,
-    load_cfg,
-    number,
-    tool_parser,
-)
+from retina_focal.tools.arguments import add_dataset_argument, listed, number, tool_parser
+from retina_focal.tools.common import command, load_cfg
 from retina_focal.tools.reports import figure, origin, table
 from retina_focal.weights.load import load_model
 

@@ -17,12 +17,8 @@ from omegaconf import DictConfig
 from retina_focal.config import config_path, retina_focal_node
 from retina_focal.data.uri import with_whole_rows
 from retina_focal.errors import UserError
-from retina_focal.tools.common import (
-    add_dataset_argument,
-    command,
-    read_cfg,
-    set_up,
-)
+from retina_focal.tools.arguments import add_dataset_argument
+from retina_focal.tools.common import command, read_cfg, set_up
 from retina_focal.training.assembly import evaluate, fit, plain_values
 from retina_focal.training.checkpoint_files import checkpoints_of
 from retina_focal.training.launchers import World, is_restarted, may_restart, world_of

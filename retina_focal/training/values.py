@@ -3,8 +3,9 @@
 from detectron2.config import CfgNode
 from omegaconf import DictConfig, OmegaConf
 
-from retina_focal.config import flatten, get_cfg, merge_options
+from retina_focal.config import flatten, get_cfg
 from retina_focal.errors import UserError
+from retina_focal.merging import merge_options
 
 # What a LazyConfig has of MODEL.RETINA_FOCAL, in lower case, in `train.retina_focal`; all else is
 # an argument of one of its parts.

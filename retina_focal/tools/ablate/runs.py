@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 
-from retina_focal.config import config_path, flatten, get_cfg, merge_options
+from retina_focal.config import config_path, flatten, get_cfg
 from retina_focal.data.check import ALLOW_OUTSIDE
 from retina_focal.errors import UserError
 from retina_focal.files import write_whole
 from retina_focal.limits import check_values
+from retina_focal.merging import merge_options
 from retina_focal.safe_yaml import BASE_KEY, read_text, read_yaml
 from retina_focal.tools.common import (
     ignore_deprecations,

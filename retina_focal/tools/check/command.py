@@ -20,8 +20,9 @@ from retina_focal.data.inspection import (
 )
 from retina_focal.data.sources import splits
 from retina_focal.errors import UserError
+from retina_focal.tools.arguments import listed, number, tool_parser
 from retina_focal.tools.check.page import ranked, write_page
-from retina_focal.tools.common import command, listed, number, tool_parser
+from retina_focal.tools.common import command
 
 GROUPS = ("annotations", "pictures", "splits")
 STRICT = (*REFUSED, "warning")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from retina_focal.config import config_path, flatten, get_cfg, merge_file, package_config
+from retina_focal.config import config_path, flatten, get_cfg, package_config
 from retina_focal.data.anchor_search import search
 from retina_focal.data.coverage import BoxTable, anchors_of, box_table, cover
 from retina_focal.data.decisions import (
@@ -34,8 +34,10 @@ from retina_focal.data.sources import splits
 from retina_focal.data.uri import has_scheme, parse
 from retina_focal.errors import UserError
 from retina_focal.files import cache_folder, write_whole
+from retina_focal.merging import merge_file
 from retina_focal.safe_yaml import read_yaml_with_bases
-from retina_focal.tools.common import command, number, tool_parser
+from retina_focal.tools.arguments import number, tool_parser
+from retina_focal.tools.common import command
 from retina_focal.tools.configure.pace import measured_pace, text_of
 from retina_focal.tools.reports import processor
 from retina_focal.weights.lite0 import prepare_weights

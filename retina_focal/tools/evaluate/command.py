@@ -14,7 +14,8 @@ from retina_focal.evaluation.detections import read_results
 from retina_focal.evaluation.operating_points import OperatingPoints, check_rule
 from retina_focal.evaluation.summary import Subject, compare, measure
 from retina_focal.files import write_whole
-from retina_focal.tools.common import command, number, tool_parser
+from retina_focal.tools.arguments import number, tool_parser
+from retina_focal.tools.common import command
 from retina_focal.tools.evaluate.tables import comparison_text, report_text
 from retina_focal.tools.reports import figure
 from retina_focal.tools.runs import Run, detections, open_run, run_model, use_data

@@ -10,17 +10,12 @@ from typing import NamedTuple
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from retina_focal.config import (
-    config_path,
-    flatten,
-    get_cfg,
-    merge_file,
-    merge_options,
-    package_config,
-)
+from retina_focal.config import config_path, flatten, get_cfg, package_config
 from retina_focal.errors import UserError
+from retina_focal.merging import merge_file, merge_options
 from retina_focal.safe_yaml import bases, read_text, read_yaml
-from retina_focal.tools.common import command, tool_parser
+from retina_focal.tools.arguments import tool_parser
+from retina_focal.tools.common import command
 from retina_focal.tools.fidelity.settings import SETTINGS, Choice, Setting, frozen
 
 REFERENCES = {

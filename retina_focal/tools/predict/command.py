@@ -19,7 +19,8 @@ from retina_focal.evaluation.inputs import Input, find_inputs
 from retina_focal.evaluation.operating_points import OperatingPoints
 from retina_focal.evaluation.prediction import Prediction, Predictor
 from retina_focal.files import write_error
-from retina_focal.tools.common import command, listed, number, tool_parser
+from retina_focal.tools.arguments import listed, number, tool_parser
+from retina_focal.tools.common import command
 from retina_focal.tools.predict.outputs import OUTPUTS, Drawings, Found, Output
 from retina_focal.tools.runs import Run, open_run, run_model
 

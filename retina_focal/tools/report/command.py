@@ -14,7 +14,8 @@ from retina_focal.evaluation import operating_points
 from retina_focal.evaluation.mistakes import kept_at
 from retina_focal.evaluation.summary import DEFAULT_THRESHOLD, Subject, measure
 from retina_focal.files import write_whole
-from retina_focal.tools.common import command, number, tool_parser
+from retina_focal.tools.arguments import number, tool_parser
+from retina_focal.tools.common import command
 from retina_focal.tools.report import content, figures
 from retina_focal.tools.reports import origin
 from retina_focal.tools.runs import Run, detections, open_run, run_model, use_data
