@@ -69,12 +69,12 @@ def test_a_lazyconfig_judges_by_its_test_loader_where_that_reads_val_alone(toy, 
     cfg.train.retina_focal = {"train": {"best": "bbox/AP"}, "data": {"val": "toy"}}
     assert saved(best_checkpoint(cfg), [{"bbox/AP": 1}, {"bbox/AP": 2}]) == [0, 1]
     cfg.dataloader.test.dataset.names = ["toy", "other"]
-    with pytest.raises(UserError, match="evaluates toy, other, and not.*dataset.names=toy"):
+    with pytest.raises(UserError, match=r"evaluates toy, other, and not.*dataset.names=toy"):
         best_checkpoint(cfg)
 
 
 def test_a_metric_that_is_not_measured_is_refused(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(ScriptedTrainer, "scores", (1.0,))
     keys = {BEST: "bbox/AP99", VAL: "toy", "TEST.EVAL_PERIOD": 1}
-    with pytest.raises(UserError, match="TRAIN.BEST is 'bbox/AP99'.*expected one of: bbox/AP"):
+    with pytest.raises(UserError, match=r"TRAIN.BEST is 'bbox/AP99'.*expected one of: bbox/AP"):
         train(small(tmp_path, **keys), kind=ScriptedTrainer)

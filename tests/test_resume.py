@@ -21,7 +21,6 @@ from torch import nn
 
 from retina_focal.config import get_cfg
 from retina_focal.data.registration import register_coco_json
-from retina_focal.errors import UserError
 from retina_focal.training.assembly import Trainer
 from retina_focal.training.metrics import cut_metrics, results_in_metrics
 from retina_focal.training.resume import CLOCK, saved_seed
