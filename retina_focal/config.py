@@ -176,8 +176,8 @@ def _default_node() -> CfgNode:
     # The newest checkpoints that stay beside model_final.pth and model_best.pth; 0: all. In a
     # LazyConfig train.checkpointer.max_to_keep.
     node.TRAIN.KEEP_CHECKPOINTS = 0
-    # Metric of the evaluations, as metrics.json names it ("bbox/AP"), whose best weights are kept
-    # in model_best.pth; "": none.
+    # Metric of the evaluations ("bbox/AP") whose best weights on DATA.VAL are kept in
+    # model_best.pth; "": none.
     node.TRAIN.BEST = ""
     # Evaluations without a better TRAIN.BEST after which the run ends; 0: it goes to the end.
     node.TRAIN.PATIENCE = 0

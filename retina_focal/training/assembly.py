@@ -130,7 +130,7 @@ class Trainer(DefaultTrainer):
             self._stop,  # before it too: it can take long
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
             self._val_loss,
-            best_checkpoint(retina_focal_node(cfg).TRAIN),
+            best_checkpoint(self.parts),
             writer,
         ]
 
