@@ -45,7 +45,7 @@ LAYERS = [
     {"criterion", "postprocess"},
     {"retinanet", "proposals"},
     {"data", "weights"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "export"},
     {"tools"},
 ]
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
