@@ -41,7 +41,7 @@ LAYERS = [
         "network",
         "graphs",
     },
-    {"atss", "head", "later_losses", "targets"},
+    {"atss", "candidates", "head", "later_losses", "other_anchors", "targets"},
     {"criterion", "postprocess"},
     {"retinanet", "proposals"},
     {"data", "weights"},
