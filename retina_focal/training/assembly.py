@@ -61,7 +61,7 @@ FAULTS += (RuntimeError, TypeError, ValueError)
 def faults_of_the_config() -> Iterator[None]:
     """What a library refuses while parts are looked up and built ends as a UserError.
 
-    What our own code raises, and what other processes are the reason of, stays as it is.
+    What our own code raises, and what other processes cause, stays as it is.
     """
     try:
         yield
@@ -85,8 +85,8 @@ def faults_of_the_config() -> Iterator[None]:
 class Trainer(DefaultTrainer):
     """`DefaultTrainer` for both kinds of config, on GPUs or in gloo processes on a CPU.
 
-    The class methods `build_...` and `test` are DefaultTrainer's, to be overridden as ever; here
-    they take a LazyConfig too. `cfg` is the config as `plain_values` has it.
+    The class methods `build_...` and `test` are DefaultTrainer's and can be overridden as there;
+    here they take a LazyConfig too. `cfg` is the config as `plain_values` has it.
     """
 
     @faults_of_the_config()

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class EarlyStop(BaseException):
-    """Ends a training in all processes at once; no fault, so that no traceback is logged."""
+    """Ends a training in all processes at once. It is no fault: no traceback is logged."""
 
 
 class BestCheckpoint(FollowsEvaluation):
@@ -92,7 +92,7 @@ def best_checkpoint(train: CfgNode) -> BestCheckpoint | None:
     """What ``MODEL.RETINA_FOCAL.TRAIN`` asks for.
 
     Raises:
-        UserError: the run shall wait for a metric that is not named.
+        UserError: there is a patience, but no metric that it is about.
     """
     if train.PATIENCE and not train.BEST:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a user can put right ends a training in words: a full disk, a closed folder."""
+"""Faults that a user can put right end a training in words: a full disk, a closed folder."""
 
 import errno
 import logging
@@ -15,7 +15,7 @@ FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 @contextmanager
 def words_only(folder: str, last_checkpoint: Callable[[], str]) -> Iterator[None]:
-    """In the block no traceback of them is logged; errors of the output folder are UserErrors.
+    """In the block their tracebacks are not logged; errors of the output folder become UserErrors.
 
     Args:
         folder: that the training writes to.

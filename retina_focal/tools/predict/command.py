@@ -123,7 +123,7 @@ def _options(args: argparse.Namespace) -> list[str]:
 
 
 def _points(run: Run) -> OperatingPoints | None:
-    """Those beside the weights, where they are of these weights."""
+    """The operating points beside the weights, where they are of these weights."""
     points = operating_points.read(run.weights.parent)
     if points is not None and points.content.get("weights") != run.weights.name:
         logger.warning(
