@@ -148,8 +148,8 @@ def _default_node() -> CfgNode:
     # FOCAL_LOSS_ALPHA.
     node.ALPHA_FROM_DATA = False
 
-    # Online hard example mining (Table 1d): the class loss counts, of each image, the BATCH_SIZE
-    # anchors that are hardest after NMS at the IoU NMS_THRESH, and is divided by their number.
+    # Online hard example mining (Table 1d): the class loss counts only the BATCH_SIZE hardest
+    # anchors of each image, after NMS at the IoU NMS_THRESH, and is divided by their number.
     # NEG_PER_POS 3 keeps 1:3, the positives and three negatives for each; 0: no fixed ratio.
     node.OHEM = CfgNode()
     node.OHEM.ENABLED = False
@@ -157,8 +157,9 @@ def _default_node() -> CfgNode:
     node.OHEM.NMS_THRESH = 0.5
     node.OHEM.NEG_PER_POS = 0
 
-    # Backbone and head: "fp32", or what an outer autocast (SOLVER.AMP.ENABLED) makes it; "bf16";
-    # "fp16", for inference; "auto" bf16 where the processor has it. The rest is always fp32.
+    # What backbone and head compute in: "fp32", in which an outer autocast (SOLVER.AMP.ENABLED)
+    # still works; "bf16"; "fp16", for inference only; "auto", which is bf16 where the processor has
+    # it. The rest is always fp32.
     node.PRECISION = "fp32"
 
     # True: in training, backbone and head run as CUDA graphs: fewer launches, for images of one
@@ -171,9 +172,9 @@ def _default_node() -> CfgNode:
 
     # How the package's trainer runs: checkpoints, averages, early stops, augmentations.
     node.TRAIN = CfgNode()
-    # Seconds that one process lets the others wait, in a collective or at the start, or a worker
-    # its data loader; then all end and say who is missing. More than what one does alone: the
-    # evaluation of all detections, and saving.
+    # Seconds that processes wait for one of them, in a collective or at the start, and that a data
+    # loader waits for its worker; then all end and say who is missing. It must be longer than what
+    # one process does alone: evaluating all detections, and saving.
     node.TRAIN.TIMEOUT = 600
     # The newest checkpoints that stay beside model_final.pth and model_best.pth; 0: all. In a
     # LazyConfig train.checkpointer.max_to_keep.
@@ -183,45 +184,46 @@ def _default_node() -> CfgNode:
     node.TRAIN.BEST = ""
     # Evaluations without a better TRAIN.BEST after which the run ends; 0: it goes to the end.
     node.TRAIN.PATIENCE = 0
-    # Decay of the average of the weights, which is then evaluated, and `model` in a checkpoint; see
-    # `training.average`. 0: none.
+    # Decay of a moving average of the weights; 0: none. The average is then what is evaluated, and
+    # `model` in a checkpoint; see `training.average`.
     node.TRAIN.EMA = 0.0
     # Names of modules and parameters that stay as they are, such as ["backbone.bottom_up"]; their
     # batch norms keep their statistics.
     node.TRAIN.FREEZE = []
-    # Augmentations beyond INPUT: SCALE of objects, from low to high; COLOUR c, brightness, contrast
-    # and saturation times 1 - c to 1 + c; the probabilities of GREY, a picture without colours, and
-    # of MOSAIC, four pictures in one, not in the last share MOSAIC_OFF of the iterations.
+    # Augmentations beyond INPUT. SCALE: the least and the most that objects are scaled by. COLOUR
+    # c: brightness, contrast and saturation are multiplied by 1 - c to 1 + c. GREY: the probability
+    # of a picture without colours. MOSAIC: the probability of four pictures in one; there are none
+    # in the last part MOSAIC_OFF of the iterations.
     node.TRAIN.AUGMENT = CfgNode({"SCALE": [1.0, 1.0], "COLOUR": 0.0, "GREY": 0.0})
     node.TRAIN.AUGMENT.MOSAIC = 0.0
     node.TRAIN.AUGMENT.MOSAIC_OFF = 0.2
-    # True: with each evaluation the losses on DATA.VAL, as val/... in metrics.json.
+    # True: each evaluation also computes the losses on DATA.VAL, as val/... in metrics.json.
     node.TRAIN.VAL_LOSS = False
     # Which images and boxes are read, and the dataset that choices are made on.
     node.DATA = CfgNode()
-    # Pictures that a training may skip, as they can't be used, before it stops: 0 stops at the
+    # How many pictures that can't be used a training may skip before it stops; 0: it stops at the
     # first. Each is counted once and named.
     node.DATA.MAX_BAD_IMAGES = 0
     # True: pictures without a box are trained on (DATALOADER.FILTER_EMPTY_ANNOTATIONS False).
     node.DATA.KEEP_EMPTY = False
-    # True: background of which at least half of an anchor lies in a crowd (iscrowd 1) is ignored.
+    # True: background anchors with at least half of their area in a crowd (iscrowd 1) are ignored.
     node.DATA.IGNORE_REGIONS = False
-    # Names of the classes that count, numbered so; others become background. []: all.
+    # Names of the classes to keep, numbered in this order; others become background. []: all.
     node.DATA.CLASSES = []
-    # Pixels of the largest picture that is decoded; the file tells them beforehand.
+    # The largest picture that is decoded, in pixels, as the head of its file tells before.
     node.DATA.MAX_PIXELS = 50_000_000
     # Whether pictures may lie outside of their dataset's image folder, by ".." or an absolute path
     # in the annotations. Of the command line alone: a config file can't set it.
     node.DATA.ALLOW_OUTSIDE = False
     # The dataset that choices are made on (the best checkpoint, calibration, operating points), so
-    # that those of DATASETS.TEST are only measured with; "": none is chosen.
+    # that those of DATASETS.TEST serve to measure alone; "": none is chosen.
     node.DATA.VAL = ""
     # How detections are made and measured, beyond MODEL.RETINANET.*_TEST.
     node.TEST = CfgNode()
     # What computes the AP of boxes: "pycocotools", or "hotcoco", which gives the same numbers in a
     # fraction of the time and is an extra to install.
     node.TEST.EVALUATOR = "pycocotools"
-    # Whether NMS takes overlapping boxes of two classes for one object, of the higher score.
+    # Whether NMS takes overlapping boxes of two classes for one object, and keeps the higher score.
     node.TEST.CLASS_AGNOSTIC_NMS = False
     # Whose resizing pictures go through, with the sizes of INPUT.*_TEST: "detectron2",
     # "torchvision", "mmdetection" or "detectron"; see `data.resizing`.
@@ -233,7 +235,7 @@ def _default_node() -> CfgNode:
     node.TEST.KEEP_EMPTY_BOXES = False
     # Side in pixels of the tiles into which `predict` cuts pictures that are larger; 0: none.
     node.TEST.TILE = 0
-    # Overlap of neighbouring tiles in parts of their side: larger than most objects.
+    # Overlap of neighbouring tiles, as a part of their side; it should be larger than most objects.
     node.TEST.TILE_OVERLAP = 0.2
 
     # Octave anchors of OctaveAnchorGenerator (Sec. 4, "Anchors"): one base size per level, in

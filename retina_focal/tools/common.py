@@ -43,7 +43,7 @@ REGISTRIES = {
 
 
 def command(main: Callable[..., object]) -> Callable[..., object]:
-    """A command's entry: what a user can put right ends it in words and with exit status 1."""
+    """A command's entry: a UserError ends it with the message alone and exit status 1."""
 
     @wraps(main)
     def run(*args, **kwargs) -> object:
@@ -58,7 +58,7 @@ def command(main: Callable[..., object]) -> Callable[..., object]:
 
 
 def ignore_deprecations() -> None:
-    """In the libraries below, which no user of this package can mend; in this process alone."""
+    """Silence those of the libraries below, which no user of this package can mend."""
     for module in ("torch", "detectron2", "fvcore", "pkg_resources"):
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             message = ".*(deprecated|in an upcoming release)"

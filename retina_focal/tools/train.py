@@ -175,7 +175,7 @@ def _refusals_told() -> Iterator[None]:
 
 
 def _refusal() -> Path:
-    """A file that tells this torchrun's next start that it has nothing to go on with."""
+    """The file that tells the next start by this torchrun that the run was refused."""
     return Path(tempfile.gettempdir(), f"retina_focal_refused_by_{os.getppid()}")
 
 
@@ -183,7 +183,7 @@ def timeout_of(cfg: CfgNode | DictConfig) -> float:
     """Seconds that a process may let the others wait.
 
     Raises:
-        UserError: none that is more than 0.
+        UserError: it is not more than 0.
     """
     timeout = retina_focal_node(plain_values(cfg)).TRAIN.TIMEOUT
     if not 0 < timeout < math.inf:

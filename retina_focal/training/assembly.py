@@ -55,8 +55,8 @@ from retina_focal.training.words import faults_of_the_config, words_only
 class Trainer(DefaultTrainer):
     """`DefaultTrainer` for both kinds of config, on GPUs or in gloo processes on a CPU.
 
-    The class methods `build_...` and `test` are DefaultTrainer's, to be overridden as ever; here
-    they take a LazyConfig too. `cfg` is the config as `plain_values` has it.
+    The class methods `build_...` and `test` are DefaultTrainer's and can be overridden as there;
+    here they take a LazyConfig too. `cfg` is the config as `plain_values` has it.
     """
 
     @faults_of_the_config()

@@ -21,7 +21,7 @@ LAZY_NAMES = {
 
 
 def plain_values(cfg: CfgNode | DictConfig) -> CfgNode:
-    """A YAML config as it is; of a LazyConfig the values of its training, under a YAML's names.
+    """A YAML config as it is; the values of a LazyConfig's training under the names of a YAML.
 
     Raises:
         UserError: in a LazyConfig's `train.retina_focal` is what is none of the `TRAINING_KEYS`.

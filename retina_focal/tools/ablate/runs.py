@@ -154,7 +154,7 @@ def _merged(cfg: CfgNode, keys: dict[str, object]) -> CfgNode:
 
 
 def fingerprint(cfg: CfgNode) -> str:
-    """Digest of all in which a config differs from the defaults, but for `NOT_COMPARED`."""
+    """Digest of the values in which a config differs from the defaults, without `NOT_COMPARED`."""
     defaults = flatten(get_cfg())
     differing = {
         key: value
@@ -195,7 +195,7 @@ def execute(config: str, threads: int = 0) -> dict:
 
 
 def iterations_done(run: Run) -> int:
-    """How far a run has come, by what its trainer has written."""
+    """How many iterations a run has made, by what its trainer has written."""
     try:
         last = (run.folder / "metrics.json").read_text().splitlines()[-1]
         return json.loads(last)["iteration"] + 1

@@ -138,7 +138,7 @@ def _finding_as_json(finding: Finding) -> dict:
 
 
 def _severities(datasets: Sequence[Inspected], between: Sequence[Finding]) -> Counter[str]:
-    """How many findings there are of each."""
+    """The number of findings of each severity."""
     return Counter(x.severity for x in (*(y for d in datasets for y in d.findings), *between))
 
 

@@ -62,9 +62,9 @@ REASONS = {
 }
 
 EPILOG = """
-Looked at are the boxes of the train split, and how many pictures val has; test never. A few steps
-of the training and evaluations are run, so that the minutes are those of `train` on this machine,
-start and evaluation included. Without val, a fifth of the pictures is held out.
+It looks at the boxes of the train split and at the number of pictures of val, never at test. It
+runs a few steps of the training and evaluation, so that the minutes are those of `train` on this
+machine, with start and evaluation. Without val, a fifth of the pictures is held out.
 
 Examples:
   %(prog)s voc:VOC2012 --minutes 60 --output mine.yaml

@@ -26,8 +26,8 @@ RUN is the folder of a training, or a file that `retina-focal export` wrote, or 
 needs --data. FILE holds results in COCO format, as training leaves them in
 inference/coco_instances_results.json, and needs --data.
 
-Of a RUN whose config names MODEL.RETINA_FOCAL.DATA.VAL, the operating point and the calibration of
-each class are chosen on that dataset and written beside the weights, for `predict`.
+Where the config of a RUN names MODEL.RETINA_FOCAL.DATA.VAL, the operating point and the calibration
+of each class are chosen on that dataset and written beside the weights, for `predict`.
 
 Examples:
   %(prog)s output/bccd --opts MODEL.RETINA_FOCAL.DATA.VAL bccd_val
@@ -94,7 +94,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def _open(name: str, args: argparse.Namespace) -> Opened:
-    """Of a run what it detects, of a file its results."""
+    """The detections of a run, or the results in a file."""
     if exported_file(name) or not Path(name).is_file():
         return _of_run(open_run(name, opts=args.opts), args)
     if args.data is None:

@@ -48,7 +48,7 @@ Examples:
 
 
 class Row(NamedTuple):
-    """A setting on which a reference is not silent, in words."""
+    """A setting that a reference tells, in words."""
 
     setting: str
     here: str
@@ -112,7 +112,7 @@ def report(name: str, cfg: CfgNode, declared: Declaration, args: argparse.Namesp
 
 
 def compare(cfg: CfgNode, reference: str) -> list[Row]:
-    """The settings on which `reference` is not silent and which have an effect in `cfg`.
+    """The settings that `reference` tells and that have an effect in `cfg`.
 
     Args:
         cfg: of a RetinaNet, ours or detectron2's, with the package's keys.

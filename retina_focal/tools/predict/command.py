@@ -123,7 +123,7 @@ def _options(args: argparse.Namespace) -> list[str]:
 
 
 def _points(run: Run) -> OperatingPoints | None:
-    """Those beside the weights, where they are of these weights."""
+    """The operating points beside the weights, where they are of these weights."""
     points = operating_points.read(run.weights.parent)
     if points is not None and points.content.get("weights") != run.weights.name:
         logger.warning(
@@ -155,14 +155,12 @@ def _predictor(run: Run, args: argparse.Namespace, lowest: float) -> Predictor:
 
 
 @contextmanager
-def _outputs(folder: Path, formats: Sequence[str], classes: Sequence[str]) -> Iterator[list]:
+def _outputs(
+    folder: Path, formats: Sequence[str], classes: Sequence[str]
+) -> Iterator[list[Output]]:
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        outputs: list[Output] = []
-        for name in dict.fromkeys(formats):
-            outputs.append(OUTPUTS[name](folder, classes))
-            stack.callback(outputs[-1].close)
-        yield outputs
+    with ExitStack() as files:
+        yield [OUTPUTS[name](folder, classes, files) for name in dict.fromkeys(formats)]
 
 
 def _progress(

@@ -22,8 +22,8 @@ from retina_focal.tools.runs import Run, detections, open_run, run_model, use_da
 
 SUSPECTS = 12  # suspected labels that are shown
 EPILOG = """
-Measured on --data, which is only measured with: operating points and calibration are those of
-operating_points.json, which `retina-focal evaluate` writes. What is missing is left out.
+The run is measured on --data. Nothing is chosen on it: operating points and calibration are those
+of operating_points.json, which `retina-focal evaluate` writes. What is missing is left out.
 
 Examples:
   %(prog)s output/bccd
