@@ -10,7 +10,6 @@ from detectron2.data import DatasetCatalog
 from retina_focal.config import retina_focal_node
 from retina_focal.data.sources import load
 from retina_focal.errors import UserError
-from retina_focal.evaluation import operating_points
 from retina_focal.evaluation.mistakes import kept_at
 from retina_focal.evaluation.summary import DEFAULT_THRESHOLD, Subject, measure
 from retina_focal.files import write_whole
@@ -18,7 +17,7 @@ from retina_focal.tools.arguments import number, tool_parser
 from retina_focal.tools.common import command
 from retina_focal.tools.report import content, figures
 from retina_focal.tools.reports import origin
-from retina_focal.tools.runs import Run, detections, open_run, run_model, use_data
+from retina_focal.tools.runs import Run, detections, open_run, points_of, run_model, use_data
 
 SUSPECTS = 12  # suspected labels that are shown
 EPILOG = """
@@ -68,7 +67,7 @@ def _measured(run: Run, data: str, num_worst: int) -> dict:
     """What the run detects on the dataset, measured and shown."""
     dataset = json.loads(load(data).json_file.read_bytes())
     subject = Subject(str(run.weights), data, dataset, detections(run, run_model(run), data))
-    points = operating_points.read(run.weights.parent)
+    points = points_of(run)
     is_same = points is not None and points.content.get("dataset") == data
     report = measure(subject, points, is_same)
     kept = kept_at(subject.evaluated, points.thresholds if points else {}, DEFAULT_THRESHOLD)
