@@ -137,6 +137,13 @@ def test_sizes_are_detectron2s(tmp_path):
             assert detector.seen.input.shape[2:] == expected, (height, width, least, most)
 
 
+def test_a_picture_stays_as_it_is_where_nothing_is_resized(tmp_path):
+    detector = detector_of(tmp_path, resize={"kind": "none"})
+    picture = np.arange(35 * 51 * 3).astype(np.uint8).reshape(51, 35, 3)
+    detector(picture)
+    assert np.array_equal(detector.seen.input[0], picture[:, :, ::-1].transpose(2, 0, 1))
+
+
 def random_rows(count: int, width: int, height: int) -> tuple[np.ndarray, ...]:
     """Boxes that overlap, leave the picture and are empty, of 3 classes; the last tenth unused."""
     generator = np.random.default_rng(1)

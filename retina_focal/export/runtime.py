@@ -18,7 +18,7 @@ OUTPUTS = "boxes", "scores", "classes"
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation: Image.Transpose
 METADATA = {  # the values and types that this file knows
     "version": [1], "classes": [list], "format": ["RGB", "BGR"], "dtype": ["float32", "uint8"],
-    "kind": ["shortest_edge"], "min": [int], "max": [int], "nms": ["inside", "outside"],
+    "kind": ["shortest_edge", "none"], "min": [int], "max": [int], "nms": ["inside", "outside"],
     "nms_thresh": [int, float], "class_agnostic_nms": [bool], "detections_per_image": [int],
     "operating_points": [dict, None], "calibration": [dict, None], "scores": ["raw"]}  # fmt: skip
 # (D, 4) XYXY in pixels of the picture as EXIF turns it, (D,) in [0, 1], (D,) indices, D texts.
@@ -35,7 +35,7 @@ class Detector:
         with using(path):
             self.session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
             text = self.session.get_modelmeta().custom_metadata_map.get("retina_focal", "{}")
-            about = {"input": {}, "resize": {}, **json.loads(text)}
+            about = {"input": {}, "resize": {}, "min": 0, "max": 10**9, **json.loads(text)}
             self.about = about = {**about, **about["input"], **about["resize"]}
             for key, known in (METADATA | ({"calibration": [dict]} if calibrated else {})).items():
                 if (x := about.get(key)) not in known and type(x) not in known:
@@ -55,7 +55,7 @@ class Detector:
             image.load()
             with suppress(Exception):  # without EXIF, or where it can't be read, nothing is turned
                 image = image.transpose(TURNS[image.getexif().get(274)])
-            short, least = min(image.size), float(self.about["min"])  # now as detectron2 resizes
+            short, least = min(image.size), self.about["min"] or min(image.size)  # 0: as it is
             sides = [least if x == short else least / short * x for x in image.size]
             sides = [int(x * min(1.0, self.about["max"] / max(sides)) + 0.5) for x in sides]
             rgb = np.asarray(image.convert("RGB").resize(sides, Image.Resampling.BILINEAR))[None]
