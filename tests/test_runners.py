@@ -1,6 +1,7 @@
 """Exported files run as the model they came from, and what is no such file is named."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from made_exports import BOXES, METADATA, SCORES, made_onnx, onnx_bytes
 
 from retina_focal.errors import UserError
 from retina_focal.export.runners import exported_file, open_exported, open_session
+from retina_focal.tools import evaluate
 
 
 def with_input(dtype: str) -> dict:
@@ -122,3 +124,64 @@ def test_threads_are_torchs_unless_told(tmp_path, monkeypatch, threads, expected
 def test_metadata_survives_json(tmp_path):
     metadata = open_session(made_onnx(tmp_path)).metadata
     assert json.loads(metadata.to_json()) == METADATA
+
+
+def evaluated(capsys, *argv: str) -> dict:
+    evaluate.main(["--json", "--draws", "3", *argv])
+    return json.loads(capsys.readouterr().out)[0]
+
+
+def test_an_exported_file_is_evaluated_as_its_detections_are(tmp_path, data, capsys, own_cache):
+    """The same detections as a file of results, in pixels of pictures of 64 x 96."""
+    boxes = np.array(BOXES[:3]) * [96, 64, 96, 64]
+    results = [
+        {
+            "image_id": image,
+            "category_id": [1, 1, 2][i],
+            "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
+            "score": SCORES[i],
+        }
+        for image in range(6)
+        for i, box in enumerate(boxes)
+    ]
+    (tmp_path / "found.json").write_text(json.dumps(results))
+    content = json.loads((data / "a.json").read_text())
+    for annotation in content["annotations"][::3]:  # some of them found
+        own = next(x for x in results if x["category_id"] == annotation["category_id"])
+        annotation["bbox"] = own["bbox"]
+    truth = str(data / "found.json")
+    Path(truth).write_text(json.dumps(content))
+    expected = evaluated(capsys, str(tmp_path / "found.json"), "--data", truth)
+    path = made_onnx(tmp_path)
+    for name in (path, path.parent):
+        found = evaluated(capsys, str(name), "--data", truth)
+        assert found["detections"] == expected["detections"] == 18
+        assert found["metrics"] == pytest.approx(expected["metrics"], abs=1e-3)  # fp32 boxes
+        assert found["label"] == str(path)
+    assert 5 < expected["metrics"]["AP50"] < 95
+
+
+def test_of_an_exported_file_only_what_it_does_not_fix_can_be_set(tmp_path, data, capsys):
+    argv = [str(made_onnx(tmp_path)), "--data", str(data / "a.json"), "--opts"]
+    evaluate.main(["--draws", "3", *argv, "INPUT.MIN_SIZE_TEST", "64"])
+    for key, value in (("MODEL.RETINANET.SCORE_THRESH_TEST", "0.5"), ("TEST.AUG.ENABLED", "True")):
+        with pytest.raises(SystemExit, match=f"{key} is fixed in an exported file"):
+            evaluate.main([*argv, key, value])
+    with pytest.raises(SystemExit, match="add: --data DATA"):
+        evaluate.main(argv[:1])
+
+
+def test_points_of_the_metadata_count_in_an_evaluation(tmp_path, data, capsys):
+    points = {"red": 0.85, "blue": None}
+    calibration = {
+        name: {"method": "platt", "scores": [0.1, 0.9], "values": [0.2, 0.7]} for name in points
+    }
+    made_onnx(
+        tmp_path, metadata={**METADATA, "operating_points": points, "calibration": calibration}
+    )
+    argv = [str(tmp_path), "--data", str(data / "a.json")]
+    report = evaluated(capsys, *argv)
+    assert report["classes"]["red"]["point"]["threshold"] == 0.85
+    assert report["classes"]["blue"]["point"]["threshold"] is None
+    evaluate.main(["--draws", "3", *argv])
+    assert "operating points: those of the exported file" in capsys.readouterr().out
