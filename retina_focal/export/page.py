@@ -3,7 +3,6 @@
 import base64
 import gzip
 import hashlib
-import json
 import shutil
 import subprocess
 import tarfile
@@ -11,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from retina_focal.errors import UserError
-from retina_focal.export.metadata import Metadata
-from retina_focal.files import cache_folder, check_regular, whole_file
+from retina_focal.export.runners import open_session
+from retina_focal.files import cache_folder, whole_file
 
 PACKAGE = "onnxruntime-web@1.30.0"
 SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"  # of what npm packs
@@ -33,7 +32,7 @@ def write_page(model: str | Path, path: str | Path) -> Path:
             onnxruntime-web can't be fetched.
     """
     model, path = Path(model), Path(path)
-    metadata = read_metadata(model)
+    metadata = open_session(model, threads=1).metadata
     library, wasm = _members(cached_package(), (LIBRARY, WASM))
     script = _text("page.js")
     parts = {
