@@ -35,8 +35,13 @@ def onnx_bytes(
     opset: int = 17,
     dtype: str = "float32",
     classes: list[int] = CLASSES,
+    network: bool = False,
 ) -> bytes:
-    """A graph that finds `BOXES` in every image; scores of the first image's mean / 255 more."""
+    """A graph that finds `BOXES` in every image.
+
+    Args:
+        network: whether scores come from two convolutions of the normalised image, not `SCORES`.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     image = ["N", "H", "W", 3] if dtype == "uint8" else ["N", 3, "H", "W"]
@@ -62,6 +67,25 @@ def onnx_bytes(
         helper.make_node("Expand", ["all_scores", "size"], ["scores"]),
         helper.make_node("Expand", ["all_classes", "size"], ["classes"]),
     ]
+    if network:
+        draw = np.random.default_rng(0).normal
+        constants |= {
+            "mean": np.full((1, 3, 1, 1), 128, np.float32),
+            "std": np.full((1, 3, 1, 1), 64, np.float32),
+            "first_weight": draw(0, 0.3, (8, 3, 3, 3)).astype(np.float32),
+            "second_weight": draw(0, 0.5, (len(BOXES), 8, 3, 3)).astype(np.float32),
+            "minus_one": np.array([0, -1]),
+        }
+        nodes[8:9] = [
+            helper.make_node("Sub", ["image", "mean"], ["centred"]),
+            helper.make_node("Div", ["centred", "std"], ["normal"]),
+            helper.make_node("Conv", ["normal", "first_weight"], ["hidden"]),
+            helper.make_node("Relu", ["hidden"], ["positive"]),
+            helper.make_node("Conv", ["positive", "second_weight"], ["map"]),
+            helper.make_node("GlobalAveragePool", ["map"], ["pooled"]),
+            helper.make_node("Reshape", ["pooled", "minus_one"], ["logits"]),
+            helper.make_node("Sigmoid", ["logits"], ["scores"]),
+        ]
     kind = TensorProto.UINT8 if dtype == "uint8" else TensorProto.FLOAT
     graph = helper.make_graph(
         nodes,

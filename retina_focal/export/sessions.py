@@ -5,6 +5,7 @@ A `.pt2` or `.torchscript` file is a program: opening one runs what it says.
 
 import logging
 import re
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -176,11 +177,27 @@ def optional(name: str, extra: str) -> ModuleType:
         UserError: it isn't installed.
     """
     try:
-        return import_module(name)
+        with _silent():
+            return import_module(name)
     except ImportError as error:
         raise UserError(
             f"{name} is not installed ({error}); type: pip install 'retina_focal[{extra}]'"
         ) from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Inside, OpenVINO and NNCF find no `openvino_telemetry`, by which they would report their use
+    from their import on, unless the user has opted out. What they find at import they keep."""
+    name = "openvino_telemetry"
+    before = sys.modules.get(name)
+    sys.modules[name] = None  # an import of it fails
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
 
 
 def _why_no_onnx(path: Path, reason: str, version: str) -> str:
