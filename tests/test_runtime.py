@@ -208,6 +208,7 @@ def test_scores_are_raw_unless_a_flag_says_otherwise(tmp_path):
         ({"calibrated": True}, {}, "has calibration None, not"),
         ({"calibrated": True}, {"calibration": {"red": {}}}, "'scores'"),
         ({"threshold": None}, {"operating_points": {"red": "x"}}, "could not convert"),
+        ({"threshold": None}, {"scores": "calibrated"}, "has scores 'calibrated', not"),
     ]:
         with pytest.raises(ValueError, match=f"model.onnx' can't be used: .*{message}"):
             Detector(made_onnx(tmp_path, metadata=METADATA | change), **flags)

@@ -54,7 +54,7 @@ def write_page(model: str | Path, path: str | Path) -> Path:
 
 
 def cached_package() -> Path:
-    """onnxruntime-web in ``${XDG_CACHE_HOME:-~/.cache}/retina_focal``, fetched with npm when needed.
+    """onnxruntime-web as npm packs it, in the cache; fetched when needed.
 
     npm, because it reads the user's registry, proxies and certificates.
 

@@ -18,7 +18,7 @@ TYPES = {1: "TYPE_FP32", 2: "TYPE_UINT8", 7: "TYPE_INT64"}  # by onnx.TensorProt
 def write_triton_repository(model: str | Path, folder: str | Path, name: str) -> Path:
     """Write ``NAME/config.pbtxt`` and ``NAME/1/model.onnx`` below a folder.
 
-    The configuration's parameter `retina_focal` is the metadata, which a client resizes pictures by.
+    The metadata is the parameter `retina_focal`: a client has to resize pictures by it.
 
     Args:
         model: the ONNX file that `retina-focal export` wrote.
@@ -29,11 +29,7 @@ def write_triton_repository(model: str | Path, folder: str | Path, name: str) ->
     Raises:
         UserError: the model can't be used, or the name is none.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name, re.ASCII):
-        raise UserError(
-            f"'{name}' can't be a model's name in Triton; expected letters, digits, '_', '-' and "
-            "'.', such as --triton cells"
-        )
+    check_name(name)
     model, target = Path(model), Path(folder, name)
     metadata = open_session(model, threads=1).metadata
     graph = optional("onnx", "export").load(model, load_external_data=False).graph
@@ -50,6 +46,15 @@ def write_triton_repository(model: str | Path, folder: str | Path, name: str) ->
         shutil.copyfile(model, temporary)
     write_whole(target / "config.pbtxt", "\n".join([*lines, ""]))
     return target
+
+
+def check_name(name: str) -> None:
+    """Raises UserError where the name, which becomes a folder's, can't be a model's."""
+    if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+        raise UserError(
+            f"'{name}' can't be a model's name in Triton; expected letters, digits, '_', '-' and "
+            "'.', such as --triton cells"
+        )
 
 
 def _tensor(value: object) -> str:
