@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from retina_focal.config import flatten, retina_focal_node
 from retina_focal.errors import UserError
 
-# Bytes of a detector's parameters, and anchors of a cell. Published ones have 0.4 GB and 45.
+# Bytes of a detector's parameters, and anchors per cell. Published ones have 0.4 GB and 45.
 MAX_BYTES = 2**31
 MAX_ANCHORS = 500
 LEAST = 8  # px of a side of a picture, below which detectron2's augmentations fail
@@ -88,7 +88,7 @@ def _backbone(cfg: CfgNode) -> Misfits:
     if node.DEPTH not in BLOCKS:
         yield "MODEL.RESNETS.DEPTH", f"one of {sorted(BLOCKS)}"
     if len(node.DEFORM_ON_PER_STAGE) != 4:
-        yield "MODEL.RESNETS.DEFORM_ON_PER_STAGE", "four values, one a stage"
+        yield "MODEL.RESNETS.DEFORM_ON_PER_STAGE", "four values, one per stage"
     if node.DEPTH < 50:
         for key, value in {"RES2_OUT_CHANNELS": 64, "NUM_GROUPS": 1, "RES5_DILATION": 1}.items():
             if node[key] != value:

@@ -25,11 +25,11 @@ NO_NMS = 2.0  # an IoU that no two boxes reach
 class RetinaNetWithTTA(nn.Module):
     """A model that sees each picture at the scales of ``TEST.AUG.MIN_SIZES``, flipped too.
 
-    The top candidates of each level of each view meet before NMS, as the levels of one view do.
-    Not the final detections of each view: there a box may already have given way to one that a
-    better one of another view removes, and the limit of detections would count for each view. Nor
-    the mean of logits, level by level: padding and strides of 2 shift the cells of a mirrored
-    picture by a part of a cell.
+    The top candidates of each level of each view go through one NMS, as the levels of one view do.
+    Final detections of each view are not merged: in a view a box may have been removed by one that
+    a better box of another view removes, and the limit of detections would count for each view.
+    Nor is the mean of logits taken level by level: padding and strides of 2 shift the cells of a
+    mirrored picture by a part of a cell.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module):

@@ -32,8 +32,8 @@ NAMES = ("loss_cls", "loss_box_reg")
 class ValidationLoss(FollowsEvaluation):
     """Puts ``val/loss_cls``, ``val/loss_box_reg`` and their sum ``val/total_loss`` in the metrics.
 
-    Each is the sum over all images of the dataset, divided by its positive anchors, at least 1:
-    whatever the normaliser of the training, it does not depend on batches or processes. The model
+    Each is the sum over all images of the dataset, divided by its positive anchors, at least 1. So
+    it does not depend on batches, processes or the normaliser of the training. The model
     is in eval mode, with the average of the weights where there is one. It stands behind the hook
     that evaluates, in every process.
     """
@@ -74,7 +74,7 @@ def validation_sums(model: FocalRetinaNet, loader: Iterable[list[dict]]) -> Tens
     """
     sums, was_training, graphed = torch.zeros(3, dtype=torch.float64), model.training, model.graphed
     model.eval()
-    # It alone, so that it gives losses: its parts do what they do in an evaluation.
+    # The model alone, so that it returns losses; its parts stay in eval mode.
     model.training, model.graphed = True, None
     try:
         with EventStorage():  # what the forwards log is not of the training

@@ -20,7 +20,7 @@ from retina_focal.weights.pickles import NUMPY, NotWeights, read_pickle
 from retina_focal.weights.torch_files import LEGACY_TORCH, read_legacy_torch, read_torch_zip
 
 OTHER_FILE = "name another: MODEL.WEIGHTS FILE (in a LazyConfig: train.init_checkpoint=FILE)"
-# Where a safetensors file keeps, as JSON, what of a checkpoint is no tensor.
+# Where a safetensors file keeps, as JSON, all of a checkpoint that is not a tensor.
 METADATA = "retina_focal"
 MAX_HEADER = 10_000_000  # bytes of a safetensors file: the names and shapes of 100,000 tensors
 

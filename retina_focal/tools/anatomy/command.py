@@ -30,15 +30,8 @@ from retina_focal.files import write_whole
 from retina_focal.retinanet import FocalRetinaNet
 from retina_focal.tools.anatomy import report as anatomy_report
 from retina_focal.tools.anatomy.windows import Anatomy
-from retina_focal.tools.common import (
-    add_config_arguments,
-    command,
-    expect_focal_retinanet,
-    listed,
-    load_cfg,
-    number,
-    tool_parser,
-)
+from retina_focal.tools.arguments import add_config_arguments, listed, number, tool_parser
+from retina_focal.tools.common import command, expect_focal_retinanet, load_cfg
 from retina_focal.tools.reports import origin
 from retina_focal.weights.load import load_model
 
