@@ -71,7 +71,9 @@ def merge_file(cfg: CfgNode, path: str) -> None:
             raise UserError(f"VERSION is {version}; expected at most {cfg.VERSION}")
     except KeyError as error:
         key = str(error.args[0]).rpartition(": ")[2]
-        raise UserError(f"{path}: {_no_such_key(cfg, key)}") from error
+        is_old = version != cfg.VERSION
+        hint = f" (VERSION {version} names keys otherwise: leave it out)" if is_old else ""
+        raise UserError(f"{path}: {_no_such_key(cfg, key)}{hint}") from error
     except (AssertionError, TypeError, ValueError) as error:  # yacs asserts
         found = MISMATCH.fullmatch(str(error))
         text = f"{found[3]} is {found[2]}; expected, for example, {found[1]}" if found else error
@@ -152,7 +154,7 @@ def config_path(name: str) -> str:
     Raises:
         UserError: neither exists, or it is no regular file.
     """
-    if Path(name).is_file():
+    if os.path.isfile(name):  # False for a name that is too long, too
         return name
     if found := package_config(name):
         return found
@@ -170,7 +172,7 @@ def config_path(name: str) -> str:
 def package_config(name: str) -> str | None:
     """Path of the package's config of that name, such as ``quick_start/bccd.yaml``, or None."""
     path = _configs_folder() / name
-    return str(path) if path.is_file() else None
+    return str(path) if os.path.isfile(path) else None
 
 
 def _configs_folder() -> Path:
