@@ -112,6 +112,8 @@ def _default_node() -> CfgNode:
 
     # Where P6 comes from: "res5" (the paper, Sec. 4 footnote 2) or "p5" (torchvision v1, FCOS).
     node.TOP_BLOCK_IN_FEATURE = "res5"
+    # Whether a ReLU stands between P6 and P7, as in the paper; not so in mmdetection.
+    node.TOP_BLOCK_RELU = True
 
     # A name in ASSIGNER_REGISTRY. Three label by thresholds of the IoU and differ in the anchors
     # below the upper threshold that are positive ("low-quality matches"): "detectron2" every best
@@ -177,8 +179,8 @@ def _default_node() -> CfgNode:
     # The newest checkpoints that stay beside model_final.pth and model_best.pth; 0: all. In a
     # LazyConfig train.checkpointer.max_to_keep.
     node.TRAIN.KEEP_CHECKPOINTS = 0
-    # Metric of the evaluations, as metrics.json names it ("bbox/AP"), whose best weights are kept
-    # in model_best.pth; "": none.
+    # Metric of the evaluations ("bbox/AP") whose best weights on DATA.VAL are kept in
+    # model_best.pth; "": none.
     node.TRAIN.BEST = ""
     # Evaluations without a better TRAIN.BEST after which the run ends; 0: it goes to the end.
     node.TRAIN.PATIENCE = 0
@@ -223,6 +225,14 @@ def _default_node() -> CfgNode:
     node.TEST.EVALUATOR = "pycocotools"
     # Whether NMS takes overlapping boxes of two classes for one object, and keeps the higher score.
     node.TEST.CLASS_AGNOSTIC_NMS = False
+    # Whose resizing pictures go through, with the sizes of INPUT.*_TEST: "detectron2",
+    # "torchvision", "mmdetection" or "detectron"; see `data.resizing`.
+    node.TEST.RESIZE = "detectron2"
+    # True: boxes are clipped to the picture before NMS and not after it (torchvision, Detectron,
+    # mmdetection); and boxes without area, that clipping leaves of those outside, are detections
+    # (torchvision, Detectron).
+    node.TEST.CLIP_BEFORE_NMS = False
+    node.TEST.KEEP_EMPTY_BOXES = False
     # Side in pixels of the tiles into which `predict` cuts pictures that are larger; 0: none.
     node.TEST.TILE = 0
     # Overlap of neighbouring tiles, as a part of their side; it should be larger than most objects.

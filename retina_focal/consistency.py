@@ -11,6 +11,12 @@ from retina_focal.errors import UserError
 MAX_BYTES = 2**31
 MAX_ANCHORS = 500
 LEAST = 8  # px of a side of a picture, below which detectron2's augmentations fail
+# Make their sizes of MODEL.RETINA_FOCAL.ANCHORS.
+OCTAVE_ANCHORS = (
+    "OctaveAnchorGenerator",
+    "TorchvisionAnchorGenerator",
+    "DetectronAnchorGenerator",
+)
 # Blocks per stage of detectron2's ResNets, by MODEL.RESNETS.DEPTH.
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 BLOCKS |= {101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -107,7 +113,7 @@ def _check_size(cfg: CfgNode) -> None:
     """Refuse more anchors per cell, or parameters, than any detector has."""
     model, node = cfg.MODEL, retina_focal_node(cfg).ANCHORS
     ratios = max(map(_length, model.ANCHOR_GENERATOR.ASPECT_RATIOS))
-    if model.ANCHOR_GENERATOR.NAME == "OctaveAnchorGenerator":
+    if model.ANCHOR_GENERATOR.NAME in OCTAVE_ANCHORS:
         is_single = len(model.RETINANET.IN_FEATURES) == 1
         sizes = node.SCALES_PER_OCTAVE * (len(node.BASE_SIZES) if is_single else 1)
     else:

@@ -101,6 +101,7 @@ CHOICES = {
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
     "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    "MODEL.RETINA_FOCAL.TEST.RESIZE": ("detectron2", "torchvision", "mmdetection", "detectron"),
 }
 MAY_BE_EMPTY = ("SOLVER.STEPS",)
 LENGTHS = {"MODEL.RETINANET.BBOX_REG_WEIGHTS": 4, "INPUT.CROP.SIZE": 2}

@@ -41,11 +41,11 @@ LAYERS = [
         "network",
         "graphs",
     },
-    {"atss", "head", "later_losses", "targets"},
+    {"atss", "candidates", "head", "later_losses", "other_anchors", "targets"},
     {"criterion", "postprocess"},
     {"retinanet", "proposals"},
     {"data", "weights"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "export"},
     {"tools"},
 ]
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from retina_focal.data.resizing import mapper_of_test, resizing_of_test
 from retina_focal.errors import UserError
 from retina_focal.postprocess import Postprocessor, suppress
 from retina_focal.retinanet import FocalRetinaNet
@@ -49,7 +49,7 @@ class RetinaNetWithTTA(nn.Module):
             )
         self.training = self.model.training  # which a user of it in evaluation sets back
         aug = cfg.TEST.AUG
-        self.resizings = [ResizeShortestEdge(x, aug.MAX_SIZE) for x in aug.MIN_SIZES]
+        self.resizings = [resizing_of_test(cfg, x, aug.MAX_SIZE)[0] for x in aug.MIN_SIZES]
         self.flips = (False, True) if aug.FLIP else (False,)
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ def build_test_mapper(cfg: CfgNode) -> DatasetMapper:
     """The mapper of a test set; with ``TEST.AUG`` pictures stay as they were decoded, so that none
     is resized twice."""
     if not cfg.TEST.AUG.ENABLED:
-        return DatasetMapper(cfg, is_train=False)
+        return mapper_of_test(cfg)
     return DatasetMapper(is_train=False, augmentations=[], image_format=cfg.INPUT.FORMAT)
 
 

@@ -78,6 +78,11 @@ def is_restarted(environment: Mapping[str, str]) -> bool:
     return _number(environment, "TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
+def is_requeued(environment: Mapping[str, str]) -> bool:
+    """Whether SLURM starts this job again, after a preemption or the loss of a machine."""
+    return _number(environment, "SLURM_RESTART_COUNT", 0) > 0
+
+
 def may_restart(environment: Mapping[str, str]) -> bool:
     """Whether torchrun would start this process again (--max-restarts)."""
     return _number(environment, "TORCHELASTIC_MAX_RESTARTS", 0) > 0

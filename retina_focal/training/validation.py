@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import (
-    DatasetMapper,
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
@@ -19,6 +18,7 @@ from retina_focal.data.classes import match_classes
 from retina_focal.data.images import naming
 from retina_focal.data.regions import keeping_regions
 from retina_focal.data.registration import check_datasets, register_datasets
+from retina_focal.data.resizing import mapper_of_test
 from retina_focal.errors import UserError
 from retina_focal.retinanet import FocalRetinaNet
 from retina_focal.training.average import averaged_weights
@@ -117,7 +117,7 @@ def validation_loss(parts: CfgNode | DictConfig, model: nn.Module) -> Validation
     if isinstance(parts, DictConfig):
         mapper = instantiate(parts.dataloader.test.mapper)
     else:
-        mapper = DatasetMapper(cfg, is_train=False)
+        mapper = mapper_of_test(cfg)
     mapper.is_train = True  # with the transforms of the test, and the boxes
     if node.DATA.IGNORE_REGIONS:
         mapper = keeping_regions(mapper)
