@@ -197,6 +197,8 @@ def _default_node() -> CfgNode:
     node.TRAIN.AUGMENT = CfgNode({"SCALE": [1.0, 1.0], "COLOUR": 0.0, "GREY": 0.0})
     node.TRAIN.AUGMENT.MOSAIC = 0.0
     node.TRAIN.AUGMENT.MOSAIC_OFF = 0.2
+    # True: a training's pictures stay in memory once they are read, in up to half of what is free.
+    node.TRAIN.CACHE_IMAGES = False
     # True: each evaluation also computes the losses on DATA.VAL, as val/... in metrics.json.
     node.TRAIN.VAL_LOSS = False
     # Which images and boxes are read, and the dataset that choices are made on.

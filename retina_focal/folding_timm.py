@@ -22,7 +22,8 @@ class FoldedTimmConv2d(nn.Conv2d):
 
         super().__init__(**arguments_of(conv))
         self.weight, self.bias = conv.weight, conv.bias
-        self._conv2d = conv2d_same if isinstance(conv, Conv2dSame) else F.conv2d
+        self.is_same = isinstance(conv, Conv2dSame)  # padding depends on the image's size
+        self._conv2d = conv2d_same if self.is_same else F.conv2d
         self._is_depthwise = is_depthwise(conv)
         self.folded = FoldedWeight(self, norm, keeps_dtype=self._is_depthwise)
         self.train(conv.training)

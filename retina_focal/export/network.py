@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from retina_focal.box_tower import PendingDeltas
 from retina_focal.errors import UserError
 from retina_focal.export import operators
+from retina_focal.export.calibrated import CalibratedScores
 from retina_focal.export.folded import folded_copy
+from retina_focal.export.metadata import Metadata
 from retina_focal.places import places_of_elements
 from retina_focal.retinanet import FocalRetinaNet
 
@@ -27,37 +29,60 @@ class Candidates:
     scores: Tensor  # (N, M); 0 where a level has fewer
     classes: Tensor  # (N, M)
 
+    def first(self, kept: Tensor, count: int) -> tuple["Candidates", Tensor]:
+        """The `count` of each image with the highest scores among those kept, by falling score.
+
+        Args:
+            kept: (N, M) bool.
+        Returns:
+            `count` of each image, and (N, count) whether it is one of those kept.
+        """
+        ranked = torch.where(kept, self.scores, -1.0)
+        scores, rows = F.pad(ranked, (0, count), value=-1.0).topk(count)
+        rows = rows.clamp(max=ranked.shape[1] - 1)
+        boxes = self.boxes.gather(1, rows[..., None].expand(-1, -1, 4))
+        return Candidates(boxes, scores, self.classes.gather(1, rows)), scores >= 0
+
+    def used(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, scores and classes; box 0, score 0 and class -1 where they are not kept."""
+        boxes = torch.where(kept[..., None], self.boxes, 0)
+        return boxes, torch.where(kept, self.scores, 0), torch.where(kept, self.classes, -1)
+
+
+def example(dtype: str) -> Tensor:
+    """An image batch of the kind that the network takes, for a trace."""
+    # No length that the network has: torch.export would take the two for one.
+    if dtype == "uint8":
+        return torch.zeros(2, 224, 288, 3, dtype=torch.uint8)
+    return torch.zeros(2, 3, 224, 288)
+
 
 class ExportedNetwork(nn.Module):
     """(N, 3, H, W) pixels to (N, D, 4) boxes, (N, D) scores, (N, D) classes."""
 
-    def __init__(
-        self,
-        model: FocalRetinaNet,
-        uint8: bool = False,
-        nms: bool = True,
-        own_operators: bool = True,
-    ):
+    def __init__(self, model: FocalRetinaNet, metadata: Metadata, own_operators: bool = True):
         """
         Args:
             model: trained; it is copied, and its norms folded.
-            uint8: whether images are (N, H, W, 3) uint8, not (N, 3, H, W) float32.
-            nms: whether NMS is inside; otherwise the outputs are its candidates.
+            metadata: says the dtype of images, whether NMS is inside, and whether scores are
+                calibrated.
             own_operators: padding and NMS as `export.operators`, which ONNX translates; otherwise
                 in torch's and torchvision's.
         Raises:
-            UserError: an anchor generator whose anchors can't be computed from their places.
+            UserError: an anchor generator whose anchors can't be computed from their places, or a
+                backbone that pads to a square.
         """
         super().__init__()
         model = folded_copy(model)
-        self.backbone, self.head, self.in_features = (
-            model.backbone,
-            model.head,
-            model.head_in_features,
-        )
+        self.backbone, self.head = model.backbone, model.head
+        self.in_features = model.head_in_features
         self.stride = _stride(model.padding)
         self.postprocessor = model.postprocessor
-        self.uint8, self.nms, self.own_operators = uint8, nms, own_operators
+        self.uint8, self.nms = metadata.dtype == "uint8", metadata.nms == "inside"
+        self.own_operators = own_operators
+        self.calibrated = None
+        if metadata.scores == "calibrated":
+            self.calibrated = CalibratedScores(metadata.calibration, metadata.classes)
         _expect_grid(model.anchor_generator)
         generator = model.anchor_generator
         self.offset = generator.offset
@@ -65,6 +90,7 @@ class ExportedNetwork(nn.Module):
         self.register_buffer("cells", torch.cat(list(generator.cell_anchors)))  # (L x A, 4)
         self.register_buffer("pixel_mean", model.pixel_mean.clone())
         self.register_buffer("pixel_std", model.pixel_std.clone())
+        self.eval()
 
     def forward(self, image: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -79,15 +105,19 @@ class ExportedNetwork(nn.Module):
             classes: (N, D) int64. A row that is not used has box 0, score 0 and class -1.
         """
         images = image.permute(0, 3, 1, 2).float() if self.uint8 else image
-        limits = _limits(images, sizes)
         logits, deltas = self._maps(self._padded(images, sizes))
         found = self._candidates(logits, deltas)
         if not self.nms:
-            return self._outputs(found, found.scores > self.postprocessor.score_thresh, None)
+            return found.used(found.scores > self.postprocessor.score_thresh)
         kept = self._suppress(found)
-        return self._outputs(
-            *_first(found, kept, self.postprocessor.max_detections_per_image), limits
-        )
+        found, kept = found.first(kept, self.postprocessor.max_detections_per_image)
+        if self.calibrated:
+            scores = self.calibrated(found.scores, found.classes)
+            found = Candidates(found.boxes, scores, found.classes)
+        boxes = found.boxes.clamp(min=0).minimum(_limits(images, sizes))
+        kept = kept & (boxes[..., 2:] > boxes[..., :2]).all(-1)
+        found, kept = Candidates(boxes, found.scores, found.classes).first(kept, boxes.shape[1])
+        return found.used(kept)
 
     def _padded(self, images: Tensor, sizes: Tensor | None) -> Tensor:
         """Normalised, with zeros around each image."""
@@ -160,40 +190,14 @@ class ExportedNetwork(nn.Module):
             found.boxes, found.scores, groups, num_groups, own.nms_thresh, own.score_thresh
         )
 
-    def _outputs(
-        self, found: Candidates, kept: Tensor, limits: list | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Clipped boxes; those that are not kept or have no area then are emptied, and last."""
-        boxes = found.boxes
-        if limits is not None:
-            boxes = torch.stack(
-                [boxes[..., i].clamp(min=0).minimum(limits[i % 2]) for i in range(4)], -1
-            )
-            kept = kept & (boxes[..., 2:] > boxes[..., :2]).all(-1)
-        scores = torch.where(kept, found.scores, 0)
-        classes = torch.where(kept, found.classes, -1)
-        boxes = torch.where(kept[..., None], boxes, 0)
-        if limits is not None:
-            scores, order = scores.topk(scores.shape[1])
-            classes = classes.gather(1, order)
-            boxes = boxes.gather(1, order[..., None].expand_as(boxes))
-        return boxes, scores, classes
 
-
-def _first(found: Candidates, kept: Tensor, count: int) -> tuple[Candidates, Tensor]:
-    """The `count` of each image with the highest scores among those kept."""
-    ranked = torch.where(kept, found.scores, -1.0)
-    scores, rows = F.pad(ranked, (0, count), value=-1.0).topk(count)
-    rows = rows.clamp(max=ranked.shape[1] - 1)
-    boxes = found.boxes.gather(1, rows[..., None].expand(-1, -1, 4))
-    return Candidates(boxes, scores, found.classes.gather(1, rows)), scores >= 0
-
-
-def _limits(images: Tensor, sizes: Tensor | None) -> list[Tensor]:
-    """Width and height that boxes are clipped to, broadcast with (N, D)."""
+def _limits(images: Tensor, sizes: Tensor | None) -> Tensor:
+    """(N or 1, 1, 4) pixels that boxes are clipped to."""
     if sizes is not None:
-        return [sizes[:, 1:].float(), sizes[:, :1].float()]
-    return [images.new_full((1, 1), images.shape[-1]), images.new_full((1, 1), images.shape[-2])]
+        return sizes.flip(1).repeat(1, 2)[:, None].float()
+    height, width = images.shape[-2:]
+    sides = [images.new_full((1, 1), length) for length in (width, height)]
+    return torch.stack(sides * 2, -1)
 
 
 def _inside(images: Tensor, sizes: Tensor) -> Tensor:

@@ -4,18 +4,14 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from retina_focal.errors import UserError
 from retina_focal.export.metadata import KEY, Metadata
-from retina_focal.export.network import ExportedNetwork
+from retina_focal.export.network import ExportedNetwork, example
 from retina_focal.export.operators import translations
+from retina_focal.export.sessions import OUTPUTS, optional
 from retina_focal.retinanet import FocalRetinaNet
 
 OPSET = 18
-OUTPUTS = ["boxes", "scores", "classes"]
-# A batch that no length of the network equals: torch.export would take the two for one.
-EXAMPLE = (2, 3, 224, 288)
 
 
 def write_onnx(model: FocalRetinaNet, metadata: Metadata, path: Path) -> None:
@@ -24,27 +20,20 @@ def write_onnx(model: FocalRetinaNet, metadata: Metadata, path: Path) -> None:
     Raises:
         UserError: onnx or onnxscript is not installed, or see `ExportedNetwork`.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"export to onnx needs {error.name}, which is not installed; type: "
-            "pip install 'retina_focal[export]'"
-        ) from error
-    uint8 = metadata.dtype == "uint8"
-    network = ExportedNetwork(model, uint8=uint8, nms=metadata.nms == "inside").eval()
-    dims = (0, "N"), (1 if uint8 else 2, "H"), (2 if uint8 else 3, "W")
+    optional("onnx", "export")
+    optional("onnxscript", "export")
+    network = ExportedNetwork(model, metadata)
+    height = 1 if metadata.dtype == "uint8" else 2
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             network,
-            (example(uint8),),
+            (example(metadata.dtype),),
             dynamo=True,
             opset_version=OPSET,
             input_names=["image"],
-            output_names=OUTPUTS,
-            dynamic_shapes={"image": dict(dims)},
+            output_names=list(OUTPUTS),
+            dynamic_shapes={"image": {0: "N", height: "H", height + 1: "W"}},
             custom_translation_table=translations(),
             verbose=False,
         )
@@ -52,11 +41,3 @@ def write_onnx(model: FocalRetinaNet, metadata: Metadata, path: Path) -> None:
         node.metadata_props.clear()  # paths of this machine
     program.model.metadata_props[KEY] = metadata.to_json()
     program.save(path)
-
-
-def example(uint8: bool) -> Tensor:
-    """An image of the kind that the network takes."""
-    count, channels, height, width = EXAMPLE
-    if uint8:
-        return torch.zeros(count, height, width, channels, dtype=torch.uint8)
-    return torch.zeros(count, channels, height, width)

@@ -69,8 +69,8 @@ def nms_in_torch(
     # One that does not pass comes last, so that it suppresses none that does.
     ranked = torch.where(passing, scores.double(), -1.0)
     rows = torchvision.ops.nms((boxes + offsets[..., None]).flatten(0, 1), ranked.flatten(), iou)
-    kept = torch.zeros_like(passing).flatten().index_fill(0, rows, True)
-    return kept.view(num_images, num_boxes) & passing
+    kept = torch.zeros_like(ranked).flatten().index_fill(0, rows, 1.0)
+    return (kept.view(num_images, num_boxes) > 0) & passing
 
 
 def translations() -> dict:

@@ -14,6 +14,7 @@ TOOLS = {
     "import-weights": "detectors and backbones of torchvision, Detectron, mmdetection, timm",
     "report": "all that is known of a run, on one page",
     "evaluate": "AP, errors, calibration and operating points of a run, or two runs compared",
+    "export": "a trained run as a file for other runtimes, compared with the model",
     "draw": "detections beside ground truth, as one picture",
     "ablate": "tables of the paper, or any grid of keys, on your own data",
     "anatomy": "where a model's class loss comes from, and its hardest windows",

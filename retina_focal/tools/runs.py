@@ -188,8 +188,7 @@ def exported_cfg(
         "MODEL.WEIGHTS": "",
     }
     free = {
-        "INPUT.MIN_SIZE_TEST": metadata.resize["min"],
-        "INPUT.MAX_SIZE_TEST": metadata.resize["max"],
+        **_test_sizes(metadata),
         "MODEL.DEVICE": "cpu",
         "DATALOADER.NUM_WORKERS": 0,  # a process that holds a runtime's threads is not forked
         "DATASETS.TRAIN": (),
@@ -204,6 +203,19 @@ def exported_cfg(
             "with it"
         )
     return cfg
+
+
+def _test_sizes(metadata: Metadata) -> dict[str, int]:
+    """How pictures are resized, as keys of a config."""
+    resize = metadata.resize
+    if resize.get("kind") == "none":
+        return {"INPUT.MIN_SIZE_TEST": 0}
+    if resize.get("kind") != "shortest_edge":
+        raise UserError(
+            f"the exported file resizes by {resize.get('kind')!r}; expected shortest_edge or none: "
+            "upgrade retina_focal"
+        )
+    return {"INPUT.MIN_SIZE_TEST": resize["min"], "INPUT.MAX_SIZE_TEST": resize["max"]}
 
 
 def _open_exported(file: Path, opts: Sequence[str]) -> Run:

@@ -18,6 +18,7 @@ from retina_focal.data.decisions import (
     data_settings,
     input_settings,
     machine_settings,
+    method_settings,
     schedule_settings,
 )
 from retina_focal.data.fingerprint import (
@@ -92,6 +93,7 @@ def main(argv: list[str]) -> None:
     found = fingerprint(table, MetadataCatalog.get(train[0]).thing_classes, len(val_records))
     machine = Machine(torch.cuda.is_available(), len(os.sched_getaffinity(0)))
     settings = {**base_settings(machine), **data_settings(found), **machine_settings(machine)}
+    settings |= method_settings()
     settings |= dataset_settings(train, val, args.val)
     settings["OUTPUT_DIR"] = Setting(f"output/{stem}", "named as this file")
     settings |= decide(settings, table, found, machine, args.minutes, val_records)
@@ -181,7 +183,8 @@ def decide(
         pace = measured_pace(sized, val_records, shorter, batch, machine)
         print(
             f"{pace.step:.3g} s a step of {pace.batch} pictures at {shorter} px, "
-            f"{pace.picture:.3g} s an evaluated picture, {pace.start:.0f} s of start",
+            f"{pace.picture:.3g} s an evaluated picture, {pace.save:.2g} s a checkpoint, "
+            f"{pace.start:.0f} s of start",
             flush=True,
         )
         affordable = affordable_shorter(found, pace, minutes)
