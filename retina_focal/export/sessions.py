@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from retina_focal.errors import UserError
 from retina_focal.export.metadata import KEY, Metadata
@@ -27,8 +27,7 @@ AGAIN = "export the run again: retina-focal export RUN --output DIR"
 OUTPUTS = ("boxes", "scores", "classes")
 IR_VERSIONS = (10, 11)  # of OpenVINO's .xml
 METADATA_BYTES = 10**7  # more is no metadata
-# What torch.export was promised of the padded height and width: multiples, and at least so many.
-STRIDE, LEAST_SIDE = 32, 160
+STRIDE = 32  # an exported program takes images that are padded to multiples of it
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 Run = Callable[[np.ndarray], Sequence[np.ndarray]]
@@ -115,6 +114,11 @@ def open_torch_export(path: Path, threads: int) -> Session:
         model = torch.export.load(path).module()
     except Exception as error:  # what torch raises has no other base in common
         raise UserError(_why_no_program(path, error)) from error
+    return Session(metadata, padded_run(model, metadata, threads))
+
+
+def padded_run(model: Callable[..., Sequence[Tensor]], metadata: Metadata, threads: int) -> Run:
+    """Call a program of `torch.export`, which takes padded images and their sizes."""
     is_uint8 = metadata.dtype == "uint8"
 
     def run(images: np.ndarray) -> list[np.ndarray]:
@@ -126,7 +130,7 @@ def open_torch_export(path: Path, threads: int) -> Session:
         sizes = torch.tensor([[height, width]] * len(images))
         return _run_torch(model, threads, torch.from_numpy(np.pad(images, around)), sizes)
 
-    return Session(metadata, run)
+    return run
 
 
 def open_torchscript(path: Path, threads: int) -> Session:
@@ -139,7 +143,9 @@ def open_torchscript(path: Path, threads: int) -> Session:
     return Session(metadata, lambda x: _run_torch(model, threads, torch.from_numpy(x)))
 
 
-def _run_torch(model: nn.Module, threads: int, *inputs: Tensor) -> list[np.ndarray]:
+def _run_torch(
+    model: Callable[..., Sequence[Tensor]], threads: int, *inputs: Tensor
+) -> list[np.ndarray]:
     with torch.inference_mode(), _threads(threads):
         return [x.numpy() for x in model(*inputs)]
 
@@ -159,7 +165,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _padded(side: int) -> int:
-    return max(-(-side // STRIDE) * STRIDE, LEAST_SIDE)
+    return -(-side // STRIDE) * STRIDE
 
 
 def _why_no_program(path: Path, error: Exception) -> str:

@@ -165,7 +165,8 @@ def points_of(run: Run) -> OperatingPoints | None:
         name: {"threshold": threshold, "calibration": (metadata.calibration or {}).get(name)}
         for name, threshold in metadata.operating_points.items()
     }
-    return operating_points.parse({"dataset": "the exported file", "classes": classes})
+    about = {"dataset": "the exported file", "weights": run.weights.name}
+    return operating_points.parse({**about, "classes": classes})
 
 
 def exported_cfg(
