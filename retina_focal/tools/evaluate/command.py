@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = tool_parser("evaluate", __doc__, EPILOG)
     parser.add_argument("inputs", nargs="+", metavar="RUN|FILE")
+    parser.add_argument("--config-file", metavar="FILE", help="in place of a RUN's; as of train")
     default = "default: the first of DATASETS.TEST of the RUN"
     parser.add_argument("--data", help=f"a dataset's name, URI or path; {default}")
     parser.add_argument("--compare", action="store_true", help="the second with the first")
@@ -92,7 +93,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def _open(name: str, args: argparse.Namespace) -> Opened:
     """Of a run what it detects, of a file its results."""
     if not Path(name).is_file():
-        return _of_run(open_run(name, opts=args.opts), args)
+        return _of_run(open_run(name, args.config_file, args.opts), args)
     if args.data is None:
         raise UserError(f"'{name}' is a file; name the dataset of its results: --data DATA")
     dataset = json.loads(load(args.data).json_file.read_bytes())
