@@ -163,7 +163,7 @@ def evaluation_seconds(found: Fingerprint, pace: Pace, shorter: float) -> float:
 
 
 def num_evaluations(evaluation: float, seconds: float) -> int:
-    """Evaluations before the last one, which takes `evaluation` s, of a training of `seconds`."""
+    """Evaluations before the last one, of `evaluation` s each, in a training of `seconds`."""
     return min(EVALUATIONS, int(SHARE_OF_EVALUATIONS * seconds / max(evaluation, 1e-9)))
 
 

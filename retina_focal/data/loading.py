@@ -28,7 +28,7 @@ from retina_focal.data.regions import keeping_regions
 from retina_focal.data.sampler import BatchSampler, seeded
 from retina_focal.errors import UserError
 
-# Images that are tried for one place of a batch, where those before can't be used.
+# How many images are tried for one place of a batch before the training stops.
 MAX_REPLACEMENTS = 100
 # What is drawn, beside the seed and the position.
 ORDER, SAMPLE = 0, 1
@@ -119,7 +119,7 @@ class TrainLoader:
 
 
 class _Samples(Dataset):
-    """What the mapper makes of (position, index), the same in whichever process."""
+    """What the mapper makes of (position, index): the same in every process."""
 
     def __init__(
         self,
@@ -172,8 +172,9 @@ def build_train_loader(
         node: ``MODEL.RETINA_FOCAL``; default: that of a YAML config, and of a LazyConfig stock's.
         options: of `TrainLoader`, beside those of the config.
     Returns:
-        A `TrainLoader`; or, for a LazyConfig's own kind of loader, an iterable dataset and another
-        sampler than detectron2's, what the config says, which no run can go on with exactly.
+        A `TrainLoader`. Where a LazyConfig names another kind of loader, an iterable dataset or a
+        sampler that is not detectron2's, the loader that it names: a run can't be resumed exactly
+        with it.
     Raises:
         UserError: more pictures are missing, or the images can't be shared among the processes.
     """

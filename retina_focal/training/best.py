@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class EarlyStop(BaseException):
-    """Ends a training in all processes at once; no fault, so that no traceback is logged."""
+    """Ends a training in all processes at once. It is no fault: no traceback is logged."""
 
 
 class BestCheckpoint(FollowsEvaluation):
@@ -101,7 +101,7 @@ def best_checkpoint(parts: CfgNode | DictConfig) -> BestCheckpoint | None:
         parts: the config of either kind; a LazyConfig's test loader that names no dataset is taken
             to read ``DATA.VAL``.
     Raises:
-        UserError: the run shall wait for a metric that is not named; or there is no dataset to
+        UserError: there is a patience, but no metric that it is about; or there is no dataset to
             judge by, or one that is not evaluated by itself.
     """
     cfg = plain_values(parts)

@@ -13,21 +13,29 @@ from retina_focal.config import retina_focal_node
 from retina_focal.data.sources import load
 from retina_focal.data.uri import has_scheme
 from retina_focal.errors import UserError
-from retina_focal.evaluation import operating_points
 from retina_focal.evaluation.mistakes import kept_at
 from retina_focal.evaluation.summary import DEFAULT_THRESHOLD, Subject, measure
 from retina_focal.files import write_whole
-from retina_focal.tools.common import command, number, tool_parser
+from retina_focal.tools.arguments import number, tool_parser
+from retina_focal.tools.common import command
 from retina_focal.tools.report import content, figures
 from retina_focal.tools.reports import origin
-from retina_focal.tools.runs import CONFIG, Run, detections, open_run, run_model, use_data
+from retina_focal.tools.runs import (
+    CONFIG,
+    Run,
+    detections,
+    open_run,
+    points_of,
+    run_model,
+    use_data,
+)
 
 # Enough for the shares; the paper's numbers take minutes: `retina-focal anatomy`.
 WINDOWS = ("--num-negatives", "1e6", "--num-positives", "2e3")
 SUSPECTS = 12  # suspected labels that are shown
 EPILOG = """
-Measured on --data, which is only measured with: operating points and calibration are those of
-operating_points.json, which `retina-focal evaluate` writes. What is missing is left out.
+The run is measured on --data. Nothing is chosen on it: operating points and calibration are those
+of operating_points.json, which `retina-focal evaluate` writes. What is missing is left out.
 
 Examples:
   %(prog)s output/bccd
@@ -72,7 +80,7 @@ def _measured(run: Run, data: str, num_worst: int) -> dict:
     """What the run detects on the dataset, measured and shown."""
     dataset = json.loads(load(data).json_file.read_bytes())
     subject = Subject(str(run.weights), data, dataset, detections(run, run_model(run), data))
-    points = operating_points.read(run.weights.parent)
+    points = points_of(run)
     is_same = points is not None and points.content.get("dataset") == data
     report = measure(subject, points, is_same)
     kept = kept_at(subject.evaluated, points.thresholds if points else {}, DEFAULT_THRESHOLD)
@@ -123,6 +131,8 @@ def _anatomy(run: Run, args: argparse.Namespace, tested: str) -> dict:
     found = content.anatomy(folder)
     if found is not None:
         return found
+    if run.exported is not None:
+        raise UserError("an exported file gives boxes, and not the scores of all anchors")
     command = [sys.executable, "-W", "ignore", "-m", "retina_focal.tools.cli", "anatomy"]
     command += ["--config-file", args.config_file or str(Path(args.run, CONFIG))]
     command += ["--output", str(folder), *WINDOWS]
