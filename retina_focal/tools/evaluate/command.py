@@ -112,9 +112,10 @@ def _of_run(run: Run, args: argparse.Namespace) -> Opened:
     val = "" if args.compare else retina_focal_node(run.cfg).DATA.VAL
     names = [use_data(run, name) for name in dict.fromkeys(filter(None, (data, val)))]
     model = run_model(run)
+    files = {name: load(name).json_file for name in names}
     subjects = {}
-    for name in names:
-        dataset = json.loads(load(name).json_file.read_bytes())
+    for name, file in files.items():
+        dataset = json.loads(file.read_bytes())
         results = detections(run, model, name)
         subjects[name] = Subject(str(run.weights), name, dataset, results)
     if val:
@@ -124,7 +125,8 @@ def _of_run(run: Run, args: argparse.Namespace) -> Opened:
         )
         operating_points.write(run.weights.parent, content)
     points = points_of(run)
-    return Opened(subjects[data], points, bool(points) and points.content.get("dataset") == data)
+    same = [name for name, file in files.items() if file == files[data]]  # by another name, too
+    return Opened(subjects[data], points, bool(points) and points.content.get("dataset") in same)
 
 
 def _write_figures(report: dict, folder: Path) -> None:
