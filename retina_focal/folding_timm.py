@@ -56,7 +56,8 @@ class FoldedTimmNorm(nn.Module):
         # A plain frozen norm of timm has neither.
         self.drop = getattr(norm, "drop", nn.Identity())
         self.act = getattr(norm, "act", nn.Identity())
-        # In place, torch copies what the gradient needs first; a ReLU's needs the result alone.
+        # Before an activation in place torch copies what its gradient needs, but not for a ReLU,
+        # whose gradient needs the result alone.
         self.act_with_gradient = self.act
         if getattr(self.act, "inplace", False) and not isinstance(self.act, nn.ReLU):
             self.act_with_gradient = copy(self.act)

@@ -15,7 +15,8 @@ from PIL import Image
 from retina_focal.data import sources
 from retina_focal.data.registration import register, register_datasets
 from retina_focal.errors import UserError
-from retina_focal.tools.common import add_config_arguments, load_cfg, load_lazy_cfg, tool_parser
+from retina_focal.tools.arguments import add_config_arguments, tool_parser
+from retina_focal.tools.common import load_cfg, load_lazy_cfg
 from retina_focal.training.values import plain_values
 
 pytestmark = pytest.mark.usefixtures("own_cache")

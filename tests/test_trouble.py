@@ -119,19 +119,20 @@ rank = int(sys.argv[1])
 distributed.init_process_group("gloo", rank=rank, world_size=2, init_method="file://" + sys.argv[2])
 comm.create_local_process_group(2)
 from test_trouble import Run, batch, skipping
-from retina_focal.training.processes import distribute
+from retina_focal.training.processes import closed_process_group, distribute
 inputs = batch(f"of_{rank}.jpg")
 skipped = skipping("a.jpg", *["x.jpg", "y.jpg"][: rank + 1])
 bad = batch(f"of_{rank}.jpg")
 if rank == 1:
     bad[0]["image"] = bad[0]["image"] * torch.nan
-for steps in ([inputs, skipped, inputs], [bad]):
-    run = Run(steps, Path(sys.argv[2] + "_out"), limit=1)
-    run._trainer.model = distribute(run.model)
-    try:
-        run.go()
-    except Exception as error:
-        print(type(error).__name__, error, f"after step {run.iter}")
+with closed_process_group():
+    for steps in ([inputs, skipped, inputs], [bad]):
+        run = Run(steps, Path(sys.argv[2] + "_out"), limit=1)
+        run._trainer.model = distribute(run.model)
+        try:
+            run.go()
+        except Exception as error:
+            print(type(error).__name__, error, f"after step {run.iter}")
 """
 
 

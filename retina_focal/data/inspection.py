@@ -16,7 +16,7 @@ from retina_focal.data.sources import find
 from retina_focal.errors import UserError
 from retina_focal.files import leads_outside
 
-# What is done with what has a finding of each severity.
+# What a finding of each severity means for the dataset.
 DONE: dict[Severity, str] = {
     "error": "the dataset is refused",
     "training": "refused for training, but measured with",
@@ -33,7 +33,7 @@ PICTURES: dict[str, tuple[Severity, str]] = {
     "picture-outside": ("outside", "lie outside the image folder, and are not looked at"),
     "picture-broken": ("picture", "can't be decoded: truncated, empty, or no pictures"),
     "picture-too-large": ("picture", "have too many pixels, and are not decoded"),
-    "picture-wide": ("picture", "have more than 8 bits a channel, which Pillow cuts off"),
+    "picture-wide": ("picture", "have more than 8 bits per channel, which Pillow cuts off"),
     "picture-program": ("picture", "are programs that would be run"),
     "picture-size": ("picture", "have another size than their annotations say"),
     "picture-turned": ("note", "lie on their side, and are turned as their EXIF tag says"),
@@ -120,7 +120,7 @@ def _path(image: dict, root: Path, allow_outside: bool) -> str:
 
 
 def _compared(look: Look, image: dict, path: str) -> Look:
-    """With the size that the annotations say."""
+    """A picture compared with the size that the annotations say."""
     if not path:
         return look.with_fault("picture-outside", "")
     expected = (image.get("width"), image.get("height"))

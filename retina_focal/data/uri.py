@@ -97,7 +97,7 @@ def has_scheme(data: str) -> bool:
 
 
 def with_whole_rows(argv: Sequence[str] | None) -> list[str]:
-    """A command line whose `--dataset NAME URI` has the third value that argparse counts on."""
+    """A command line in which `--dataset NAME URI` has the third value that argparse expects."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for i in reversed(range(len(argv) - 2)):
         if argv[i] == "--dataset" and has_scheme(argv[i + 2]):

@@ -31,7 +31,7 @@ def folded_copy(model: nn.Module) -> nn.Module:
     """
     model = deepcopy(model).cpu().float().eval().requires_grad_(False)
     for part in model.backbone.modules():
-        if isinstance(part, TimmBackbone):
+        if isinstance(part, TimmBackbone) and _has_batch_norm(part.body):
             part.body = _frozen_timm(part.body)
     model.backbone = FrozenBatchNorm2d.convert_frozen_batchnorm(model.backbone)
     fold_frozen_norms(model.backbone)
@@ -40,6 +40,10 @@ def folded_copy(model: nn.Module) -> nn.Module:
             if isinstance(child, (FoldedConv2d, FoldedTimmConv2d)) or _is_same_conv(child):
                 setattr(parent, name, _plain(child))
     return model.eval().requires_grad_(False)
+
+
+def _has_batch_norm(body: nn.Module) -> bool:
+    return any(isinstance(x, (nn.BatchNorm2d, nn.SyncBatchNorm)) for x in body.modules())
 
 
 def _frozen_timm(body: nn.Module) -> nn.Module:

@@ -27,8 +27,7 @@ AGAIN = "export the run again: retina-focal export RUN --output DIR"
 OUTPUTS = ("boxes", "scores", "classes")
 IR_VERSIONS = (10, 11)  # of OpenVINO's .xml
 METADATA_BYTES = 10**7  # more is no metadata
-# What torch.export was promised of the padded height and width: multiples, and at least so many.
-STRIDE, LEAST_SIDE = 32, 160
+STRIDE = 32  # an exported program takes images that are padded to multiples of it
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 Run = Callable[[np.ndarray], Sequence[np.ndarray]]
@@ -159,7 +158,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _padded(side: int) -> int:
-    return max(-(-side // STRIDE) * STRIDE, LEAST_SIDE)
+    return -(-side // STRIDE) * STRIDE
 
 
 def _why_no_program(path: Path, error: Exception) -> str:

@@ -1,6 +1,8 @@
 """The network as a program of torch.export, and as TorchScript."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,8 +11,23 @@ from torch.export import Dim
 from retina_focal.errors import UserError
 from retina_focal.export.metadata import KEY, Metadata
 from retina_focal.export.network import ExportedNetwork, example
-from retina_focal.export.sessions import LEAST_SIDE, STRIDE
+from retina_focal.export.sessions import STRIDE
 from retina_focal.retinanet import FocalRetinaNet
+
+MOST_STRIDES = 1 << 12  # 131,072 pixels a side
+
+
+@contextmanager
+def single_cells() -> Iterator[None]:
+    """Inside, a program may be of maps of one cell: torch would else say that none has one."""
+    import torch.fx.experimental._config as config
+
+    before = config.backed_size_oblivious
+    config.backed_size_oblivious = True
+    try:
+        yield
+    finally:
+        config.backed_size_oblivious = before
 
 
 def write_torch_export(model: FocalRetinaNet, metadata: Metadata, path: Path) -> None:
@@ -27,10 +44,9 @@ def write_torch_export(model: FocalRetinaNet, metadata: Metadata, path: Path) ->
         )
     image = example(metadata.dtype)
     batch = Dim("N", min=1)
-    least = LEAST_SIDE // STRIDE
-    sides = [STRIDE * Dim(name, min=least, max=1 << 12) for name in ("rows", "columns")]
+    sides = [STRIDE * Dim(name, min=1, max=MOST_STRIDES) for name in ("rows", "columns")]
     first = 1 if metadata.dtype == "uint8" else 2
-    with torch.no_grad():
+    with torch.no_grad(), single_cells():
         program = torch.export.export(
             network,
             (image, torch.tensor([image.shape[first : first + 2]] * len(image))),

@@ -11,6 +11,7 @@ TOOLS = {
     "quick-start": "sample data, training, evaluation and a picture, in minutes on a CPU",
     "sample-data": "fetch and prepare a small dataset and backbone weights",
     "predict": "boxes of pictures, folders and videos, by a trained run",
+    "import-weights": "detectors and backbones of torchvision, Detectron, mmdetection, timm",
     "report": "all that is known of a run, on one page",
     "evaluate": "AP, errors, calibration and operating points of a run, or two runs compared",
     "export": "a trained run as a file for other runtimes, compared with the model",

@@ -1,6 +1,7 @@
 """From nothing to a trained detector in minutes on two cores: `retina-focal quick-start`."""
 
 import argparse
+import math
 import os
 import time
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 from retina_focal.config import config_path
 from retina_focal.data.sample import PREPARE
 from retina_focal.evaluation.drawing import draw_detections
-from retina_focal.tools.common import command, set_up, tool_parser
+from retina_focal.tools.arguments import tool_parser
+from retina_focal.tools.common import command, read_cfg, set_up
 from retina_focal.training.assembly import fit
+from retina_focal.training.run_lock import sole_run
 from retina_focal.weights.lite0 import prepare_weights
 
 TEST_IMAGES = {"trees": "held-out tiles", "bccd": "test photographs"}
@@ -30,9 +33,12 @@ def main(argv: list[str]) -> None:
     prepare_weights()
     path = config_path(f"quick_start/{args.name}.yaml")
     settings = {"config_file": path, "opts": args.opts, "dataset": [], "eval_only": False}
-    cfg = set_up(argparse.Namespace(**settings, resume=True))
-    start = time.perf_counter()
-    trainer = fit(cfg, resume=True)
+    args = argparse.Namespace(**settings, resume=True)
+    cfg = read_cfg(args)
+    with sole_run(cfg.OUTPUT_DIR, math.inf, goes_on=True):
+        cfg = set_up(args, cfg)
+        start = time.perf_counter()
+        trainer = fit(cfg, resume=True)
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     picture = os.path.join(cfg.OUTPUT_DIR, "detections.png")
     draw_detections(cfg, trainer.model, picture)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator, inference_context
 from torch import nn
 from tqdm import tqdm
@@ -19,18 +19,13 @@ from retina_focal.config import retina_focal_node
 from retina_focal.data.classes import match_classes
 from retina_focal.data.images import naming
 from retina_focal.data.registration import use_datasets
+from retina_focal.data.resizing import mapper_of_test
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import build_evaluator
 from retina_focal.export.runners import exported_file, open_exported
 from retina_focal.files import write_whole
-from retina_focal.tools.common import (
-    add_dataset_argument,
-    command,
-    listed,
-    load_cfg,
-    number,
-    tool_parser,
-)
+from retina_focal.tools.arguments import add_dataset_argument, listed, number, tool_parser
+from retina_focal.tools.common import command, load_cfg
 from retina_focal.tools.reports import figure, origin, table
 from retina_focal.tools.runs import exported_cfg
 from retina_focal.weights.load import load_model
@@ -217,7 +212,7 @@ def _point(label: str, model: nn.Module, cfg: CfgNode, size: int) -> Point:
     cfg.INPUT.MIN_SIZE_TEST = size
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     evaluator = build_evaluator(cfg.DATASETS.TEST[0], None, limit, distributed=False)
-    mapper = naming(DatasetMapper(cfg, is_train=False), retina_focal_node(cfg).DATA.MAX_PIXELS)
+    mapper = naming(mapper_of_test(cfg), retina_focal_node(cfg).DATA.MAX_PIXELS)
     return Point(label, size, model, mapper, evaluator)
 
 

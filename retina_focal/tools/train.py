@@ -5,6 +5,8 @@ import logging
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,12 +19,8 @@ from omegaconf import DictConfig
 from retina_focal.config import config_path, retina_focal_node
 from retina_focal.data.uri import with_whole_rows
 from retina_focal.errors import UserError
-from retina_focal.tools.common import (
-    add_dataset_argument,
-    command,
-    read_cfg,
-    set_up,
-)
+from retina_focal.tools.arguments import add_dataset_argument
+from retina_focal.tools.common import command, read_cfg, set_up
 from retina_focal.training.assembly import evaluate, fit, plain_values
 from retina_focal.training.checkpoint_files import checkpoints_of
 from retina_focal.training.launchers import World, is_restarted, may_restart, world_of
@@ -32,6 +30,7 @@ from retina_focal.training.processes import (
     die_with_parent,
     share_cores,
 )
+from retina_focal.training.run_lock import sole_run
 from retina_focal.training.signals import ended_at_once, handled_signals
 from retina_focal.training.spawning import start
 
@@ -143,27 +142,40 @@ def run(
             if not torch.cuda.is_available():
                 share_cores(comm.get_local_size())
             resume = any(comm.all_gather(args.resume))  # torchrun counts one machine's restarts
-            if not (resume or args.eval_only):
-                _check_folder(plain_values(cfg).OUTPUT_DIR)
-            cfg = set_up(args, cfg)
-            return evaluate(cfg, resume) if args.eval_only else fit(cfg, resume).results
+            if args.eval_only:
+                return evaluate(set_up(args, cfg), resume)
+            folder = plain_values(cfg).OUTPUT_DIR
+            with ExitStack() as stack:
+                with _refusals_told():
+                    stack.enter_context(sole_run(folder, timeout_of(cfg), resume))
+                    if not resume:
+                        _check_folder(folder)
+                return fit(set_up(args, cfg), resume).results
 
 
 def _check_folder(folder: str) -> None:
     """Refuse to begin where torchrun, starting this run again, would go on with another."""
-    if not may_restart(os.environ):
-        return
-    if checkpoints_of(folder):
-        _refusal().touch()
+    if may_restart(os.environ) and checkpoints_of(folder):
         raise UserError(
             f"torchrun would start this run again from its last checkpoint, but '{folder}' holds "
             "those of another run; go on with that (--resume), or name another OUTPUT_DIR"
         )
+
+
+@contextmanager
+def _refusals_told() -> Iterator[None]:
+    """What the block refuses is not gone on with when torchrun starts this process again."""
+    try:
+        yield
+    except (UserError, SystemExit):
+        if may_restart(os.environ):
+            _refusal().touch()
+        raise
     _refusal().unlink(missing_ok=True)  # of another process that had this parent's number
 
 
 def _refusal() -> Path:
-    """A file that tells this torchrun's next start that it has nothing to go on with."""
+    """The file that tells the next start by this torchrun that the run was refused."""
     return Path(tempfile.gettempdir(), f"retina_focal_refused_by_{os.getppid()}")
 
 
@@ -171,7 +183,7 @@ def timeout_of(cfg: CfgNode | DictConfig) -> float:
     """Seconds that a process may let the others wait.
 
     Raises:
-        UserError: none that is more than 0.
+        UserError: it is not more than 0.
     """
     timeout = retina_focal_node(plain_values(cfg)).TRAIN.TIMEOUT
     if not 0 < timeout < math.inf:

@@ -2,10 +2,9 @@
 
 import logging
 import os
-import traceback
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
@@ -27,8 +26,8 @@ from retina_focal.data.augmentation import mosaic
 from retina_focal.data.classes import class_names
 from retina_focal.data.existence import expect_test_pictures
 from retina_focal.data.loading import build_train_loader
-from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import explain_missing
+from retina_focal.evaluation.expected import unexpected_results
 from retina_focal.evaluation.tta import with_tta
 from retina_focal.training.average import averaged_weights, weight_average
 from retina_focal.training.best import EarlyStop, best_checkpoint, has_ended
@@ -42,7 +41,7 @@ from retina_focal.training.measure import (
     yaml_test_loader,
 )
 from retina_focal.training.metrics import MetricsHook, MetricsWriter
-from retina_focal.training.processes import distribute, keep_freed_memory
+from retina_focal.training.processes import distribute, keep_freed_memory, raised_in_all
 from retina_focal.training.resume import ExactResume, options_of_the_config, with_seed
 from retina_focal.training.run_files import SETTINGS, SavedConfig
 from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader, handled_signals
@@ -50,43 +49,14 @@ from retina_focal.training.steps import training_steps
 from retina_focal.training.trouble import Trouble
 from retina_focal.training.validation import validation_loss
 from retina_focal.training.values import plain_values
-from retina_focal.training.words import words_only
-
-# What libraries raise for a value that they don't take.
-FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
-FAULTS += (RuntimeError, TypeError, ValueError)
-
-
-@contextmanager
-def faults_of_the_config() -> Iterator[None]:
-    """What a library refuses while parts are looked up and built ends as a UserError.
-
-    What our own code raises, and what other processes are the reason of, stays as it is.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except FAULTS as error:
-        names = [f.f_globals["__name__"] for f, _ in traceback.walk_tb(error.__traceback__)]
-        libraries = ("detectron2.", "fvcore.", "torch.", "yacs.", "timm.")
-        if not names[-1].startswith(libraries) or any("distributed" in x for x in names):
-            raise
-        SETTINGS.info("what the config asks for can't be built", exc_info=True)
-        reason = error.args[0] if isinstance(error, KeyError) else str(error).partition("\n")[0]
-        if names[-1].startswith(("fvcore.common.registry", "detectron2.config")):
-            raise UserError(f"{reason}; correct that name in the config") from error
-        raise UserError(
-            f"{names[-1]} can't build what the config asks for ({type(error).__name__}: {reason}); "
-            "correct the value of the key that this is about"
-        ) from error
+from retina_focal.training.words import faults_of_the_config, words_only
 
 
 class Trainer(DefaultTrainer):
     """`DefaultTrainer` for both kinds of config, on GPUs or in gloo processes on a CPU.
 
-    The class methods `build_...` and `test` are DefaultTrainer's, to be overridden as ever; here
-    they take a LazyConfig too. `cfg` is the config as `plain_values` has it.
+    The class methods `build_...` and `test` are DefaultTrainer's and can be overridden as there;
+    here they take a LazyConfig too. `cfg` is the config as `plain_values` has it.
     """
 
     @faults_of_the_config()
@@ -160,7 +130,7 @@ class Trainer(DefaultTrainer):
             self._stop,  # before it too: it can take long
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
             self._val_loss,
-            best_checkpoint(retina_focal_node(cfg).TRAIN),
+            best_checkpoint(self.parts),
             writer,
         ]
 
@@ -244,10 +214,19 @@ class Trainer(DefaultTrainer):
         self._resume.catch_up()
 
     def train(self) -> dict | None:
-        """To the last iteration; a run that is there already makes no step, and says so."""
+        """To the last iteration; a run that is there already makes no step, and says so.
+
+        Returns:
+            The results of the last evaluation, None without one.
+        Raises:
+            UserError: they are not as ``TEST.EXPECTED_RESULTS`` has them; all is saved.
+        """
         last = self.checkpointer.get_checkpoint_file
         with words_only(self.cfg.OUTPUT_DIR, last), suppress(EarlyStop):
-            return None if has_ended(self) else super().train()
+            if not has_ended(self):
+                TrainerBase.train(self, self.start_iter, self.max_iter)
+        _expect_results(self.cfg, self.results)
+        return self.results or None
 
     def _evaluate(self) -> dict:
         if self.iter + 1 == self.max_iter:  # detectron2 asks for it when the last step failed, too
@@ -269,6 +248,7 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0  # few images
+        retina_focal_node(cfg).TRAIN.CACHE_IMAGES = False
         loader, num_iter = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
         return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
 
@@ -287,7 +267,8 @@ def evaluate(cfg: CfgNode | DictConfig, resume: bool) -> dict:
     """Results of the weights that the config names; with `resume`, of the last checkpoint.
 
     Raises:
-        UserError: there are no weights, some are missing, or they are of other classes.
+        UserError: there are no weights, some are missing, or they are of other classes; or the
+            results are not as ``TEST.EXPECTED_RESULTS`` has them.
     """
     keep_freed_memory()
     values = plain_values(cfg)
@@ -295,4 +276,13 @@ def evaluate(cfg: CfgNode | DictConfig, resume: bool) -> dict:
     checkpointer = RunCheckpointer(model, values.OUTPUT_DIR)
     expect_test_pictures(values.DATASETS.TEST)
     load_trained(checkpointer, values.MODEL.WEIGHTS, resume, values.DATASETS.TEST)
-    return Trainer.test(cfg, model)
+    results = Trainer.test(cfg, model)
+    _expect_results(values, results)
+    return results
+
+
+def _expect_results(values: CfgNode, results: dict) -> None:
+    expected = values.TEST.EXPECTED_RESULTS
+    if expected:
+        is_main = comm.is_main_process()  # no other has results
+        raised_in_all(unexpected_results(expected, results) if is_main else None)

@@ -21,6 +21,7 @@ from retina_focal.training.checkpoint_files import (
     tagged_checkpoint,
     write_checkpoint,
 )
+from retina_focal.training.processes import raised_in_all
 from retina_focal.weights.class_rows import match_class_rows
 from retina_focal.weights.load import Checkpointer
 
@@ -130,10 +131,8 @@ class RunCheckpointer(Checkpointer):
                 found = self._first_whole(checkpoints_of(self.save_dir))
             except UserError as wrong:
                 error = str(wrong)
-        found, error = comm.all_gather((found, error))[0]
-        if error:
-            raise UserError(error)
-        return found
+        raised_in_all(error)
+        return comm.all_gather(found)[0]
 
     def _first_whole(self, paths: list[Path]) -> str:
         tag, tagged = Path(self.save_dir, TAG), tagged_checkpoint(self.save_dir)

@@ -14,7 +14,7 @@ from retina_focal.errors import UserError
 
 # SLURM numbers a job's own steps from 0; these and above are its batch script and its shell.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
-# What other launchers set; they are not recognised, and would train as many models as processes.
+# What launchers set that are not recognised: each of their processes would train its own model.
 OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 
 
@@ -76,6 +76,11 @@ def world_of(args: argparse.Namespace, environment: Mapping[str, str]) -> World 
 def is_restarted(environment: Mapping[str, str]) -> bool:
     """Whether torchrun starts this process again, to go on with what it began."""
     return _number(environment, "TORCHELASTIC_RESTART_COUNT", 0) > 0
+
+
+def is_requeued(environment: Mapping[str, str]) -> bool:
+    """Whether SLURM starts this job again, after a preemption or the loss of a machine."""
+    return _number(environment, "SLURM_RESTART_COUNT", 0) > 0
 
 
 def may_restart(environment: Mapping[str, str]) -> bool:

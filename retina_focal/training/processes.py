@@ -66,6 +66,20 @@ def closed_process_group() -> Iterator[None]:
             dist.destroy_process_group()
 
 
+def raised_in_all(error: str | None) -> None:
+    """End all processes with what the main one found, where that is something; all come here.
+
+    Raises:
+        UserError: in the first process of every machine.
+        SystemExit: in the others, without words.
+    """
+    error = comm.all_gather(error)[0]
+    if error and comm.get_local_rank() > 0:
+        sys.exit(1)
+    if error:
+        raise UserError(error)
+
+
 def die_with_parent(parent: int) -> None:
     """Let this process be killed when its parent dies, also when that is killed itself.
 

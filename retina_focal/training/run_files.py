@@ -22,12 +22,12 @@ from retina_focal.safe_yaml import read_text
 from retina_focal.training.values import plain_values
 
 CONFIG = "config.yaml"
-# What is long, and goes to log.txt alone.
+# For long texts, which go to log.txt alone.
 SETTINGS = logging.getLogger("retina_focal.settings")
 
 
 def open_log(cfg: CfgNode | DictConfig, args: Namespace) -> None:
-    """detectron2's `default_setup`, but for the config that it writes at once (`SavedConfig`).
+    """detectron2's `default_setup`, except that the config is written later (`SavedConfig`).
 
     Environment, command line and config go to ``OUTPUT_DIR/log.txt``, not to the screen.
 
@@ -58,7 +58,7 @@ def open_log(cfg: CfgNode | DictConfig, args: Namespace) -> None:
 class SavedConfig(HookBase):
     """Writes ``OUTPUT_DIR/config.yaml`` when the first step is made.
 
-    A command that is refused before, for a picture or for memory too, leaves that of the run that
+    A command that ends before, be it for a picture or for memory, leaves the config of the run that
     is there.
     """
 

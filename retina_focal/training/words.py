@@ -1,21 +1,51 @@
-"""What a user can put right ends a training in words: a full disk, a closed folder."""
+"""What a user can put right ends a training in words: a wrong value, a full disk."""
 
 import errno
 import logging
 import os
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from retina_focal.errors import UserError
 from retina_focal.training.peers import in_words
+from retina_focal.training.run_files import SETTINGS
 
+# What libraries raise for a value that they don't take.
+FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError)
+FAULTS += (RuntimeError, TypeError, ValueError)
 FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @contextmanager
+def faults_of_the_config() -> Iterator[None]:
+    """What a library refuses while parts are looked up and built ends as a UserError.
+
+    What our own code raises, and what other processes cause, stays as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except FAULTS as error:
+        names = [f.f_globals["__name__"] for f, _ in traceback.walk_tb(error.__traceback__)]
+        libraries = ("detectron2.", "fvcore.", "torch.", "yacs.", "timm.")
+        if not names[-1].startswith(libraries) or any("distributed" in x for x in names):
+            raise
+        SETTINGS.info("what the config asks for can't be built", exc_info=True)
+        reason = error.args[0] if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        if names[-1].startswith(("fvcore.common.registry", "detectron2.config")):
+            raise UserError(f"{reason}; correct that name in the config") from error
+        raise UserError(
+            f"{names[-1]} can't build what the config asks for ({type(error).__name__}: {reason}); "
+            "correct the value of the key that this is about"
+        ) from error
+
+
+@contextmanager
 def words_only(folder: str, last_checkpoint: Callable[[], str]) -> Iterator[None]:
-    """In the block no traceback of them is logged; errors of the output folder are UserErrors.
+    """In the block their tracebacks are not logged; errors of the output folder become UserErrors.
 
     Args:
         folder: that the training writes to.

@@ -30,7 +30,7 @@ def missing_parameters(model: nn.Module) -> Iterator[list[str]]:
 
 
 def expect_trained(model: nn.Module, missing: list[str], path: str) -> None:
-    """Refuse to measure or draw with what is random.
+    """Refuse to measure or draw with random parameters.
 
     Args:
         missing: of `missing_parameters`.

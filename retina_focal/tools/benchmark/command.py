@@ -16,19 +16,13 @@ from retina_focal.config import retina_focal_node
 from retina_focal.errors import UserError
 from retina_focal.files import write_whole
 from retina_focal.precision import PRECISIONS
+from retina_focal.tools.arguments import listed, number, tool_parser
 from retina_focal.tools.benchmark import gpu, gpu_report
 from retina_focal.tools.benchmark.cases import INDEPENDENT_OF, MEMORY, TIMED
 from retina_focal.tools.benchmark.instruments import Probe, check_fp32, memory_probes, timing_probes
 from retina_focal.tools.benchmark.models import MODELS, Setting, torchvision_has
 from retina_focal.tools.benchmark.report import markdown, plot, rows_of
-from retina_focal.tools.common import (
-    command,
-    expect_focal_retinanet,
-    listed,
-    load_cfg,
-    number,
-    tool_parser,
-)
+from retina_focal.tools.common import command, expect_focal_retinanet, load_cfg
 from retina_focal.tools.reports import origin
 
 WHAT = (*TIMED, "memory")

@@ -20,8 +20,9 @@ from retina_focal.data.inspection import (
 )
 from retina_focal.data.sources import splits
 from retina_focal.errors import UserError
+from retina_focal.tools.arguments import listed, number, tool_parser
 from retina_focal.tools.check.page import ranked, write_page
-from retina_focal.tools.common import command, listed, number, tool_parser
+from retina_focal.tools.common import command
 
 GROUPS = ("annotations", "pictures", "splits")
 STRICT = (*REFUSED, "warning")
@@ -137,7 +138,7 @@ def _finding_as_json(finding: Finding) -> dict:
 
 
 def _severities(datasets: Sequence[Inspected], between: Sequence[Finding]) -> Counter[str]:
-    """How many findings there are of each."""
+    """The number of findings of each severity."""
     return Counter(x.severity for x in (*(y for d in datasets for y in d.findings), *between))
 
 

@@ -61,7 +61,7 @@ def write_page(
 
 
 def ranked(findings: Sequence[Finding]) -> list[Finding]:
-    """The gravest first."""
+    """The findings, the gravest first."""
     order = list(DONE)
     return sorted(findings, key=lambda x: order.index(x.severity))
 
@@ -81,7 +81,7 @@ def _described(finding: Finding, dataset: Inspected | None) -> dict:
 
 
 def _pictures(finding: Finding, dataset: Inspected) -> Iterator[dict]:
-    """Of the first records: the picture, or for annotations what is around the box."""
+    """The pictures of the first records, or what is around the boxes of annotations."""
     places = {image.get("id"): i for i, image in enumerate(dataset.images)}
     for record, index in list(zip(finding.records, finding.indices, strict=False))[:SHOWN]:
         box = None

@@ -15,7 +15,8 @@ from retina_focal.evaluation.operating_points import OperatingPoints, check_rule
 from retina_focal.evaluation.summary import Subject, compare, measure
 from retina_focal.export.runners import exported_file
 from retina_focal.files import write_whole
-from retina_focal.tools.common import command, number, tool_parser
+from retina_focal.tools.arguments import number, tool_parser
+from retina_focal.tools.common import command
 from retina_focal.tools.evaluate.tables import comparison_text, report_text
 from retina_focal.tools.reports import figure
 from retina_focal.tools.runs import Run, detections, open_run, points_of, run_model, use_data
@@ -25,8 +26,8 @@ RUN is the folder of a training, or a file that `retina-focal export` wrote, or 
 needs --data. FILE holds results in COCO format, as training leaves them in
 inference/coco_instances_results.json, and needs --data.
 
-Of a RUN whose config names MODEL.RETINA_FOCAL.DATA.VAL, the operating point and the calibration of
-each class are chosen on that dataset and written beside the weights, for `predict`.
+Where the config of a RUN names MODEL.RETINA_FOCAL.DATA.VAL, the operating point and the calibration
+of each class are chosen on that dataset and written beside the weights, for `predict`.
 
 Examples:
   %(prog)s output/bccd --opts MODEL.RETINA_FOCAL.DATA.VAL bccd_val
@@ -93,7 +94,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def _open(name: str, args: argparse.Namespace) -> Opened:
-    """Of a run what it detects, of a file its results."""
+    """The detections of a run, or the results in a file."""
     if exported_file(name) or not Path(name).is_file():
         return _of_run(open_run(name, opts=args.opts), args)
     if args.data is None:

@@ -14,15 +14,16 @@ from retina_focal.evaluation import operating_points
 from retina_focal.evaluation.mistakes import kept_at
 from retina_focal.evaluation.summary import DEFAULT_THRESHOLD, Subject, measure
 from retina_focal.files import write_whole
-from retina_focal.tools.common import command, number, tool_parser
+from retina_focal.tools.arguments import number, tool_parser
+from retina_focal.tools.common import command
 from retina_focal.tools.report import content, figures
 from retina_focal.tools.reports import origin
 from retina_focal.tools.runs import Run, detections, open_run, run_model, use_data
 
 SUSPECTS = 12  # suspected labels that are shown
 EPILOG = """
-Measured on --data, which is only measured with: operating points and calibration are those of
-operating_points.json, which `retina-focal evaluate` writes. What is missing is left out.
+The run is measured on --data. Nothing is chosen on it: operating points and calibration are those
+of operating_points.json, which `retina-focal evaluate` writes. What is missing is left out.
 
 Examples:
   %(prog)s output/bccd
