@@ -19,6 +19,7 @@ from retina_focal.errors import UserError
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: make setup")
 pytest.importorskip("onnx", reason="onnx is not installed: make setup")
 from made_exports import METADATA, made_onnx
+from real_exports import exported_network, photographs
 
 from retina_focal.export import page as page_module
 from retina_focal.export.page import cached_package, write_page
@@ -212,3 +213,23 @@ def test_what_npm_can_not_fetch_is_not_used(tmp_path, monkeypatch, script, messa
     with pytest.raises(UserError, match=message):
         cached_package()
     assert not list((tmp_path / "cache").rglob("*.tgz"))
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_boxes_of_photographs_are_the_runtimes(folder, tmp_path):
+    """JPEGs, which browser and Pillow decode alike, through a network in WebAssembly."""
+    files = photographs(3)
+    exported_network(tmp_path)
+    detector = Detector(tmp_path / "model.onnx")
+    write_page(tmp_path / "model.onnx", tmp_path / "page.html")
+    with browser(tmp_path / "profile") as page:
+        page.open(tmp_path / "page.html")
+        page.until("document.readyState == 'complete' && opened.then(() => true)", 120)
+        for file in files:
+            look_at(page, file)
+            found, expected = page.evaluate("state.found"), detector(file)
+            assert len(found) > 20
+            assert [x["label"] for x in found] == expected.classes.tolist()
+            np.testing.assert_allclose([x["box"] for x in found], expected.boxes, atol=0.1)
+            np.testing.assert_allclose([x["score"] for x in found], expected.scores, atol=1e-5)
