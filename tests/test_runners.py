@@ -10,7 +10,7 @@ from made_exports import BOXES, METADATA, SCORES, made_onnx, onnx_bytes
 
 from retina_focal.errors import UserError
 from retina_focal.export.runners import exported_file, open_exported, open_session
-from retina_focal.tools import evaluate
+from retina_focal.tools import evaluate, predict
 
 
 def with_input(dtype: str) -> dict:
@@ -185,3 +185,17 @@ def test_points_of_the_metadata_count_in_an_evaluation(tmp_path, data, capsys):
     assert report["classes"]["blue"]["point"]["threshold"] is None
     evaluate.main(["--draws", "3", *argv])
     assert "operating points: those of the exported file" in capsys.readouterr().out
+
+
+def test_an_exported_file_predicts_pictures(tmp_path, data, capsys):
+    points = {"red": 0.85, "blue": 0.1}
+    calibration = {
+        name: {"method": "platt", "scores": [0.1, 0.9], "values": [0.2, 0.7]} for name in points
+    }
+    metadata = {**METADATA, "operating_points": points, "calibration": calibration}
+    path = str(made_onnx(tmp_path, metadata=metadata))
+    argv = [path, str(data / "0.png"), "--format", "csv", "--output", str(tmp_path / "out")]
+    predict.main(argv)
+    assert "1 pictures, 2 boxes (red 1, blue 1)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"gives detections above a score of 0\.05 alone"):
+        predict.main([*argv, "--threshold", "0.01"])

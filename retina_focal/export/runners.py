@@ -30,6 +30,8 @@ FORMATS: dict[str, Callable[[Path, int], Session]] = {
     ".torchscript": open_torchscript,
 }
 
+ROUNDING = 1e-6  # of a score in fp32
+
 
 def exported_file(path: str | Path) -> Path | None:
     """The exported model that a path means: itself, or the one in a folder that `retina-focal
@@ -90,6 +92,24 @@ class ExportedModel(nn.Module):
     @property
     def metadata(self) -> Metadata:
         return self.session.metadata
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def test_score_thresh(self) -> float:
+        """As of `FocalRetinaNet`; what the file leaves out can't be had again."""
+        return self.metadata.score_thresh
+
+    @test_score_thresh.setter
+    def test_score_thresh(self, value: float) -> None:
+        if value < self.metadata.score_thresh - ROUNDING:
+            raise UserError(
+                f"'{self.label}' gives detections above a score of "
+                f"{self.metadata.score_thresh:g} alone; {AGAIN} --opts "
+                f"MODEL.RETINANET.SCORE_THRESH_TEST {max(value, 0):.4g}"
+            )
 
     def forward(self, batched_inputs: list[dict]) -> list[dict[str, Instances]]:
         """

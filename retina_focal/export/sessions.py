@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from retina_focal.errors import UserError
 from retina_focal.export.metadata import KEY, Metadata
@@ -114,6 +114,11 @@ def open_torch_export(path: Path, threads: int) -> Session:
         model = torch.export.load(path).module()
     except Exception as error:  # what torch raises has no other base in common
         raise UserError(_why_no_program(path, error)) from error
+    return Session(metadata, padded_run(model, metadata, threads))
+
+
+def padded_run(model: Callable[..., Sequence[Tensor]], metadata: Metadata, threads: int) -> Run:
+    """Call a program of `torch.export`, which takes padded images and their sizes."""
     is_uint8 = metadata.dtype == "uint8"
 
     def run(images: np.ndarray) -> list[np.ndarray]:
@@ -125,7 +130,7 @@ def open_torch_export(path: Path, threads: int) -> Session:
         sizes = torch.tensor([[height, width]] * len(images))
         return _run_torch(model, threads, torch.from_numpy(np.pad(images, around)), sizes)
 
-    return Session(metadata, run)
+    return run
 
 
 def open_torchscript(path: Path, threads: int) -> Session:
@@ -138,7 +143,9 @@ def open_torchscript(path: Path, threads: int) -> Session:
     return Session(metadata, lambda x: _run_torch(model, threads, torch.from_numpy(x)))
 
 
-def _run_torch(model: nn.Module, threads: int, *inputs: Tensor) -> list[np.ndarray]:
+def _run_torch(
+    model: Callable[..., Sequence[Tensor]], threads: int, *inputs: Tensor
+) -> list[np.ndarray]:
     with torch.inference_mode(), _threads(threads):
         return [x.numpy() for x in model(*inputs)]
 

@@ -22,7 +22,7 @@ from retina_focal.files import write_error
 from retina_focal.tools.arguments import listed, number, tool_parser
 from retina_focal.tools.common import command
 from retina_focal.tools.predict.outputs import OUTPUTS, Drawings, Found, Output
-from retina_focal.tools.runs import Run, open_run, run_model
+from retina_focal.tools.runs import Run, open_run, points_of, run_model
 
 THRESHOLD = 0.3  # where nothing better is known
 MAX_PIXELS = 200_000_000  # of a picture, which is decoded once and not kept
@@ -123,8 +123,8 @@ def _options(args: argparse.Namespace) -> list[str]:
 
 
 def _points(run: Run) -> OperatingPoints | None:
-    """The operating points beside the weights, where they are of these weights."""
-    points = operating_points.read(run.weights.parent)
+    """The operating points of the run, where they are of these weights."""
+    points = points_of(run)
     if points is not None and points.content.get("weights") != run.weights.name:
         logger.warning(
             "%s is of %s, not of %s, so it is not used; write it anew: retina-focal evaluate %s",
