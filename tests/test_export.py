@@ -1,17 +1,19 @@
 """Exported files detect what the model detects, or are not written."""
 
 import cv2
+import numpy as np
 import onnx
 import pytest
 import torch
 from tiny_detector import CLASSES, metadata_of, noise, tiny_cfg, tiny_model
 
+from retina_focal.errors import UserError
 from retina_focal.export import network as network_module
 from retina_focal.export.metadata import Metadata
 from retina_focal.export.network import ExportedNetwork
 from retina_focal.export.onnx_format import write_onnx
 from retina_focal.export.openvino_format import to_openvino
-from retina_focal.export.proof import TOLERANCES, differences, prove
+from retina_focal.export.proof import TOLERANCES, differences, expect_contract, prove
 from retina_focal.export.runners import open_exported
 from retina_focal.export.torch_formats import write_torch_export, write_torchscript
 from retina_focal.tools import export
@@ -66,6 +68,8 @@ def test_the_onnx_file_has_standard_operators_alone_and_no_path_of_this_machine(
     onnx.checker.check_model(str(files / "model.onnx"))
     content = onnx.load(str(files / "model.onnx"))
     assert {node.domain for node in content.graph.node} == {""} and not content.functions
+    # torch's own translation of a division of integers is by floats, wrong from 2^24 on.
+    assert "Floor" not in {node.op_type for node in content.graph.node}
     for name in ("model.onnx", "model.pt2"):
         assert __file__.encode() not in (files / name).read_bytes()
         assert network_module.__file__.encode() not in (files / name).read_bytes()
@@ -127,6 +131,33 @@ def test_a_broken_graph_is_not_written(run, tmp_path, monkeypatch, broken, messa
     with pytest.raises(SystemExit, match=message):
         export.main(arguments(run, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def outputs():
+    boxes, scores = np.zeros((1, 100, 4), np.float32), np.zeros((1, 100), np.float32)
+    classes = np.full((1, 100), -1)
+    boxes[0, :2], scores[0, :2], classes[0, :2] = [1, 2, 30, 40], [0.9, 0.3], [2, 0]
+    return boxes, scores, classes
+
+
+@pytest.mark.parametrize(
+    ("place", "row", "value", "message"),
+    [
+        (0, 1, [1, 2, 51, 40], "the boxes"),
+        (0, 2, [1, 2, 3, 4], "the unused rows"),
+        (1, 2, 0.1, "the unused rows"),
+        (1, 1, 0.95, "the order"),
+        (2, 1, 3, "the classes"),
+        (2, 0, -1, "the unused rows, the place of unused rows"),
+    ],
+)
+def test_outputs_that_break_the_contract_are_named(tmp_path, place, row, value, message):
+    metadata = metadata_of(tiny_cfg(), tmp_path)
+    arrays = outputs()
+    expect_contract("model.onnx", arrays, metadata, (60, 50))
+    arrays[place][0, row] = value
+    with pytest.raises(UserError, match=f"is wrong in {message} of its outputs"):
+        expect_contract("model.onnx", arrays, metadata, (60, 50))
 
 
 def test_what_detects_nothing_proves_nothing(run, tmp_path):
