@@ -27,6 +27,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from retina_focal.errors import UserError
 from retina_focal.evaluation.inputs import find_inputs
 from retina_focal.evaluation.prediction import Predictor
+from retina_focal.export.metadata import Metadata
 from retina_focal.tools.common import load_cfg
 from retina_focal.tools.import_weights import main
 from retina_focal.tools.runs import Run, open_run, run_model
@@ -453,3 +454,15 @@ def test_torchvisions_own_networks_detect_the_same_on_bccd(tmp_path, build, trai
         assert min(map(len, expected)) > 0
         for ours, theirs in zip(detect(run, paths, dtype), expected, strict=True):
             assert_equal(ours, theirs, *tolerance)
+
+
+def test_an_export_refuses_what_its_files_can_not_do(tmp_path, small_state):
+    torch.save(small_state, tmp_path / "tv.pth")
+    torch.save({"state_dict": Mmdetection(2).state, "meta": {}}, tmp_path / "mm.pth")
+    for name, words in (
+        ("tv", "TorchvisionAnchorGenerator, whose steps"),
+        ("mm", r"TEST\.RESIZE is mmdetection, which exported files don't know; .* --opts MODEL"),
+    ):
+        run = import_file(tmp_path / f"{name}.pth")
+        with pytest.raises(UserError, match=words):
+            Metadata.of_run(run.cfg, run.classes, run.weights)
