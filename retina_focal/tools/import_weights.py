@@ -9,10 +9,12 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from retina_focal.config import config_path, flatten, get_cfg, merge_file
+from retina_focal.config import config_path, flatten, get_cfg
 from retina_focal.files import whole_file
+from retina_focal.merging import merge_file
 from retina_focal.safe_yaml import read_text
-from retina_focal.tools.common import command, number, tool_parser
+from retina_focal.tools.arguments import number, tool_parser
+from retina_focal.tools.common import command
 from retina_focal.weights.formats import write_weights
 from retina_focal.weights.imported import (
     BASE,
