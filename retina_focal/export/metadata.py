@@ -26,6 +26,17 @@ CHOICES = {
     "precision": ("fp32", "bf16", "int8"),
 }
 
+KINDS = {
+    "resize": dict,
+    "score_thresh": (int, float),
+    "nms_thresh": (int, float),
+    "class_agnostic_nms": bool,
+    "topk_candidates": int,
+    "detections_per_image": int,
+    "operating_points": (dict, type(None)),
+    "calibration": (dict, type(None)),
+}
+
 
 @dataclass(frozen=True)
 class Metadata:
@@ -119,6 +130,9 @@ class Metadata:
             metadata = cls(**content)
             for key, choices in CHOICES.items():
                 if getattr(metadata, key) not in choices:
+                    raise ValueError(f"{key} is {getattr(metadata, key)!r}")
+            for key, kind in KINDS.items():
+                if not isinstance(getattr(metadata, key), kind):
                     raise ValueError(f"{key} is {getattr(metadata, key)!r}")
             return metadata
         except UserError:
