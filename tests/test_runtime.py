@@ -137,6 +137,13 @@ def test_sizes_are_detectron2s(tmp_path):
             assert detector.seen.input.shape[2:] == expected, (height, width, least, most)
 
 
+def test_a_picture_stays_as_it_is_where_nothing_is_resized(tmp_path):
+    detector = detector_of(tmp_path, resize={"kind": "none"})
+    picture = np.arange(35 * 51 * 3).astype(np.uint8).reshape(51, 35, 3)
+    detector(picture)
+    assert np.array_equal(detector.seen.input[0], picture[:, :, ::-1].transpose(2, 0, 1))
+
+
 def random_rows(count: int, width: int, height: int) -> tuple[np.ndarray, ...]:
     """Boxes that overlap, leave the picture and are empty, of 3 classes; the last tenth unused."""
     generator = np.random.default_rng(1)
@@ -201,6 +208,7 @@ def test_scores_are_raw_unless_a_flag_says_otherwise(tmp_path):
         ({"calibrated": True}, {}, "has calibration None, not"),
         ({"calibrated": True}, {"calibration": {"red": {}}}, "'scores'"),
         ({"threshold": None}, {"operating_points": {"red": "x"}}, "could not convert"),
+        ({"threshold": None}, {"scores": "calibrated"}, "has scores 'calibrated', not"),
     ]:
         with pytest.raises(ValueError, match=f"model.onnx' can't be used: .*{message}"):
             Detector(made_onnx(tmp_path, metadata=METADATA | change), **flags)

@@ -14,14 +14,12 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-OUTPUTS = "boxes", "scores", "classes"
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation: Image.Transpose
 METADATA = {  # the values and types that this file knows
     "version": [1], "classes": [list], "format": ["RGB", "BGR"], "dtype": ["float32", "uint8"],
-    "kind": ["shortest_edge"], "min": [int], "max": [int], "nms": ["inside", "outside"],
-    "nms_thresh": [int, float], "class_agnostic_nms": [bool], "detections_per_image": [int],
-    "operating_points": [dict, None], "calibration": [dict, None], "scores": ["raw"]}  # fmt: skip
-# (D, 4) XYXY in pixels of the picture as EXIF turns it, (D,) in [0, 1], (D,) indices, D texts.
+    "kind": ["shortest_edge", "none"], "nms": ["inside", "outside"], "min": [int], "max": [int],
+    "nms_thresh": [int, float], "detections_per_image": [int], "scores": ["raw", "calibrated"],
+    "operating_points": [dict, None], "calibration": [dict, None]}  # fmt: skip
 Detections = namedtuple("Detections", "boxes scores classes names")
 
 
@@ -35,9 +33,11 @@ class Detector:
         with using(path):
             self.session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
             text = self.session.get_modelmeta().custom_metadata_map.get("retina_focal", "{}")
-            about = {"input": {}, "resize": {}, **json.loads(text)}
+            about = {"input": {}, "resize": {}, "min": 0, "max": 10**9, **json.loads(text)}
             self.about = about = {**about, **about["input"], **about["resize"]}
-            for key, known in (METADATA | ({"calibration": [dict]} if calibrated else {})).items():
+            needs = {"scores": ["raw"]} if calibrated or threshold is None else {}
+            needs |= {"calibration": [dict]} if calibrated else {}
+            for key, known in (METADATA | needs).items():
                 if (x := about.get(key)) not in known and type(x) not in known:
                     raise ValueError(f"its metadata has {key} {x!r}, not {known}; export it again")
             points, maps = about["operating_points"] or {}, about["calibration"] or {}
@@ -46,7 +46,7 @@ class Detector:
             self.maps = {k: (m["scores"], m["values"]) for k, m in maps.items() if calibrated}
 
     def __call__(self, image: str | Path | Image.Image | np.ndarray) -> Detections:
-        """The objects in a picture: a file, Pillow's image, or (H, W, 3) uint8 in RGB."""
+        """XYXY boxes in pixels as EXIF turns them; of a file, image or RGB array (H, W, 3)."""
         with using(image):
             if not isinstance(image, Image.Image):
                 image = (Image.fromarray if isinstance(image, np.ndarray) else Image.open)(image)
@@ -55,13 +55,13 @@ class Detector:
             image.load()
             with suppress(Exception):  # without EXIF, or where it can't be read, nothing is turned
                 image = image.transpose(TURNS[image.getexif().get(274)])
-            short, least = min(image.size), float(self.about["min"])  # now as detectron2 resizes
+            short, least = min(image.size), self.about["min"] or min(image.size)  # 0: as it is
             sides = [least if x == short else least / short * x for x in image.size]
             sides = [int(x * min(1.0, self.about["max"] / max(sides)) + 0.5) for x in sides]
             rgb = np.asarray(image.convert("RGB").resize(sides, Image.Resampling.BILINEAR))[None]
             x = rgb[..., ::-1] if self.about["format"] == "BGR" else rgb
             x = x.transpose(0, 3, 1, 2).astype("f4") if self.about["dtype"] == "float32" else x
-            output = self.session.run(OUTPUTS, {"image": np.ascontiguousarray(x)})
+            output = self.session.run(Detections._fields[:3], {"image": np.ascontiguousarray(x)})
             found = [x[0][output[2][0] >= 0] for x in output]
             kept = slice(None) if self.about["nms"] == "inside" else self.nms(*found)
             boxes, scores, classes = (x[kept] for x in found)

@@ -88,7 +88,9 @@ def _pictures(finding: Finding, dataset: Inspected) -> Iterator[dict]:
         if finding.section == "annotations":
             annotation = dataset.annotations[index]
             index, box = places.get(annotation.get("image_id"), -1), annotation.get("bbox")
-        if finding.section == "categories" or index < 0 or dataset.looks[index].kind in HIDDEN:
+        if finding.section == "categories" or not 0 <= index < len(dataset.looks):
+            continue
+        if dataset.looks[index].kind in HIDDEN:
             continue
         try:
             thumbnail = _thumbnail(dataset.paths[index], box)

@@ -11,7 +11,9 @@ from retina_focal.errors import UserError
 from retina_focal.evaluation import operating_points
 from retina_focal.evaluation.operating_points import OperatingPoints
 from retina_focal.export.metadata import Metadata
+from retina_focal.export.page import cached_package, write_page
 from retina_focal.export.proof import table
+from retina_focal.export.triton_repository import check_name, write_triton_repository
 from retina_focal.export.writing import FORMATS, export
 from retina_focal.tools.arguments import tool_parser
 from retina_focal.tools.common import command, expect_focal_retinanet
@@ -42,6 +44,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"'{args.run}' is exported already; expected a run, or --config-file FILE")
     expect_focal_retinanet(run.cfg, "which alone is exported")
     _say_what_stays(run)
+    if args.page:
+        cached_package()  # before the minutes that all else takes
+    if args.triton is not None:
+        check_name(args.triton)
     metadata = _metadata(run, args)
     pictures = proof_pictures(run, args.pictures)
     calibration = ()
@@ -50,6 +56,13 @@ def main(argv: list[str]) -> None:
     model = run_model(run).cpu()
     path, rows = export(model, metadata, args.format, args.output, pictures, calibration)
     print(f"{path} against the model, the greatest differences:\n\n{table(rows)}")
+    if args.page:
+        page = write_page(path, args.output / "page.html")
+        print(f"{page}: {page.stat().st_size / 1e6:.0f} MB; open it in a browser")
+    if args.triton is not None:
+        repository = args.output / "triton"
+        write_triton_repository(path, repository, args.triton)
+        print(f"{repository}: tritonserver --model-repository={repository}")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -86,6 +99,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--calibration", nargs="+", metavar="FILE", help="for int8: pictures like those that the "
         "file will see, named as --pictures; default: of the run's training dataset"
     )  # fmt: skip
+    parser.add_argument(
+        "--page", action="store_true", help="write page.html too, which finds objects in a picture "
+        "in any browser, without a network"
+    )  # fmt: skip
+    parser.add_argument(
+        "--triton", metavar="NAME", help="write the model repository triton too, for Triton "
+        "Inference Server, with the model under that name"
+    )  # fmt: skip
     opts = {"nargs": argparse.REMAINDER, "default": [], "metavar": "KEY VALUE"}
     parser.add_argument("--opts", **opts, help="for the config, at the end")
     args = parser.parse_args(argv)
@@ -93,6 +114,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error("give one of RUN and --config-file FILE")
     if args.precision not in FORMATS[args.format].precisions:
         parser.error(f"--precision {args.precision} needs --format openvino")
+    if args.format != "onnx" and (args.page or args.triton is not None):
+        parser.error("--page and --triton need --format onnx")
     if args.calibrated and args.nms == "outside":
         parser.error("--calibrated needs --nms inside: calibration may change which box is best")
     return args
