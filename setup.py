@@ -11,6 +11,7 @@ setup(
     package_dir={"retina_focal.configs": "configs"},
     package_data={
         "retina_focal.configs": ["**/*.yaml", "**/*.py", "**/*.md", "**/*.json"],
+        "retina_focal.export": ["page.html", "page.js"],
         "retina_focal.tools.check": ["page.html"],
         "retina_focal.tools.fidelity": ["settings.yaml"],
         "retina_focal.tools.report": ["page.html"],

@@ -51,6 +51,7 @@ from retina_focal.losses import (
     sigmoid_focal_loss,
 )
 from retina_focal.normalizers import NORMALIZER_REGISTRY
+from retina_focal.other_anchors import DetectronAnchorGenerator, TorchvisionAnchorGenerator
 from retina_focal.postprocess import Postprocessor
 from retina_focal.proposals import FocalRPN, FocalRPNHead
 from retina_focal.retinanet import FocalRetinaNet
@@ -67,6 +68,7 @@ __all__ = [
     "Assigner",
     "AsymmetricLoss",
     "Criterion",
+    "DetectronAnchorGenerator",
     "FocalRPN",
     "FocalRPNHead",
     "FocalRetinaNet",
@@ -79,6 +81,7 @@ __all__ = [
     "Postprocessor",
     "QualityFocalLoss",
     "SigmoidFocalLoss",
+    "TorchvisionAnchorGenerator",
     "Trainer",
     "VarifocalLoss",
     "accumulate_gradients",

@@ -80,10 +80,14 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
         key = (cells[0].device, *sizes)
         if self._last is None or self._last[0] != key:
             with torch.inference_mode(False):  # training may come after inference
-                self._last = key, list(map(self._level, sizes, self.strides, cells))
+                self._last = key, list(map(self._level, sizes, self._steps(sizes), cells))
         return [Boxes(anchors) for anchors in self._last[1]]
 
-    def _level(self, size: tuple[int, int], stride: int, cell: Tensor) -> Tensor:
+    def _steps(self, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Pixels from row to row and from column to column, per level of these feature sizes."""
+        return [(stride, stride) for stride in self.strides]
+
+    def _level(self, size: tuple[int, int], steps: tuple[int, int], cell: Tensor) -> Tensor:
         """(Hi x Wi x A, 4): detectron2's numbers, but made on the device."""
         y, x = (
             torch.arange(
@@ -93,7 +97,7 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
                 dtype=torch.float32,
                 device=cell.device,
             )
-            for length in size
+            for length, stride in zip(size, steps, strict=True)
         )
         y, x = torch.meshgrid(y, x, indexing="ij")
         shifts = torch.stack((x, y, x, y), 2)

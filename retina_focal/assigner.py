@@ -20,7 +20,7 @@ from retina_focal.matching import (
 )
 from retina_focal.transfer import to_device
 
-# Share of an anchor's area inside of a region, from which on it is ignored.
+# An anchor is ignored where at least this part of its area is inside a region.
 MIN_INSIDE = 0.5
 REGIONS_AT_ONCE = 16  # bounds the memory
 
@@ -36,7 +36,7 @@ Assigners by ``MODEL.RETINA_FOCAL.ASSIGNMENT``. Called with `(cfg)`; returns an 
 def build_assigner(cfg: CfgNode) -> Callable[..., tuple[Tensor, Tensor]]:
     """The assigner that ``MODEL.RETINA_FOCAL.ASSIGNMENT`` names.
 
-    With ``DATA.IGNORE_REGIONS`` inside of `IgnoreRegions`.
+    With ``DATA.IGNORE_REGIONS`` it is inside an `IgnoreRegions`.
 
     Raises:
         UserError: an unknown name, or thresholds and labels that don't fit.
@@ -48,9 +48,9 @@ def build_assigner(cfg: CfgNode) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 class IgnoreRegions:
-    """Another assigner's labels, -1 in place of background where an image has a region to ignore.
+    """Another assigner's labels, with -1 in place of background in the regions to ignore.
 
-    That is at the anchors with at least half of their own area inside one region. Positive ones
+    Ignored are the anchors with at least half of their own area inside one region. Positive ones
     stay. Regions are the boxes of class -1, the last of an image (`ground_truth`), which the other
     assigner does not see.
     """

@@ -22,12 +22,13 @@ MAX_BOXES = 256  # that are looked at together: bounds the memory
 
 
 class ATSSAssigner:
-    """Positive are, of the anchors nearest to a box, those whose IoU is high among them.
+    """Of the anchors nearest to a box, those with a high IoU among them are positive.
 
     Candidates of a box are, on every level, the k x A anchors whose centres are nearest to its own
-    (A per cell; ties by the lower index). Positive is what reaches the mean plus the sample
-    standard deviation of their IoUs and has its centre inside the box. An anchor that two boxes
-    want goes to the one that it overlaps more, of equals to the first. Nothing is ignored.
+    (A per cell; ties by the lower index). A candidate is positive where its IoU reaches the mean
+    plus the sample standard deviation of their IoUs and its centre is inside the box. An anchor
+    that two boxes want goes to the one that it overlaps more, of equals to the first. Nothing is
+    ignored.
     """
 
     def __init__(self, num_classes: int, top_k: int = TOP_K):

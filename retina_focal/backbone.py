@@ -97,6 +97,15 @@ class ImageByImage(nn.Sequential):
         return torch.cat([super(ImageByImage, self).forward(image) for image in x.split(1)])
 
 
+class LastLevelP6P7WithoutReLU(LastLevelP6P7):
+    """P7 as a convolution on P6 itself, as in mmdetection."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N, C, H, W) to P6 and P7, of half and a quarter of the size."""
+        p6 = self.p6(x)
+        return [p6, self.p7(p6)]
+
+
 class TimmBackbone(Backbone):
     """A timm model as bottom-up network: its features of stride 8, 16, 32 as res3, res4, res5.
 
@@ -238,7 +247,8 @@ def _run_frozen_stages_image_by_image(module: nn.Module) -> None:
 
 def _pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     """P3 to P7 on the features res3, res4, res5 of `bottom_up`."""
-    in_feature = retina_focal_node(cfg).TOP_BLOCK_IN_FEATURE
+    node = retina_focal_node(cfg)
+    in_feature = node.TOP_BLOCK_IN_FEATURE
     check_choice("MODEL.RETINA_FOCAL.TOP_BLOCK_IN_FEATURE", in_feature, TOP_BLOCK_IN_FEATURES)
     _check_features(bottom_up, cfg.MODEL.FPN.IN_FEATURES, "MODEL.FPN.IN_FEATURES")
     if list(cfg.MODEL.FPN.IN_FEATURES) != list(PYRAMID_INPUTS):
@@ -247,13 +257,14 @@ def _pyramid(cfg: CfgNode, bottom_up: Backbone) -> FPN:
             f"{list(PYRAMID_INPUTS)}"
         )
     out_channels = cfg.MODEL.FPN.OUT_CHANNELS
+    top_block = LastLevelP6P7 if node.TOP_BLOCK_RELU else LastLevelP6P7WithoutReLU
     p6_channels = out_channels if in_feature == "p5" else bottom_up.output_shape()["res5"].channels
     return FPN(
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=out_channels,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelP6P7(p6_channels, out_channels, in_feature),
+        top_block=top_block(p6_channels, out_channels, in_feature),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
 

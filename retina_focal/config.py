@@ -7,21 +7,15 @@ The first value named in a comment is the default and means "as stock detectron2
 
 import difflib
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from detectron2.config import CfgNode, downgrade_config, upgrade_config
+from detectron2.config import CfgNode
 from detectron2.config import get_cfg as detectron2_get_cfg
-from detectron2.config.compat import guess_version
 from fvcore.common.registry import Registry
 
 from retina_focal.errors import UserError
 from retina_focal.files import check_regular
-from retina_focal.safe_yaml import read_yaml_with_bases
-
-# What yacs says of a value of another type.
-MISMATCH = re.compile(r"Type mismatch .* with values \((.*) vs\. (.*)\) for config key: (.*)")
 
 
 def add_retina_focal_config(cfg: CfgNode) -> None:
@@ -43,78 +37,6 @@ def get_cfg() -> CfgNode:
 def retina_focal_node(cfg: CfgNode) -> CfgNode:
     """``cfg.MODEL.RETINA_FOCAL``, or the defaults for a config that never had the node."""
     return cfg.MODEL.RETINA_FOCAL if "RETINA_FOCAL" in cfg.MODEL else _default_node()
-
-
-def merge_file(cfg: CfgNode, path: str) -> None:
-    """Merge a YAML config and what its ``_BASE_`` names, running nothing of them.
-
-    As detectron2's `merge_from_file`, old versions of its keys included.
-
-    Raises:
-        UserError: see `read_yaml_with_bases`; or it has an unknown key or a value of another type.
-    """
-    loaded = CfgNode(read_yaml_with_bases(path, package_config))
-    for key, value in loaded.items():
-        if isinstance(cfg.get(key), CfgNode) and not isinstance(value, CfgNode):
-            raise UserError(f"{path}: {key} is {value!r}; expected KEY: VALUE below it")
-    try:
-        version = loaded.get("VERSION") or guess_version(loaded, path)
-        if version == cfg.VERSION:
-            cfg.merge_from_other_cfg(loaded)
-        elif type(version) is int and 1 <= version < cfg.VERSION:
-            old = downgrade_config(cfg, to_version=version)
-            old.merge_from_other_cfg(loaded)
-            new = upgrade_config(old)
-            cfg.clear()
-            cfg.update(new)
-        else:
-            raise UserError(f"VERSION is {version}; expected at most {cfg.VERSION}")
-    except KeyError as error:
-        key = str(error.args[0]).rpartition(": ")[2]
-        is_old = version != cfg.VERSION
-        hint = f" (VERSION {version} names keys otherwise: leave it out)" if is_old else ""
-        raise UserError(f"{path}: {_no_such_key(cfg, key)}{hint}") from error
-    except (AssertionError, TypeError, ValueError) as error:  # yacs asserts
-        found = MISMATCH.fullmatch(str(error))
-        text = f"{found[3]} is {found[2]}; expected, for example, {found[1]}" if found else error
-        raise UserError(f"{path}: {text}") from error
-    except (MemoryError, RecursionError) as error:  # yacs reads a text as Python writes a value
-        raise UserError(f"{path}: a value is nested too deeply") from error
-    if "RETINA_FOCAL" in cfg.MODEL:
-        # Whoever wrote the file may have written the dataset: only who types a command decides.
-        cfg.MODEL.RETINA_FOCAL.DATA.ALLOW_OUTSIDE = False
-
-
-def merge_options(cfg: CfgNode, options: Sequence[str]) -> None:
-    """Merge KEY VALUE pairs, as they stand on a command line.
-
-    Raises:
-        UserError: an unknown key, a value of another type, or a key without a value.
-    """
-    if len(options) % 2:
-        raise UserError(
-            f"the options {' '.join(map(str, options))} are no pairs; expected KEY VALUE KEY VALUE"
-        )
-    for key, value in zip(options[::2], options[1::2], strict=True):
-        if key not in flatten(cfg):
-            raise UserError(_no_such_key(cfg, key))
-        try:
-            cfg.merge_from_list([key, value])
-        except (MemoryError, RecursionError, TypeError, ValueError) as error:
-            wanted = flatten(cfg)[key]
-            is_int = str(value).lstrip("+-").isdecimal()
-            example = f"{int(value)}.0" if is_int and isinstance(wanted, float) else wanted
-            raise UserError(
-                f"{key} is of type {type(wanted).__name__}, which {value} is not; type {key} "
-                f"{example}"
-            ) from error
-
-
-def _no_such_key(cfg: CfgNode, key: str) -> str:
-    keys = flatten(cfg)
-    nodes = {x[:i] for x in keys for i, letter in enumerate(x) if letter == "."}
-    near = difflib.get_close_matches(key, [*keys, *sorted(nodes)], n=3)
-    return f"there is no key '{key}'" + (f"; near it: {', '.join(near)}" if near else "")
 
 
 def flatten(node: dict, prefix: str = "") -> dict[str, object]:
@@ -190,6 +112,8 @@ def _default_node() -> CfgNode:
 
     # Where P6 comes from: "res5" (the paper, Sec. 4 footnote 2) or "p5" (torchvision v1, FCOS).
     node.TOP_BLOCK_IN_FEATURE = "res5"
+    # Whether a ReLU stands between P6 and P7, as in the paper; not so in mmdetection.
+    node.TOP_BLOCK_RELU = True
 
     # A name in ASSIGNER_REGISTRY. Three label by thresholds of the IoU and differ in the anchors
     # below the upper threshold that are positive ("low-quality matches"): "detectron2" every best
@@ -224,8 +148,8 @@ def _default_node() -> CfgNode:
     # FOCAL_LOSS_ALPHA.
     node.ALPHA_FROM_DATA = False
 
-    # Online hard example mining (Table 1d): the class loss counts, of each image, the BATCH_SIZE
-    # anchors that are hardest after NMS at the IoU NMS_THRESH, and is divided by their number.
+    # Online hard example mining (Table 1d): the class loss counts only the BATCH_SIZE hardest
+    # anchors of each image, after NMS at the IoU NMS_THRESH, and is divided by their number.
     # NEG_PER_POS 3 keeps 1:3, the positives and three negatives for each; 0: no fixed ratio.
     node.OHEM = CfgNode()
     node.OHEM.ENABLED = False
@@ -233,8 +157,9 @@ def _default_node() -> CfgNode:
     node.OHEM.NMS_THRESH = 0.5
     node.OHEM.NEG_PER_POS = 0
 
-    # Backbone and head: "fp32", or what an outer autocast (SOLVER.AMP.ENABLED) makes it; "bf16";
-    # "fp16", for inference; "auto" bf16 where the processor has it. The rest is always fp32.
+    # What backbone and head compute in: "fp32", in which an outer autocast (SOLVER.AMP.ENABLED)
+    # still works; "bf16"; "fp16", for inference only; "auto", which is bf16 where the processor has
+    # it. The rest is always fp32.
     node.PRECISION = "fp32"
 
     # True: in training, backbone and head run as CUDA graphs: fewer launches, for images of one
@@ -247,61 +172,72 @@ def _default_node() -> CfgNode:
 
     # How the package's trainer runs: checkpoints, averages, early stops, augmentations.
     node.TRAIN = CfgNode()
-    # Seconds that one process lets the others wait, in a collective or at the start, or a worker
-    # its data loader; then all end and say who is missing. More than what one does alone: the
-    # evaluation of all detections, and saving.
+    # Seconds that processes wait for one of them, in a collective or at the start, and that a data
+    # loader waits for its worker; then all end and say who is missing. It must be longer than what
+    # one process does alone: evaluating all detections, and saving.
     node.TRAIN.TIMEOUT = 600
     # The newest checkpoints that stay beside model_final.pth and model_best.pth; 0: all. In a
     # LazyConfig train.checkpointer.max_to_keep.
     node.TRAIN.KEEP_CHECKPOINTS = 0
-    # Metric of the evaluations, as metrics.json names it ("bbox/AP"), whose best weights are kept
-    # in model_best.pth; "": none.
+    # Metric of the evaluations ("bbox/AP") whose best weights on DATA.VAL are kept in
+    # model_best.pth; "": none.
     node.TRAIN.BEST = ""
     # Evaluations without a better TRAIN.BEST after which the run ends; 0: it goes to the end.
     node.TRAIN.PATIENCE = 0
-    # Decay of the average of the weights, which is then evaluated, and `model` in a checkpoint; see
-    # `training.average`. 0: none.
+    # Decay of a moving average of the weights; 0: none. The average is then what is evaluated, and
+    # `model` in a checkpoint; see `training.average`.
     node.TRAIN.EMA = 0.0
     # Names of modules and parameters that stay as they are, such as ["backbone.bottom_up"]; their
     # batch norms keep their statistics.
     node.TRAIN.FREEZE = []
-    # Augmentations beyond INPUT: SCALE of objects, from low to high; COLOUR c, brightness, contrast
-    # and saturation times 1 - c to 1 + c; the probabilities of GREY, a picture without colours, and
-    # of MOSAIC, four pictures in one, not in the last share MOSAIC_OFF of the iterations.
+    # Augmentations beyond INPUT. SCALE: the least and the most that objects are scaled by. COLOUR
+    # c: brightness, contrast and saturation are multiplied by 1 - c to 1 + c. GREY: the probability
+    # of a picture without colours. MOSAIC: the probability of four pictures in one; there are none
+    # in the last part MOSAIC_OFF of the iterations.
     node.TRAIN.AUGMENT = CfgNode({"SCALE": [1.0, 1.0], "COLOUR": 0.0, "GREY": 0.0})
     node.TRAIN.AUGMENT.MOSAIC = 0.0
     node.TRAIN.AUGMENT.MOSAIC_OFF = 0.2
-    # True: with each evaluation the losses on DATA.VAL, as val/... in metrics.json.
+    # True: a training's pictures stay in memory once they are read, in up to half of what is free.
+    node.TRAIN.CACHE_IMAGES = False
+    # True: each evaluation also computes the losses on DATA.VAL, as val/... in metrics.json.
     node.TRAIN.VAL_LOSS = False
     # Which images and boxes are read, and the dataset that choices are made on.
     node.DATA = CfgNode()
-    # Pictures that a training may skip, as they can't be used, before it stops: 0 stops at the
+    # How many pictures that can't be used a training may skip before it stops; 0: it stops at the
     # first. Each is counted once and named.
     node.DATA.MAX_BAD_IMAGES = 0
     # True: pictures without a box are trained on (DATALOADER.FILTER_EMPTY_ANNOTATIONS False).
     node.DATA.KEEP_EMPTY = False
-    # True: background of which at least half of an anchor lies in a crowd (iscrowd 1) is ignored.
+    # True: background anchors with at least half of their area in a crowd (iscrowd 1) are ignored.
     node.DATA.IGNORE_REGIONS = False
-    # Names of the classes that count, numbered so; others become background. []: all.
+    # Names of the classes to keep, numbered in this order; others become background. []: all.
     node.DATA.CLASSES = []
-    # Pixels of the largest picture that is decoded; the file tells them beforehand.
+    # The largest picture that is decoded, in pixels, as the head of its file tells before.
     node.DATA.MAX_PIXELS = 50_000_000
     # Whether pictures may lie outside of their dataset's image folder, by ".." or an absolute path
     # in the annotations. Of the command line alone: a config file can't set it.
     node.DATA.ALLOW_OUTSIDE = False
     # The dataset that choices are made on (the best checkpoint, calibration, operating points), so
-    # that those of DATASETS.TEST are only measured with; "": none is chosen.
+    # that those of DATASETS.TEST serve to measure alone; "": none is chosen.
     node.DATA.VAL = ""
     # How detections are made and measured, beyond MODEL.RETINANET.*_TEST.
     node.TEST = CfgNode()
     # What computes the AP of boxes: "pycocotools", or "hotcoco", which gives the same numbers in a
     # fraction of the time and is an extra to install.
     node.TEST.EVALUATOR = "pycocotools"
-    # Whether NMS takes overlapping boxes of two classes for one object, of the higher score.
+    # Whether NMS takes overlapping boxes of two classes for one object, and keeps the higher score.
     node.TEST.CLASS_AGNOSTIC_NMS = False
+    # Whose resizing pictures go through, with the sizes of INPUT.*_TEST: "detectron2",
+    # "torchvision", "mmdetection" or "detectron"; see `data.resizing`.
+    node.TEST.RESIZE = "detectron2"
+    # True: boxes are clipped to the picture before NMS and not after it (torchvision, Detectron,
+    # mmdetection); and boxes without area, that clipping leaves of those outside, are detections
+    # (torchvision, Detectron).
+    node.TEST.CLIP_BEFORE_NMS = False
+    node.TEST.KEEP_EMPTY_BOXES = False
     # Side in pixels of the tiles into which `predict` cuts pictures that are larger; 0: none.
     node.TEST.TILE = 0
-    # Overlap of neighbouring tiles in parts of their side: larger than most objects.
+    # Overlap of neighbouring tiles, as a part of their side; it should be larger than most objects.
     node.TEST.TILE_OVERLAP = 0.2
 
     # Octave anchors of OctaveAnchorGenerator (Sec. 4, "Anchors"): one base size per level, in

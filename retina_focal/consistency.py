@@ -7,10 +7,16 @@ from detectron2.config import CfgNode
 from retina_focal.config import flatten, retina_focal_node
 from retina_focal.errors import UserError
 
-# Bytes of a detector's parameters, and anchors of a cell. Published ones have 0.4 GB and 45.
+# Bytes of a detector's parameters, and anchors per cell. Published ones have 0.4 GB and 45.
 MAX_BYTES = 2**31
 MAX_ANCHORS = 500
 LEAST = 8  # px of a side of a picture, below which detectron2's augmentations fail
+# Make their sizes of MODEL.RETINA_FOCAL.ANCHORS.
+OCTAVE_ANCHORS = (
+    "OctaveAnchorGenerator",
+    "TorchvisionAnchorGenerator",
+    "DetectronAnchorGenerator",
+)
 # Blocks per stage of detectron2's ResNets, by MODEL.RESNETS.DEPTH.
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 BLOCKS |= {101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -82,7 +88,7 @@ def _backbone(cfg: CfgNode) -> Misfits:
     if node.DEPTH not in BLOCKS:
         yield "MODEL.RESNETS.DEPTH", f"one of {sorted(BLOCKS)}"
     if len(node.DEFORM_ON_PER_STAGE) != 4:
-        yield "MODEL.RESNETS.DEFORM_ON_PER_STAGE", "four values, one a stage"
+        yield "MODEL.RESNETS.DEFORM_ON_PER_STAGE", "four values, one per stage"
     if node.DEPTH < 50:
         for key, value in {"RES2_OUT_CHANNELS": 64, "NUM_GROUPS": 1, "RES5_DILATION": 1}.items():
             if node[key] != value:
@@ -108,7 +114,7 @@ def _check_size(cfg: CfgNode) -> None:
     """Refuse more anchors per cell, or parameters, than any detector has."""
     model, node = cfg.MODEL, retina_focal_node(cfg).ANCHORS
     ratios = max(map(_length, model.ANCHOR_GENERATOR.ASPECT_RATIOS))
-    if model.ANCHOR_GENERATOR.NAME == "OctaveAnchorGenerator":
+    if model.ANCHOR_GENERATOR.NAME in OCTAVE_ANCHORS:
         is_single = len(model.RETINANET.IN_FEATURES) == 1
         sizes = node.SCALES_PER_OCTAVE * (len(node.BASE_SIZES) if is_single else 1)
     else:

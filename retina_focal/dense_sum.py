@@ -5,8 +5,9 @@ in whatever order they lie in memory, and corrects it at the few anchors that ar
 needs neither a permuted copy of the logits nor a one-hot target.
 
 On a CPU value and gradient come from one pass, since the exponential and the logarithm are most of
-the cost. On another device memory is, so backward reads the logits a second time. So it does in
-fp16, whose gradients would round to zero without the loss scale, which arrives in backward.
+the cost. On another device most of the cost is memory, so backward reads the logits a second time.
+With fp16 logits it does so on a CPU, too: their gradients would round to zero without the loss
+scale, which is known in backward alone.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        """The message; from a data loader's worker it comes behind that one's traceback."""
+        """The message; that of a data loader's worker without the traceback before it."""
         text = super().__str__()
         if not text.startswith("Caught "):
             return text

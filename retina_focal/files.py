@@ -68,8 +68,10 @@ def _expect_regular(path: str | Path, mode: int) -> None:
 
 
 def leads_outside(name: str) -> bool:
-    """Whether a path below a folder leaves it: by "..", or as an absolute path. Links are not
-    looked at: whoever made the folder has set them."""
+    """Whether a path below a folder leaves it: by "..", or as an absolute path.
+
+    Links are not looked at: whoever made the folder has set them.
+    """
     return os.path.isabs(name) or os.pardir in name.split("/")
 
 
@@ -87,7 +89,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not TemporaryDirectory, whose end calls itself without end where `path.parent` was closed.
+        # Not TemporaryDirectory: where `path.parent` was closed, its cleanup calls itself forever.
         folder = tempfile.mkdtemp(dir=path.parent, prefix=".writing-")
     except OSError as error:
         raise write_error(path, error) from error
@@ -96,7 +98,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        # A full disk names no file; an error that names another one is of what is read.
+        # A full disk names no file; an error that names another file is about what is read.
         if error.errno is None or error.filename not in (None, str(temporary)):
             raise
         raise write_error(path, error) from error

@@ -92,7 +92,7 @@ class FoldedWeight:
         return weight * scale, shift
 
     def remembered(self) -> tuple[Tensor, ...]:
-        """What a convolution reads that no step computes."""
+        """The tensors that a convolution reads and no step computes."""
         return self._norm.results + self._whole.results
 
     def forget(self) -> None:
@@ -104,9 +104,9 @@ class FoldedWeight:
 class FoldedWeights:
     """Folds all trained convolutions of a network before it runs.
 
-    Each takes one operation forward and one backward, product and rounding together, and the host
-    little between them. One by one in an autocast they are two forward and two backward, each
-    with what autograd and autocast ask of the host.
+    Each takes one operation forward and one backward, product and rounding together, with little
+    work for the host between them. One by one in an autocast they take two forward and two
+    backward, and autograd and autocast make the host work for each.
     """
 
     def __init__(self, network: nn.Module):
@@ -134,7 +134,7 @@ class FoldedWeights:
 
 
 def folded_inside(network: nn.Module) -> list[FoldedWeight]:
-    """Of all convolutions that hold one, in their order."""
+    """Those of all convolutions that have one, in their order."""
     found = (getattr(x, "folded", None) for x in network.modules())
     return [x for x in found if isinstance(x, FoldedWeight)]
 

@@ -22,7 +22,8 @@ class FoldedTimmConv2d(nn.Conv2d):
 
         super().__init__(**arguments_of(conv))
         self.weight, self.bias = conv.weight, conv.bias
-        self._conv2d = conv2d_same if isinstance(conv, Conv2dSame) else F.conv2d
+        self.is_same = isinstance(conv, Conv2dSame)  # padding depends on the image's size
+        self._conv2d = conv2d_same if self.is_same else F.conv2d
         self._is_depthwise = is_depthwise(conv)
         self.folded = FoldedWeight(self, norm, keeps_dtype=self._is_depthwise)
         self.train(conv.training)
@@ -55,7 +56,8 @@ class FoldedTimmNorm(nn.Module):
         # A plain frozen norm of timm has neither.
         self.drop = getattr(norm, "drop", nn.Identity())
         self.act = getattr(norm, "act", nn.Identity())
-        # In place, torch copies what the gradient needs first; a ReLU's needs the result alone.
+        # Before an activation in place torch copies what its gradient needs, but not for a ReLU,
+        # whose gradient needs the result alone.
         self.act_with_gradient = self.act
         if getattr(self.act, "inplace", False) and not isinstance(self.act, nn.ReLU):
             self.act_with_gradient = copy(self.act)

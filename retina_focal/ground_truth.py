@@ -17,8 +17,9 @@ def ground_truth(
         num_classes: K.
         device: where to; what lies on the host crosses in one copy, without a wait.
     Returns:
-        N Instances with `gt_boxes`, `gt_classes`, and what else they had, where it was. The
-        `ignore_regions` of a record, `Boxes`, come last, as boxes of class -1 (`IgnoreRegions`).
+        N Instances with `gt_boxes` and `gt_classes` on the device; other fields stay where they
+        are. The `ignore_regions` of a record, `Boxes`, come last, as boxes of class -1
+        (`IgnoreRegions`).
     Raises:
         UserError: a record without instances, a box or a class that can't be one.
     """

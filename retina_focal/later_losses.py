@@ -1,7 +1,7 @@
 """Class losses that were published after the paper, by ``MODEL.RETINA_FOCAL.CLS_LOSS``.
 
 x is the logit, p = sigmoid(x). q in [0, 1] is the IoU of the positive anchor's decoded box with its
-ground truth; no gradient flows through it. Gains are those that were published for RetinaNet, of AP
+ground truth; no gradient flows through it. Gains are those that were published for RetinaNet, in AP
 on COCO val2017.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class QualityFocalLoss:
     """QFL(p) = -|q - p|^beta (q log(p) + (1 - q) log(1 - p)) (arXiv:2006.04388, Eq. 2).
 
-    Of background q is 0, which leaves p^beta softplus(x): the focal loss without alpha.
+    For background q is 0, which leaves p^beta softplus(x): the focal loss without alpha.
 
     Published gain on RetinaNet: none found for this loss alone.
 
@@ -155,8 +155,8 @@ class Poly1FocalLossOfGamma2(Poly1FocalLoss):
 class AsymmetricLoss:
     """-(1 - p)^gamma_pos log(p) of the object's class (arXiv:2009.14119, Eq. 7).
 
-    Of background -p_m^gamma_neg log(1 - p_m) with p_m = max(p - margin, 0): what has a score below
-    the margin is not trained further. The defaults are the paper's, for several labels a picture.
+    For background -p_m^gamma_neg log(1 - p_m) with p_m = max(p - margin, 0): what has a score below
+    the margin is not trained further. The defaults are the paper's, for several labels per picture.
     With a margin above ``MODEL.RETINANET.PRIOR_PROB`` a new head gets no loss from background.
 
     Published gain on RetinaNet: none found.

@@ -101,6 +101,7 @@ CHOICES = {
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
     "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    "MODEL.RETINA_FOCAL.TEST.RESIZE": ("detectron2", "torchvision", "mmdetection", "detectron"),
 }
 MAY_BE_EMPTY = ("SOLVER.STEPS",)
 LENGTHS = {"MODEL.RETINANET.BBOX_REG_WEIGHTS": 4, "INPUT.CROP.SIZE": 2}
@@ -126,7 +127,7 @@ def check_values(cfg: CfgNode) -> None:
 
 
 def check_types(cfg: CfgNode) -> None:
-    """Refuse None, which yacs takes for any value, and lists of what they don't hold."""
+    """Refuse None, which yacs takes for any value, and elements that a list can't have."""
     defaults = flatten(get_cfg())
     for key, value in flatten(cfg).items():
         default = defaults.get(key)
@@ -190,7 +191,7 @@ def _is_a(value: object, kinds: type | tuple[type, ...]) -> bool:
 
 
 def _kind_of_empty(key: str) -> type | None:
-    """Of a list that detectron2 leaves empty."""
+    """The type of the elements of a list that is empty in detectron2's defaults."""
     return str if key.endswith(("FEATURES", "DATASETS.TRAIN", "DATASETS.TEST")) else None
 
 

@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 # CPU, and what keeps a device busy.
 MAX_PAIRS = 1 << 20
 MAX_PAIRS_ON_DEVICE = 1 << 24
-# Boxes that `match_on_grid` takes at a time. A box has from tens of pairs to, as a line across the
-# whole image, tens of thousands.
+# Boxes that `match_on_grid` takes at a time. A box usually has tens of pairs; one that is a line
+# across the whole image has tens of thousands.
 MAX_BOXES = 64
 # How far, in steps, an anchor may stand from where an exact grid has it.
 GRID_TOLERANCE = 1e-3
@@ -29,7 +29,10 @@ INT32_MAX = 2**31 - 1
 
 
 class Matches(NamedTuple):
-    """All anchors whose IoU with some box reaches a threshold or is that box's best, and others."""
+    """All anchors whose IoU with some box reaches a threshold or is that box's best.
+
+    There may be other anchors among them.
+    """
 
     anchor_idxs: Tensor  # (P,) each anchor once
     ious: Tensor  # (P,) its highest IoU with any box; exact for the anchors meant above
@@ -104,7 +107,7 @@ def _match_block(
 
 
 def match_on_grid(grid: AnchorGrid, gt_boxes: Tensor, min_iou: float) -> Matches:
-    """The anchors of one image that overlap some box by `min_iou` or best.
+    """The anchors of one image that overlap some box by `min_iou`, or more than any other does.
 
     Args:
         grid: of R anchors, on a CPU: windows have sizes that the host must know.
@@ -163,13 +166,13 @@ def _overlapping_pairs(
     least = intersection[shape, box][:, None] / most[shape, box].flip(1)
     least = least.nan_to_num(0.0)  # 0 / 0: a box without an area
 
-    # One window a row: its first column and row, and how many of them, (V, 2) each.
+    # One window per row: its first column and row, and how many of them, (V, 2) each.
     start = (low[box] + least - first_high[shape]) / grid.step[shape] - GRID_TOLERANCE
     stop = (high[box] - least - first_low[shape]) / grid.step[shape] + GRID_TOLERANCE
     start = start.ceil().clamp(min=0)
     count = (torch.minimum(stop.floor(), grid.size[shape] - 1.0) - start + 1).clamp(min=0).long()
 
-    # One pair a row, (P,).
+    # One pair per row, (P,).
     num_pairs = count.prod(1)
     window = torch.repeat_interleave(num_pairs)
     cell = torch.arange(len(window)) - (num_pairs.cumsum(0) - num_pairs)[window]
@@ -219,7 +222,7 @@ def find_grid(levels: list[Tensor]) -> AnchorGrid | None:
         column_stride = int(right.int().argmax()) or row_stride
         if len(anchors) % row_stride or row_stride % column_stride:
             return None
-        # A coordinate at a time, and over the longest inner loop: several times as fast as (R, 4).
+        # One coordinate at a time: several times as fast as (R, 4), whose inner loop is short.
         for i in range(4):
             x = anchors[:, i].view(-1, row_stride)
             recurs = x == x[0] if i in (0, 2) else x[:, column_stride:] == x[:, :-column_stride]

@@ -7,10 +7,10 @@ from torch import Tensor, distributed
 
 NORMALIZER_REGISTRY = Registry("NORMALIZER")
 NORMALIZER_REGISTRY.__doc__ = """
-Functions of the positive anchors of each image of this process's step, (N,) integers, and of the
-criterion's state. They return what divides the loss sums of each image, (N,) floats above 0. The
-state is None, or where the function has an attribute `start`, the fp32 scalar buffer
-`loss_normalizer` that starts there; the function changes it in place.
+Functions of two arguments: the number of positive anchors of each image of this process's step,
+(N,) integers, and the criterion's state. They return what the loss sums of each image are divided
+by, (N,) floats above 0. The state is None unless the function has an attribute `start`: then it is
+the fp32 scalar buffer `loss_normalizer`, which starts there; the function changes it in place.
 
 Where the function has a true attribute `one_step_of_all_processes`, the mean over processes is what
 one process gives with all of their images: all are then padded to one size.

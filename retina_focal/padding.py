@@ -22,8 +22,8 @@ def size_of_step(
     Args:
         image_sizes: (height, width) of each image of this process's step.
         size_divisibility, padding_constraints: of detectron2's `Backbone`.
-        of_all_processes: their hosts exchange their sizes, for which no device waits; every process
-            must call this.
+        of_all_processes: whether the processes exchange their sizes, host to host; then every
+            process must call this.
     """
     constraints = padding_constraints or {}
     square = constraints.get("square_size", 0)

@@ -37,7 +37,7 @@ def places_of_elements(
     Args:
         index: into the (A x num_channels x Hi x Wi) elements.
         num_channels: of an anchor.
-        num_cells: Hi x Wi of the map; a tensor, where elements are of several.
+        num_cells: Hi x Wi of the map; a tensor where the elements come from several maps.
         width: Wi of the map, likewise.
     """
     index, cell = _divmod(index, num_cells)

@@ -1,6 +1,5 @@
 """Dense predictions to detections (Sec. 4.1, "Inference")."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,20 +11,13 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from retina_focal.box_tower import PendingDeltas, deltas_at
+from retina_focal.candidates import passing_candidates, top_candidates
 from retina_focal.config import retina_focal_node
-from retina_focal.places import Places, places_of_elements
 from retina_focal.transfer import to_device
-
-# Half precision rounds a threshold by less, between scores of 1e-6 and 1 - 1e-6.
-MARGIN = 0.1
 
 
 class Postprocessor:
-    """Score threshold, top candidates of each level, decoding, NMS of each class or of all.
-
-    Logits are compared with about the threshold's; only what passes gets a sigmoid, the exact
-    comparison and a box.
-    """
+    """Score threshold, top candidates of each level, decoding, NMS of each class or of all."""
 
     @configurable
     def __init__(
@@ -38,6 +30,8 @@ class Postprocessor:
         nms_thresh: float = 0.5,
         max_detections_per_image: int = 100,
         class_agnostic_nms: bool = False,
+        clip_before_nms: bool = False,
+        keep_empty_boxes: bool = False,
     ):
         """
         Args:
@@ -48,6 +42,8 @@ class Postprocessor:
             nms_thresh: boxes of one class with a higher IoU are the same object.
             max_detections_per_image: kept after NMS.
             class_agnostic_nms: whether boxes of two classes can be the same object.
+            clip_before_nms: whether NMS sees boxes that are clipped to the image already.
+            keep_empty_boxes: whether boxes that clipping leaves without area are detections.
         """
         self.num_classes = num_classes
         self.box2box_transform = box2box_transform
@@ -56,10 +52,12 @@ class Postprocessor:
         self.nms_thresh = nms_thresh
         self.max_detections_per_image = max_detections_per_image
         self.class_agnostic_nms = class_agnostic_nms
+        self.clip_before_nms = clip_before_nms
+        self.keep_empty_boxes = keep_empty_boxes
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        node = cfg.MODEL.RETINANET
+        node, test = cfg.MODEL.RETINANET, retina_focal_node(cfg).TEST
         return {
             "num_classes": node.NUM_CLASSES,
             "box2box_transform": Box2BoxTransform(weights=node.BBOX_REG_WEIGHTS),
@@ -67,7 +65,9 @@ class Postprocessor:
             "topk_candidates": node.TOPK_CANDIDATES_TEST,
             "nms_thresh": node.NMS_THRESH_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "class_agnostic_nms": retina_focal_node(cfg).TEST.CLASS_AGNOSTIC_NMS,
+            "class_agnostic_nms": test.CLASS_AGNOSTIC_NMS,
+            "clip_before_nms": test.CLIP_BEFORE_NMS,
+            "keep_empty_boxes": test.KEEP_EMPTY_BOXES,
         }
 
     @torch.no_grad()
@@ -86,21 +86,23 @@ class Postprocessor:
             deltas: (N, A x 4, Hi, Wi) per level, read at the candidates.
             image_sizes: (height, width) of each image before padding, pixels.
             output_sizes: those to return boxes in, clipped, and without boxes that have no area
-                then; default: as they are, in `image_sizes`.
+                then, unless those are kept; default: as they are, in `image_sizes`.
         Returns:
             N Instances with `pred_boxes`, `scores` (falling), `pred_classes`.
         """
         sizes, resizing = image_sizes, None
         if output_sizes is not None and not _may_read(logits[0]):
             sizes, resizing = output_sizes, _resizing(image_sizes, output_sizes, logits[0].device)
-        found = self.detect([level.tensor for level in anchors], logits, deltas, resizing)
+        bounds = _bounds(image_sizes, logits[0].device) if self.clip_before_nms else None
+        found = self.detect([level.tensor for level in anchors], logits, deltas, resizing, bounds)
         results = [
             Instances(size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
             for size, (_, boxes, scores, classes) in zip(sizes, found, strict=True)
         ]
         if output_sizes is None or resizing is not None:
             return results
-        return [detector_postprocess(x, *y) for x, y in zip(results, output_sizes, strict=True)]
+        resize = _resized if self.keep_empty_boxes else detector_postprocess
+        return [resize(x, *y) for x, y in zip(results, output_sizes, strict=True)]
 
     def detect(
         self,
@@ -108,6 +110,7 @@ class Postprocessor:
         logits: list[Tensor],
         deltas: list[Tensor] | PendingDeltas,
         resizing: "Resizing | None" = None,
+        bounds: Tensor | None = None,
     ) -> list["Detections"]:
         """The same in tensors alone.
 
@@ -118,88 +121,26 @@ class Postprocessor:
             anchors: (Hi x Wi x A, 4) per level.
             logits, deltas: as of `__call__`.
             resizing: of the boxes; only for a device.
+            bounds: (N, 4) of each image, to clip its boxes to before NMS.
         """
-        may_read = _may_read(logits[0])
-        find = self._find_passing if may_read else self._find_top
-        places, number, scores, classes = find(logits)
+        may_read, topk = _may_read(logits[0]), self.topk_candidates
+        if may_read:
+            candidates = passing_candidates(logits, self.num_classes, self.score_thresh, topk)
+        else:
+            candidates = top_candidates(logits, self.num_classes, topk)
+        places, number, scores, classes = candidates
         boxes = self.box2box_transform.apply_deltas(
             deltas_at(deltas, places), torch.cat(anchors)[number]
         )
         image = torch.cat([place.image for place in places])
         found = Detections(image, boxes, scores, classes)
+        if bounds is not None:
+            found = found._replace(boxes=_clipped(boxes, bounds[image]))
+            if not self.keep_empty_boxes:
+                found = found.at(_has_area(found.boxes).nonzero().squeeze(1))
         if may_read:
             return self._suppress_each(found, len(logits[0]))
         return self._suppress_all(found, len(logits[0]), resizing)
-
-    def _find_passing(self, logits: list[Tensor]) -> tuple[list[Places], Tensor, Tensor, Tensor]:
-        """The candidates of all levels that pass the threshold.
-
-        Args:
-            logits: (N, A x K, Hi, Wi) per level.
-        Returns:
-            Places per level, and of all M candidates the number among the R anchors, scores and
-            classes.
-        """
-        places, scores, classes = zip(*map(self._passing, logits), strict=True)
-        numbers, begin = [], 0
-        for place, x in zip(places, logits, strict=True):
-            num_anchors, size = x.shape[1] // self.num_classes, x.shape[-2:]
-            numbers.append(place.numbers(num_anchors, size) + begin)
-            begin = begin + num_anchors * size[0] * size[1]
-        return list(places), torch.cat(numbers), torch.cat(scores), torch.cat(classes)
-
-    def _passing(self, logits: Tensor) -> tuple[Places, Tensor, Tensor]:
-        """The top candidates of one level among those that pass, image by image.
-
-        Args:
-            logits: (N, A x K, H, W).
-        Returns:
-            Places of M candidates, (M,) scores and classes.
-        """
-        found = []
-        for i, elements in enumerate(logits.flatten(1)):
-            # Scores only of what can pass; their comparison decides.
-            passed = (elements > logit(self.score_thresh) - MARGIN).nonzero().squeeze(1)
-            scores = elements[passed].float().sigmoid()
-            exactly = (scores > self.score_thresh).nonzero().squeeze(1)
-            scores, order = _top(scores[exactly], self.topk_candidates)
-            height, width = logits.shape[-2:]
-            anchor, classes, row, column = places_of_elements(
-                passed[exactly][order], self.num_classes, height * width, width
-            )
-            found.append((torch.full_like(row, i), anchor, row, column, scores, classes))
-        *places, scores, classes = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return Places(*places), scores, classes
-
-    def _find_top(self, logits: list[Tensor]) -> tuple[list[Places], Tensor, Tensor, Tensor]:
-        """As `_find_passing`, without the threshold: as many in every image.
-
-        Where they stand is computed for all levels together: the host of a device launches as much
-        for one level as for all.
-        """
-        num_images, device = len(logits[0]), logits[0].device
-        tops = [_top(x.flatten(1), self.topk_candidates) for x in logits]
-        counts = [values.shape[1] for values, _ in tops]
-        # Of each level: Hi x Wi, Wi, A and its first anchor.
-        table, begin = [], 0
-        for x in logits:
-            (height, width), num_anchors = x.shape[-2:], x.shape[1] // self.num_classes
-            table.append((height * width, width, num_anchors, begin))
-            begin += height * width * num_anchors
-        table, counts_ = to_device([torch.tensor(table), torch.tensor(counts)], device)
-        columns = table.repeat_interleave(counts_, 0, output_size=sum(counts)).t()[:, None]
-        cells, width, num_anchors, first = columns
-        element = torch.cat([element for _, element in tops], 1)
-        anchor, classes, row, column = places_of_elements(element, self.num_classes, cells, width)
-        number = first + (row * width + column) * num_anchors + anchor
-        image = torch.arange(num_images, device=device)[:, None].expand_as(element)
-        scores = torch.cat([values for values, _ in tops], 1).float().sigmoid()
-        # Level by level, as the places are.
-        fields = torch.stack([image, anchor, row, column, number, classes]).split(counts, 2)
-        fields = [level.flatten(1) for level in fields]
-        number, classes = torch.cat([level[4:] for level in fields], 1)
-        scores = torch.cat([level.flatten() for level in scores.split(counts, 1)])
-        return [Places(*level[:4]) for level in fields], number, scores, classes
 
     def _suppress_each(self, found: "Detections", num_images: int) -> list["Detections"]:
         """What non-maximum suppression leaves of each image, by falling score."""
@@ -230,8 +171,9 @@ class Postprocessor:
         is_kept = rank < self.max_detections_per_image
         if resizing is not None:
             boxes = found.boxes * resizing.scale[found.image]
-            boxes = torch.minimum(boxes.clamp(min=0), resizing.size[found.image])
-            is_kept &= (boxes[:, 2:] > boxes[:, :2]).all(1)
+            boxes = _clipped(boxes, resizing.size[found.image])
+            if not self.keep_empty_boxes:
+                is_kept &= _has_area(boxes)
             found = found._replace(boxes=boxes)
         counts = (is_kept[:, None] & (found.image[:, None] == images)).sum(0).tolist()
         found = found.at(is_kept.nonzero_static(size=sum(counts)).squeeze(1))
@@ -272,6 +214,30 @@ def suppress(
     return batched_nms(boxes, scores, classes, nms_thresh)
 
 
+def _clipped(boxes: Tensor, bounds: Tensor) -> Tensor:
+    """(M, 4) boxes inside of images whose width, height, width and height `bounds` has."""
+    return torch.minimum(boxes.clamp(min=0), bounds)
+
+
+def _has_area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] > boxes[:, :2]).all(1)
+
+
+def _bounds(image_sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
+    """(N, 4) width, height, width and height of each image."""
+    # Stacked, as torch.jit.trace has tensors for sizes.
+    sizes = [torch.stack([torch.as_tensor(w), torch.as_tensor(h)]) for h, w in image_sizes]
+    return to_device([torch.stack(sizes).repeat(1, 2).float()], device)[0]
+
+
+def _resized(result: Instances, height: int, width: int) -> Instances:
+    """As detectron2's `detector_postprocess`, which drops boxes without area."""
+    boxes = result.pred_boxes.clone()
+    boxes.scale(width / result.image_size[1], height / result.image_size[0])
+    boxes.clip((height, width))
+    return Instances((height, width), **{**result.get_fields(), "pred_boxes": boxes})
+
+
 def _resizing(
     image_sizes: list[tuple[int, int]], output_sizes: list[tuple[int, int]], device: torch.device
 ) -> Resizing:
@@ -286,17 +252,3 @@ def _may_read(x: Tensor) -> bool:
     A trace would keep what the host has read, such as the number of detections of an image.
     """
     return x.device.type == "cpu" or torch.jit.is_tracing()
-
-
-def logit(score: float) -> float:
-    """The logit whose sigmoid is `score` in [0, 1]."""
-    if score <= 0:
-        return -math.inf
-    return math.log(score / (1 - score)) if score < 1 else math.inf
-
-
-def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest of each row, falling, and their indices; all of them where there are fewer."""
-    count = values.shape[-1]
-    # torch.jit.trace turns the count into a tensor, and keeps the dependence on the image.
-    return values.topk(count.clamp(max=k) if isinstance(count, Tensor) else min(count, k))

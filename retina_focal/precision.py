@@ -56,7 +56,7 @@ def computation(precision: str, device_type: str, training: bool) -> Computation
 
 
 def layout(device_type: str, in_half_precision: bool) -> torch.memory_format:
-    """channels_last on a GPU and in half precision; fp32 on a CPU is slowest in it, and stays.
+    """channels_last on a GPU and in half precision; fp32 on a CPU is slow in it and stays as it is.
 
     On an H100 a step of 16 images took 0.84 (IEEE fp32) and 0.81 (TF32) of the time that it takes
     in the other layout, in which cuDNN transposes, or takes workspaces as large as the activations.
@@ -68,7 +68,7 @@ def layout(device_type: str, in_half_precision: bool) -> torch.memory_format:
 def weights_layout(cfg: CfgNode) -> torch.memory_format:
     """The layout to store the weights of convolutions in, before DDP and the optimizer see them.
 
-    A device would transpose them at every step if it were not that of the images. On a CPU oneDNN
+    It is that of the images, or a device would transpose the weights at every step. On a CPU oneDNN
     has a layout of its own.
     """
     device_type, precision = torch.device(cfg.MODEL.DEVICE).type, retina_focal_node(cfg).PRECISION
@@ -98,6 +98,6 @@ def has_bf16(device_type: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != "cpu":
         return False
-    # Names that torch has had only for some versions.
+    # Names that not every version of torch has.
     instructions = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
     return any(getattr(torch.cpu, name, bool)() for name in instructions)

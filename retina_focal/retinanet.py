@@ -149,11 +149,10 @@ class FocalRetinaNet(nn.Module):
         Args:
             batched_inputs: from `DatasetMapper`: `image` (C, H, W), `instances` in training, and
                 for inference optionally the `height` and `width` to return boxes in.
-            normalizers: see `Criterion.forward`; only in training.
-            padded_size: of `padded_size`, where these images are a part of a step; only in
-                training.
+            normalizers, padded_size: only in training, where these images are a part of a step;
+                see `Criterion.forward` and `padded_size`.
         Returns:
-            In training {"loss_cls", "loss_box_reg"}; otherwise a dict with `instances` an image.
+            In training {"loss_cls", "loss_box_reg"}; otherwise {"instances"} for each image.
         """
         if self.training:
             return self._losses(batched_inputs, normalizers, padded_size)
@@ -172,9 +171,8 @@ class FocalRetinaNet(nn.Module):
         padded_size: tuple[int, int] | None,
     ) -> dict[str, Tensor]:
         """`forward` in training."""
-        images = self.preprocess_image(
-            batched_inputs, padded_size or self.padded_size(batched_inputs)
-        )
+        padded_size = padded_size or self.padded_size(batched_inputs)
+        images = self.preprocess_image(batched_inputs, padded_size)
         # Labels before the network: the host of a device waits for them, and not for the network.
         expected = self._empty_features(images.tensor)
         anchors = self.anchor_generator(expected)
@@ -235,7 +233,7 @@ class FocalRetinaNet(nn.Module):
             return ImageList.from_tensors(images, **self.padding)
         sizes = [tuple(x.shape[-2:]) for x in images]
         size = padded_size or size_of_step(sizes, **self.padding, of_all_processes=False)
-        # They cross as they are, uint8 from a loader. The mean becomes the zeros around them.
+        # They are copied as they are, uint8 from a loader. The mean around them becomes zeros.
         batch = self.pixel_mean.expand(len(images), -1, *size).contiguous()
         for own, image in zip(batch, to_device(images, batch.device), strict=True):
             own[:, : image.shape[-2], : image.shape[-1]].copy_(image)
@@ -251,7 +249,7 @@ class FocalRetinaNet(nn.Module):
     def count_positives(
         self, batched_inputs: list[dict], padded_size: tuple[int, int] | None = None
     ) -> Tensor:
-        """(N,) positive anchors of each image, as a training step finds them, network not run."""
+        """(N,) positive anchors of each image, as a training step finds them; runs no network."""
         height, width = padded_size or self.padded_size(batched_inputs)
         images = self.pixel_mean.new_empty(0, height, width)
         gt_instances = ground_truth(batched_inputs, self.num_classes, self.device)

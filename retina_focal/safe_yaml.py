@@ -158,7 +158,7 @@ def _merge(new: dict, into: dict, path: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses what a config needs not, with the line."""
+    """SafeLoader that refuses what no config needs, and names the line."""
 
     def __init__(self, text: str, numbered: bool = False):
         super().__init__(text)

@@ -10,7 +10,7 @@ from torch import Tensor
 from retina_focal.config import retina_focal_node
 from retina_focal.errors import UserError
 
-# Anchors that NMS sees first, in batches, and how many times more where those don't suffice.
+# How many batches of anchors NMS sees first, and how many times more where those don't suffice.
 FIRST_CANDIDATES = 16
 GROWTH = 4
 
@@ -20,8 +20,8 @@ class HardExampleSampler:
 
     The score of an anchor that is not ignored is its cross entropy summed over the classes. From
     what class-agnostic NMS of the anchor boxes leaves, the `batch_size` anchors with the highest
-    scores are kept. With a fixed ratio it is the positives, the hardest ones where they exceed
-    their share of the batch, and for each of them `neg_per_pos` of the hardest negatives.
+    scores are kept. With a fixed ratio these are the positives (the hardest, where there are more
+    than their share of the batch) and for each of them `neg_per_pos` of the hardest negatives.
     """
 
     @configurable
@@ -78,7 +78,7 @@ class HardExampleSampler:
         max_positives = self.batch_size // (1 + self.neg_per_pos)
         size = FIRST_CANDIDATES * self.batch_size
         while True:
-            # What NMS leaves of the hardest is what it leaves of all, as far as they go.
+            # NMS of the hardest alone leaves what NMS of all leaves of them.
             left = nms(boxes[:size], scores[:size], self.nms_thresh)
             if self.neg_per_pos:
                 positives = left[is_positive[left]][:max_positives]

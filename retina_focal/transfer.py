@@ -14,7 +14,7 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
     Args:
         tensors: of any shapes and dtypes.
-        device: where to; what is there already is returned as it is.
+        device: to copy to; what is there already is returned as it is.
     """
     to_copy = [i for i, x in enumerate(tensors) if x.device != device]
     if not to_copy:

@@ -65,7 +65,7 @@ def test_classes_are_numbered_as_they_are_named(name, tmp_path):
     "classes, message",
     [
         (["blu"], "it has not blu; its classes are: red, blue"),
-        (["blue", "blue"], "a name stands there twice"),
+        (["blue", "blue"], "a name is there twice"),
     ],
 )
 def test_a_filter_that_can_not_be_is_refused(classes, message, name, tmp_path):

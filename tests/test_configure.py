@@ -1,18 +1,21 @@
 """The config that `retina-focal configure` writes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from detectron2.data import DatasetCatalog
 from test_sources import write_voc
 
-from retina_focal.config import flatten, get_cfg
+from retina_focal.config import config_path, flatten, get_cfg
 from retina_focal.data.decisions import Setting
 from retina_focal.data.fingerprint import Pace
 from retina_focal.errors import UserError
+from retina_focal.merging import merge_file
 from retina_focal.tools.common import load_cfg
 from retina_focal.tools.configure import command, pace
 from retina_focal.tools.configure.command import find_splits, main
@@ -97,10 +100,23 @@ def test_the_output_is_a_yaml_file(arguments, capsys):
 def test_the_pace_is_read_from_what_the_training_wrote(tmp_path):
     lines = '{"iteration": 3}\n{"iteration": 7, "time": 0.5}\n'
     (tmp_path / "metrics.json").write_text(lines)
+    (tmp_path / "inference").mkdir()
+    (tmp_path / "val.json").write_text('{"images": [1, 2, 3, 4, 5]}')
+    written = {
+        pace.DETECTIONS: 10,
+        "metrics.json": 10.5,
+        "model_final.pth": 9,
+        "model_0000007.pth": 8,
+    }
+    for name, seconds in written.items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (seconds, seconds))
     log = "d2: Total inference time: 0:00:01.500000 (0.300000 s / iter per device, on 1 devices)"
     (tmp_path / "log.txt").write_text(f"start\n{log}\n")
     found = pace._pace_of(tmp_path, wall=30.0, shorter=320, batch=4)
-    assert found == Pace(320, 4, 30.0 - 0.5 * pace.MEASURED_STEPS - 1.5, 0.5, 0.3)
+    # Half a second of computing the AP of five pictures, a second for a checkpoint.
+    start = 30.0 - 0.5 * pace.MEASURED_STEPS - 1.5 - 0.5 - 1.0
+    assert found == Pace(320, 4, start, 0.5, 0.4, 1.0)
     assert found.step_at(640) == 2.0
 
 
@@ -109,6 +125,35 @@ def test_a_training_that_fails_is_told_of(arguments, monkeypatch):
     monkeypatch.setattr(pace.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(SystemExit, match="retina-focal train: no disk"):
         main(arguments)
+
+
+def test_a_gpu_gets_what_its_memory_holds(arguments, monkeypatch):
+    """The device is pretended: what is asked of it is the name, and a training of a few steps."""
+    from retina_focal.data.fingerprint import Machine
+
+    settings = {"MODEL.RETINA_FOCAL.DATA.VAL": Setting("toy_val", "")}
+    monkeypatch.setattr(pace, "_short_run", lambda settings, val, batch, folder: settings)
+    monkeypatch.setattr(pace, "_pace_of", lambda folder, wall, *of: Pace(*of, 10.0, 0.1, 0.01))
+    failed = subprocess.CompletedProcess([], 1, "", "CUDA out of memory. Tried to allocate 9 GiB")
+    results = [failed, failed, subprocess.CompletedProcess([], 0, "", "")]
+    monkeypatch.setattr(pace.subprocess, "run", lambda *args, **kwargs: results.pop(0))
+    found = pace.measured_pace(settings, [], 640, 16, Machine(has_gpu=True, cores=16))
+    assert found.batch == 4 and not results
+    results.append(failed)  # without a GPU the batch is not what fails
+    with pytest.raises(UserError, match="out of memory"):
+        pace.measured_pace(settings, [], 640, 16, Machine(has_gpu=False, cores=16))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(command, "measured_pace", lambda *of: Pace(of[2], 8, 20.0, 0.2, 0.02))
+    main(arguments)
+    cfg, base = get_cfg(), get_cfg()
+    merge_file(cfg, arguments[-1])
+    merge_file(base, config_path(command.GPU_BASE))
+    assert cfg.MODEL.DEVICE == "cuda" and cfg.MODEL.WEIGHTS == base.MODEL.WEIGHTS
+    assert cfg.SOLVER.IMS_PER_BATCH == 8 and cfg.SOLVER.BASE_LR == 0.005  # 0.01 for 16
+    assert cfg.MODEL.META_ARCHITECTURE == "FocalRetinaNet" and cfg.DATALOADER.NUM_WORKERS > 0
+    assert "Times are of a GPU." in Path(arguments[-1]).read_text()
 
 
 def test_settings_of_tiles_are_keys_of_the_config():

@@ -5,12 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from retina_focal.config import flatten, get_cfg
 from retina_focal.data.coverage import BoxTable
 from retina_focal.data.decisions import (
     RATE_PER_PICTURE,
     data_settings,
     input_settings,
     machine_settings,
+    method_settings,
     schedule_settings,
 )
 from retina_focal.data.fingerprint import (
@@ -46,7 +48,7 @@ CELLS = Fingerprint(
 )
 CPU = Machine(has_gpu=False, cores=2)
 # A step of 4 pictures of the quick start, idle.
-PACE = Pace(shorter=320, batch=4, start=20.0, step=0.57, picture=0.1)
+PACE = Pace(shorter=320, batch=4, start=20.0, step=0.57, picture=0.1, save=0.4)
 
 
 def decided(found: Fingerprint = CELLS, minutes: float = 8.0, pace: Pace = PACE, machine=CPU):
@@ -125,7 +127,9 @@ def test_steps_evaluations_and_start_take_the_minutes_and_no_more(minutes, num_v
     times = 1 + (-(-steps // period) - 1 if period else 0)
     step = np.mean([PACE.step_at(x) for x in sides])
     picture = np.mean([PACE.picture_at(x) for x in sides])
-    seconds = PACE.start + steps * step + times * num_val * picture
+    # One at the end is measured with the start; each evaluation may be the best, and is saved.
+    saves = -(-steps // values["SOLVER.CHECKPOINT_PERIOD"].value) - 1 + times
+    seconds = PACE.start + steps * step + times * num_val * picture + saves * PACE.save
     most = SPENT * minutes * 60
     epochs = steps * 4 / found.num_pictures
     assert seconds <= most + 1
@@ -194,10 +198,16 @@ def test_large_pictures_of_small_objects_are_cut():
     assert not is_tiled(replace(slide, small=200.0))
 
 
+def test_what_nothing_has_shown_to_help_is_as_stock():
+    stock = flatten(get_cfg())
+    for key, setting in method_settings().items():
+        assert setting.value == stock[key] or "AP" in setting.reason
+
+
 def test_every_setting_has_a_reason():
     inputs, sides, _ = input_settings(CELLS, PACE, 8, 320)
     every = {**data_settings(CELLS), **inputs, **machine_settings(CPU)}
-    every |= schedule_settings(CELLS, CPU, PACE, 8, sides)
+    every |= {**schedule_settings(CELLS, CPU, PACE, 8, sides), **method_settings()}
     assert all(setting.reason and "\n" not in setting.reason for setting in every.values())
     assert LEAST_SIDE < SMALL_SIDE
     assert enough_steps(replace(CELLS, num_pictures=10), 4) == 250

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from test_sources import CLASSES, scene_of, write_coco, write_voc
 
+from retina_focal.data import inspection, pictures
 from retina_focal.data.duplicates import near_pairs
 from retina_focal.data.inspection import DONE, PICTURES, SPLITS, compare, inspect
 from retina_focal.tools.check.command import as_json, main
@@ -115,6 +116,38 @@ def test_pictures_are_not_looked_at_where_nothing_of_them_is_reported(tmp_path, 
     (tmp_path / "images" / "2.jpg").unlink()
     status, content = run(capsys, uri, "--skip", "pictures,splits")
     assert (status, content["datasets"][0]["picture_counts"]) == (0, {})
+
+
+@pytest.mark.parametrize("typed_at", ["a picture", "annotations"])
+def test_ctrl_c_ends_it_with_what_was_found_until_then(typed_at, tmp_path, capsys, monkeypatch):
+    uris = [dataset(tmp_path / name, first=4 * i) for i, name in enumerate("abc")]
+    truncate(tmp_path / "a/images/0.jpg")
+    truncate(tmp_path / "b/images/4.jpg")
+    look_at, find = pictures.look_at, inspection.find
+
+    def looking(path: str, max_pixels: int) -> pictures.Look:
+        if typed_at == "a picture" and path.endswith("b/images/6.jpg"):
+            raise KeyboardInterrupt
+        return look_at(path, max_pixels)
+
+    def finding(data: str, allow_outside: bool) -> tuple:
+        if typed_at == "annotations" and data == uris[2]:
+            raise KeyboardInterrupt
+        return find(data, allow_outside)
+
+    monkeypatch.setattr(pictures, "look_at", looking)
+    monkeypatch.setattr(inspection, "find", finding)
+    status, content = run(capsys, *uris)
+    first, second = content["datasets"]
+    seen = 2 if typed_at == "a picture" else 4
+    assert status == 130 and content["refused"]
+    assert first["picture_counts"] == {"usable": 3, "broken": 1} and not first["is_interrupted"]
+    assert second["picture_counts"] == {"usable": seen - 1, "broken": 1}
+    with pytest.raises(SystemExit):
+        main([*uris, "--page", str(tmp_path / "page.html")])
+    printed = capsys.readouterr()
+    assert f"interrupted in '{uris[1]}', 2 of 3 datasets" in printed.err
+    assert ("2 of 4 pictures: 1 usable" in printed.out) == (seen == 2)
 
 
 def test_an_unknown_kind_is_refused(tmp_path):

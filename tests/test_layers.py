@@ -16,7 +16,7 @@ LAYERS = [
     {"kernels"},
     {"errors"},
     {"config", "files", "safe_yaml"},
-    {"consistency", "limits"},
+    {"consistency", "limits", "merging"},
     {
         "places",
         "losses",
@@ -41,17 +41,17 @@ LAYERS = [
         "network",
         "graphs",
     },
-    {"atss", "head", "later_losses", "targets"},
+    {"atss", "candidates", "head", "later_losses", "other_anchors", "targets"},
     {"criterion", "postprocess"},
     {"retinanet", "proposals"},
     {"data", "weights"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "export"},
     {"tools"},
 ]
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 DYNAMIC = ("import_module", "__import__")
 # What commands share; they import no other command.
-SHARED_TOOLS = {"common", "reports", "runs"}
+SHARED_TOOLS = {"arguments", "common", "reports", "runs"}
 
 
 def module_of(path: Path) -> tuple[str, ...]:

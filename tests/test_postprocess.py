@@ -9,7 +9,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes
 
 from retina_focal import Postprocessor, get_cfg, postprocess
-from retina_focal.postprocess import logit
+from retina_focal.candidates import logit
 
 TRANSFORM = Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0))
 K, A = 3, 2

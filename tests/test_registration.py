@@ -10,7 +10,6 @@ from detectron2.data.datasets import register_coco_instances
 from pycocotools.coco import COCO
 
 from retina_focal import get_cfg, register_datasets
-from retina_focal.config import merge_options
 from retina_focal.data.classes import match_checkpoint, match_classes
 from retina_focal.data.registration import (
     check_datasets,
@@ -20,6 +19,7 @@ from retina_focal.data.registration import (
     use_datasets,
 )
 from retina_focal.errors import UserError
+from retina_focal.merging import merge_options
 
 CONTENT = {
     "images": [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}],

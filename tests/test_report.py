@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from argparse import Namespace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from PIL import Image
 from torch import nn
 
 from retina_focal import get_cfg
-from retina_focal.tools.report import main
+from retina_focal.errors import UserError
+from retina_focal.tools.anatomy.command import parse_args
+from retina_focal.tools.report import command, main
+from retina_focal.tools.runs import open_run
 
 pytest.importorskip("jinja2", reason="jinja2 is not installed: make setup")
 HOSTILE = '<script>alert("$\\frac{1$")</script>&amp;'
@@ -83,6 +87,32 @@ class Tags(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+def test_an_anatomy_that_is_not_there_is_made(written, tmp_path, monkeypatch):
+    """Through the command line, as `retina-focal anatomy` is another tool."""
+    for name in ("config.yaml", "model_final.pth"):
+        shutil.copy(written.with_name(name), tmp_path)
+    run, asked = open_run(tmp_path), []
+
+    def made(argv: list[str], **options: object) -> subprocess.CompletedProcess:
+        asked.append(argv[argv.index("anatomy") + 1 :])
+        (tmp_path / "anatomy").mkdir(exist_ok=True)
+        found = {"sentence": "Half of it.", "images": 2, "dataset": "d"}
+        (tmp_path / "anatomy/anatomy.json").write_text(json.dumps(found))
+        return subprocess.CompletedProcess(argv, 0)
+
+    args = Namespace(run=str(tmp_path), config_file=None, opts=["SEED", "3"])
+    monkeypatch.setattr(command.subprocess, "run", made)
+    assert command._anatomy(run, args, "report_data")["text"].startswith("Half of it.")
+    assert command._anatomy(run, args, "report_data") and len(asked) == 1  # it is there now
+    parsed = parse_args(asked[0])
+    assert parsed.opts[:2] == ["SEED", "3"] and "('report_data',)" in parsed.opts
+    shutil.rmtree(tmp_path / "anatomy")
+    failed = subprocess.CompletedProcess([], 1, "", "a warning\nretina-focal anatomy: no window\n")
+    monkeypatch.setattr(command.subprocess, "run", lambda *of, **options: failed)
+    with pytest.raises(UserError, match="retina-focal anatomy: no window"):
+        command._anatomy(run, args, "report_data")
 
 
 def test_nothing_of_a_name_becomes_a_tag_and_nothing_is_fetched(written):

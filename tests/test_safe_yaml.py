@@ -13,8 +13,9 @@ from conftest import Canary
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as detectron2_get_cfg
 
-from retina_focal.config import get_cfg, merge_file, merge_options, package_config
+from retina_focal.config import get_cfg, package_config
 from retina_focal.errors import UserError
+from retina_focal.merging import merge_file, merge_options
 from retina_focal.safe_yaml import EXPRESSION, read_yaml, read_yaml_with_bases
 from retina_focal.tools import cli
 

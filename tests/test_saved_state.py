@@ -17,6 +17,7 @@ from retina_focal.training.checkpoints import expect_classes_of_run
 from retina_focal.training.resume import saved_seed
 
 KEYS = {"SOLVER.MAX_ITER": 4, "SOLVER.STEPS": (2,), "MODEL.RETINA_FOCAL.TRAIN.BEST": "bbox/AP"}
+KEYS["MODEL.RETINA_FOCAL.DATA.VAL"] = "toy"
 NAN = float("nan")
 
 

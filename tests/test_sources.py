@@ -14,8 +14,10 @@ from PIL import Image
 
 from retina_focal.data import sources
 from retina_focal.data.registration import register, register_datasets
+from retina_focal.data.uri import MAX_CLASSES, parse
 from retina_focal.errors import UserError
-from retina_focal.tools.common import add_config_arguments, load_cfg, load_lazy_cfg, tool_parser
+from retina_focal.tools.arguments import add_config_arguments, tool_parser
+from retina_focal.tools.common import load_cfg, load_lazy_cfg
 from retina_focal.training.values import plain_values
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -297,6 +299,38 @@ def test_voc_options(option, boxes, tmp_path):
     found = [x for x in content["annotations"] if x["image_id"] == 1]
     assert [(*x["bbox"], x["iscrowd"]) for x in found] == boxes
     assert all(x["difficult"] for x in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("WBC\n\n RBC \n", ("WBC", "RBC")),
+        ("\ufeffRBC,1\r\nWBC,0\r\n", ("WBC", "RBC")),  # keras-retinanet's
+        ("A,1\nB,2\n", ("A,1", "B,2")),  # these number nothing: they are names
+    ],
+)
+def test_classes_may_stand_in_a_file(text, expected, tmp_path):
+    write_csv(tmp_path)
+    (tmp_path / "names.txt").write_text(text, encoding="utf-8")
+    uri = f"csv:{tmp_path}/boxes.csv?classes=@{tmp_path}/names.txt"
+    assert parse(uri).classes == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "names.txt' does not exist|no file .*names.txt|can't read .*names.txt"),
+        ("A\nA\n", "each once"),
+        ("", "or @FILE"),
+        ("A" * (MAX_CLASSES + 1), "more than 1,000,000 bytes"),
+    ],
+)
+def test_a_file_of_classes_that_can_not_be_used_is_refused(text, message, tmp_path):
+    write_csv(tmp_path)
+    if text is not None:
+        (tmp_path / "names.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse(f"csv:{tmp_path}/boxes.csv?classes=@{tmp_path}/names.txt")
 
 
 def test_classes_of_all_splits_are_those_of_the_folder(tmp_path):

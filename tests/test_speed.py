@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from made_exports import made_onnx
 from test_train import SMALL
 
 from retina_focal.config import config_path, get_cfg
@@ -127,3 +128,23 @@ def test_a_checkpoint_is_named_by_what_tells_it_from_the_others():
     assert speed._labels([a, ("b.yaml", "one/model.pth")])[1] == "b.yaml, one/model.pth"
     with pytest.raises(ValueError, match="given twice"):
         speed._labels([a, a])
+
+
+def test_exported_files_take_their_turns_beside_a_checkpoint(checkpoint, data, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        made_onnx(tmp_path / name)
+    argv = ["--checkpoint", *checkpoint, "--output", str(tmp_path / "out"), "--sizes", "64"]
+    argv += ["--exported", str(tmp_path / "one/model.onnx"), "--exported", str(tmp_path / "two")]
+    argv += ["DATASETS.TEST", "('rectangles',)"]
+    argv += ["DATASETS.COCO_JSON", str([["rectangles", str(data / "a.json"), str(data)]])]
+    speed.main(argv)
+    rows = json.loads((tmp_path / "out/speed.json").read_text())["rows"]
+    assert [row["detections"] for row in rows[1:]] == [18, 18]
+    assert [row["checkpoint"] for row in rows] == ["small", "one", "two"]
+
+
+def test_what_is_measured_has_to_be_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        speed.main([])
+    assert stop.value.code == 2 and "--checkpoint CONFIG WEIGHTS" in capsys.readouterr().err

@@ -60,10 +60,10 @@ def search(
     upper: float,
     max_per_cell: int,
 ) -> Octaves:
-    """The anchors among a few hundred that reach most boxes, of equals the closest ones.
+    """The anchors among a few hundred that reach most boxes; of equals those closest to the boxes.
 
-    One thing is varied at a time, twice around. Nothing is drawn: the same boxes give the same
-    anchors.
+    One setting is varied at a time, all of them twice. Nothing is random: the same boxes give the
+    same anchors.
 
     Args:
         layout: its grid is kept, one base size per level.
@@ -80,7 +80,7 @@ def search(
 
     def quality(octaves: Octaves) -> tuple[float, float, int]:
         ious = best_ious(octaves.layout(layout), boxes, sizes)
-        # A tenth of a percent of the boxes is worth no looser fit of all.
+        # A tenth of a percent more boxes is not worth a looser fit of all.
         return round(float((ious >= upper).mean()), 3), float(ious.mean()), -octaves.num_per_cell
 
     best = Octaves(_bases(layout, 4.0), 3 if max_per_cell >= 3 else 1, (1.0,))

@@ -10,7 +10,7 @@ MAX_PIXEL = 1e6  # a coordinate beyond is that of no picture
 BEYOND = 2.0  # px by which a box may leave its picture unnoticed
 NUMBERS = {int, float}
 EXPECTED_BOX = "[x, y, width, height] in pixels"
-# What is said of annotations by what becomes of them, in the order in which one is counted.
+# What messages say of annotations that are left out. One is counted under the first that fits.
 FATES = {
     "crowds": "are crowds (iscrowd 1), which are not trained on; set iscrowd to 0 for objects",
     "empty": "have a box without area, which is not trained on, and which no detection can match; "
@@ -74,7 +74,7 @@ def check_annotations(
         )
         annotations.find("box-xyxy", "warning", np.flatnonzero(beyond), text, "bbox")
     tiny = kept & (boxes[:, 2:] < 1).any(axis=1)
-    text = "have a box narrower or lower than 1 px, which is used; is it in pixels?"
+    text = "have a box less than 1 px wide or high, which is used; is it in pixels?"
     annotations.find("box-subpixel", "warning", np.flatnonzero(tiny), text, "bbox")
     _check_duplicates(annotations, place, boxes, kept)
     return np.where(kept, place, -1)

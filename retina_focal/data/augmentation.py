@@ -19,7 +19,7 @@ MIN_VISIBLE = 0.25  # share of a box's area; a smaller rest is left out of a mos
 
 
 def add_augmentations(mapper: DatasetMapper, augment: CfgNode) -> None:
-    """Scale jitter before, and colours after the augmentations that a mapper has, in place.
+    """Add scale jitter before the augmentations of a mapper, and colours after them, in place.
 
     Raises:
         UserError: a value out of its range.
@@ -45,7 +45,7 @@ def add_augmentations(mapper: DatasetMapper, augment: CfgNode) -> None:
 
 
 def refuse_for_lazy(augment: CfgNode) -> None:
-    """Refuse (UserError) what a LazyConfig has in its mapper, and not as a key."""
+    """Refuse (UserError) the keys of augmentations that a LazyConfig has in its mapper."""
     if list(augment.SCALE) != [1, 1] or augment.COLOUR or augment.GREY:
         raise UserError(
             "train.retina_focal.train.augment has scale, colour or grey; a LazyConfig has its "
@@ -60,7 +60,7 @@ class Mosaic:
         """
         Args:
             probability: of a sample to be a mosaic.
-            end: position in the order of all samples from which on none is.
+            end: position in the order of all samples; from there on there is no mosaic.
         """
         self.probability, self.end = probability, end
 

@@ -20,7 +20,7 @@ def check_coco(content: object, is_read: bool = False) -> Check:
     """Check what `json.load` made of an annotation file.
 
     Where the structure or the ids are wrong, what depends on them is not looked at, and is counted
-    so.
+    as such.
 
     Args:
         is_read: whether a reader of ours wrote it, with what it found in "info".

@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 def keep_classes(name: str, classes: Sequence[str]) -> None:
     """Leave the boxes of other classes out of a registered dataset, for training and evaluation.
 
-    Classes are numbered as `classes` are. Objects of others become background. Again it changes
-    nothing.
+    Classes are numbered in the order of `classes`. Objects of others become background. A second
+    call changes nothing.
 
     Args:
         name: of a dataset that this package registered.
         classes: names, at least one.
     Raises:
-        UserError: one of them is not the dataset's or stands there twice, the dataset has no box of
+        UserError: one of them is not the dataset's or is there twice, the dataset has no box of
             them, or it was registered by others.
     """
     metadata, classes = MetadataCatalog.get(name), list(classes)
@@ -40,7 +40,7 @@ def keep_classes(name: str, classes: Sequence[str]) -> None:
     elif unknown:
         reason = f"it has not {listed(unknown)}; its classes are: {listed(own)}"
     elif len(set(classes)) < len(classes):
-        reason = "a name stands there twice"
+        reason = "a name is there twice"
     if reason:
         raise UserError(
             f"dataset '{name}' can't be filtered by DATA.CLASSES {listed(classes)}: {reason}"

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def class_names(datasets: Sequence[str]) -> list[str] | None:
-    """Class names of the first of these datasets that tells its own, in order."""
+    """Class names, in order, of the first of these datasets that tells them."""
     return next((x for x in map(_classes, datasets) if x is not None), None)
 
 
@@ -71,7 +71,7 @@ def match_classes(
 
 
 def match_checkpoint(datasets: Sequence[str], checkpoint: Mapping[str, object], path: str) -> None:
-    """Number the classes of the datasets as a checkpoint's, with a line where that is another way.
+    """Number the classes of the datasets as a checkpoint does; a line says where that changes them.
 
     Args:
         checkpoint: what `Checkpointer.load` returns; "classes" are the names.

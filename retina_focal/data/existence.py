@@ -10,8 +10,8 @@ from detectron2.data import DatasetCatalog
 from retina_focal.data.classes import listed
 from retina_focal.errors import UserError
 
-# Below as many files of a folder each is looked at; above the folder is listed, which takes a
-# second where, over a network, 118,000 looks take minutes.
+# Up to this many files of a folder each is looked at. For more the folder is listed: over a network
+# that takes a second, where a look at each of 118,000 files takes minutes.
 FEW = 100
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def expect_pictures(records: Iterable[dict], whose: str, max_missing: int = 0) -
     Args:
         records: in detectron2's format; those without a local "file_name" are not looked at.
         whose: what the message calls them.
-        max_missing: with no more than that a warning is all.
+        max_missing: so many or fewer give a warning only.
     Raises:
         UserError: there are more; the first ones are named.
     """
@@ -41,7 +41,7 @@ def expect_pictures(records: Iterable[dict], whose: str, max_missing: int = 0) -
 
 
 def expect_test_pictures(names: Sequence[str]) -> None:
-    """The same of whole datasets, which an evaluation reads."""
+    """The same for all pictures of datasets, as an evaluation reads them."""
     for name in names:
         expect_pictures(DatasetCatalog.get(name), f"dataset '{name}'")
 

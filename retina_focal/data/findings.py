@@ -8,8 +8,9 @@ from typing import Literal
 import numpy as np
 
 # "error": nothing can be done with the dataset; "training": it can be measured with, not trained
-# on; "outside": who types the command must allow it; "warning": it is used as it is; "mended": it
-# is used as the text says; "note": it is told. "picture": an image that stops what reads it.
+# on; "outside": the user must allow it on the command line; "warning": it is used as it is;
+# "mended": it is used as the text says; "note": for information. "picture": a picture that stops
+# the training or evaluation that reads it.
 Severity = Literal["error", "training", "outside", "picture", "warning", "mended", "note"]
 SHOWN = 3  # records of a finding that its line shows
 MAX_ID = 2**53  # the evaluator keeps ids as float64

@@ -23,6 +23,7 @@ TILE = 640  # px of the network's input where pictures are cut
 ENOUGH_EPOCHS, ENOUGH_STEPS = 13, 250  # what a training gets before its pictures become larger
 SPENT = 0.95  # of the minutes: machines are not even
 EVALUATIONS, SHARE_OF_EVALUATIONS = 3, 0.06  # before the last; of the time
+SAVED_EVERY, LEAST_SAVES = 5.0, 4  # minutes between checkpoints, and their number in a short run
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Pace:
     batch: int
     start: float  # s from the command to the first step, and of the end
     step: float  # s
-    picture: float  # s of evaluating one
+    picture: float  # s of evaluating one, its share of the AP's computation included
+    save: float = 0.0  # s of writing a checkpoint
 
     def step_at(self, shorter: float) -> float:
         """Seconds of a step: they grow as the pixels do."""
@@ -145,10 +147,13 @@ def enough_steps(found: Fingerprint, batch: int) -> int:
 
 
 def steps_within(found: Fingerprint, pace: Pace, minutes: float, shorter: float) -> int:
-    """Steps that fit beside the start and the evaluations."""
+    """Steps that fit beside the start, the evaluations and the checkpoints."""
     seconds = minutes * 60 * SPENT
     evaluation = evaluation_seconds(found, pace, shorter)
-    left = seconds - pace.start - evaluation * (1 + num_evaluations(evaluation, seconds))
+    evaluations = 1 + num_evaluations(evaluation, seconds)
+    # Each evaluation may be the best one, which is saved. The end's are measured with the start.
+    saves = evaluations + max(LEAST_SAVES, math.ceil(minutes / SAVED_EVERY)) - 1
+    left = seconds - pace.start - evaluation * evaluations - pace.save * saves
     return max(0, int(left / pace.step_at(shorter)))
 
 
@@ -158,7 +163,7 @@ def evaluation_seconds(found: Fingerprint, pace: Pace, shorter: float) -> float:
 
 
 def num_evaluations(evaluation: float, seconds: float) -> int:
-    """Evaluations before the last one, which takes `evaluation` s, of a training of `seconds`."""
+    """Evaluations before the last one, of `evaluation` s each, in a training of `seconds`."""
     return min(EVALUATIONS, int(SHARE_OF_EVALUATIONS * seconds / max(evaluation, 1e-9)))
 
 

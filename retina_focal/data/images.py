@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 class BadPicture(UserError):
     """A picture that can't be used, which a training may skip; `file_name` is as in its record.
 
-    `kind` is that of the finding which `check` makes of it, `reason` what its line says.
+    `kind` is the kind of its finding in `check`, and `reason` the text there.
     """
 
     def __init__(self, message: str, file_name: str = "", kind: str = "", reason: str = ""):
-        # Alone with its message, as torch makes it anew where it came from a worker.
+        # torch makes it anew from its message alone where it comes from a worker.
         super().__init__(message)
         self.file_name, self.kind, self.reason = file_name, kind, reason
 

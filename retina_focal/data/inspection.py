@@ -11,12 +11,12 @@ from retina_focal.data.classes import listed
 from retina_focal.data.duplicates import near_pairs
 from retina_focal.data.findings import RECORD, Check, Finding, Severity, shortened
 from retina_focal.data.images import MAX_PIXELS
-from retina_focal.data.pictures import Look, look_at_all, thumbnails
+from retina_focal.data.pictures import Interrupted, Look, look_at_all, thumbnails
 from retina_focal.data.sources import find
 from retina_focal.errors import UserError
 from retina_focal.files import leads_outside
 
-# What is done with what has a finding of each severity.
+# What a finding of each severity means for the dataset.
 DONE: dict[Severity, str] = {
     "error": "the dataset is refused",
     "training": "refused for training, but measured with",
@@ -33,7 +33,7 @@ PICTURES: dict[str, tuple[Severity, str]] = {
     "picture-outside": ("outside", "lie outside the image folder, and are not looked at"),
     "picture-broken": ("picture", "can't be decoded: truncated, empty, or no pictures"),
     "picture-too-large": ("picture", "have too many pixels, and are not decoded"),
-    "picture-wide": ("picture", "have more than 8 bits a channel, which Pillow cuts off"),
+    "picture-wide": ("picture", "have more than 8 bits per channel, which Pillow cuts off"),
     "picture-program": ("picture", "are programs that would be run"),
     "picture-size": ("picture", "have another size than their annotations say"),
     "picture-turned": ("note", "lie on their side, and are turned as their EXIF tag says"),
@@ -54,7 +54,8 @@ class Inspected:
     images: list[dict] = field(default_factory=list)
     annotations: list[dict] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)  # of the pictures, one per image
-    looks: list[Look] = field(default_factory=list)  # one per image, or none at all
+    looks: list[Look] = field(default_factory=list)  # one per image, or of the first ones, or none
+    is_interrupted: bool = False  # by Ctrl-C
     boxes_per_class: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -70,7 +71,7 @@ def inspect(
     max_pixels: int = MAX_PIXELS,
     allow_outside: bool = False,
 ) -> Inspected:
-    """Look at one dataset; what can't be read at all is a finding too.
+    """Look at one dataset; what can't be read at all is a finding too, and Ctrl-C ends the looking.
 
     Args:
         data: a registered name, a URI or a path.
@@ -94,8 +95,11 @@ def inspect(
     seen.boxes_per_class = _boxes_per_class(seen)
     if with_pictures:
         seen.paths = [_path(image, root, allow_outside) for image in seen.images]
-        looks = look_at_all(seen.paths, max_pixels, data)
-        seen.looks = [_compared(*x) for x in zip(looks, seen.images, seen.paths, strict=True)]
+        try:
+            looks = look_at_all(seen.paths, max_pixels, data)
+        except Interrupted as error:
+            looks, seen.is_interrupted = error.looks, True
+        seen.looks = [_compared(*x) for x in zip(looks, seen.images, seen.paths, strict=False)]
         seen.findings += _picture_findings(seen)
     return seen
 
@@ -120,7 +124,7 @@ def _path(image: dict, root: Path, allow_outside: bool) -> str:
 
 
 def _compared(look: Look, image: dict, path: str) -> Look:
-    """With the size that the annotations say."""
+    """A picture compared with the size that the annotations say."""
     if not path:
         return look.with_fault("picture-outside", "")
     expected = (image.get("width"), image.get("height"))

@@ -7,6 +7,7 @@ import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import (
     DatasetFromList,
+    DatasetMapper,
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
@@ -21,12 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 from retina_focal.config import get_cfg, retina_focal_node
 from retina_focal.data.augmentation import Mosaic, add_augmentations, refuse_for_lazy
 from retina_focal.data.existence import expect_pictures
+from retina_focal.data.image_cache import CachedMapper, plan_cache
 from retina_focal.data.images import MAX_PIXELS, BadPicture, naming
 from retina_focal.data.regions import keeping_regions
 from retina_focal.data.sampler import BatchSampler, seeded
 from retina_focal.errors import UserError
 
-# Images that are tried for one place of a batch, where those before can't be used.
+# How many images are tried for one place of a batch before the training stops.
 MAX_REPLACEMENTS = 100
 # What is drawn, beside the seed and the position.
 ORDER, SAMPLE = 0, 1
@@ -53,6 +55,7 @@ class TrainLoader:
         collate_fn: Callable[[list[dict]], object] | None = None,
         max_pixels: int = MAX_PIXELS,
         mosaic: Mosaic | None = None,
+        cache_images: bool = False,
         **options: object,
     ):
         """
@@ -67,6 +70,7 @@ class TrainLoader:
             collate_fn: default: a batch is a list of what `mapper` returns.
             max_pixels: of the largest picture that is decoded.
             mosaic: makes one sample of four.
+            cache_images: pictures are kept in memory, once they are read.
             options: of torch's `DataLoader`, such as `num_workers`.
         Raises:
             UserError: the images can't be shared among the processes.
@@ -81,10 +85,15 @@ class TrainLoader:
         if aspect_ratio_grouping:
             groups = [record["width"] > record["height"] for record in dataset]
         self.seed, self.num_images = seed, len(dataset)
+        if cache_images:
+            names = [record.get("file_name") for record in dataset]
+            mapper = CachedMapper(mapper, plan_cache(dataset), names, max_pixels)
+        else:
+            mapper = naming(mapper, max_pixels)
         if isinstance(dataset, list):
             dataset = DatasetFromList(dataset, copy=False)
         self.dataset = dataset  # the records, before the mapper
-        self._samples = _Samples(dataset, naming(mapper, max_pixels), seed, mosaic)
+        self._samples = _Samples(dataset, mapper, seed, mosaic)
         # detectron2's samplers are a process's part of this order.
         self._batches = BatchSampler(sampler._infinite_indices, total_batch_size, groups)
         self._options = {"collate_fn": collate_fn or _as_list, **options}
@@ -110,7 +119,7 @@ class TrainLoader:
 
 
 class _Samples(Dataset):
-    """What the mapper makes of (position, index), the same in whichever process."""
+    """What the mapper makes of (position, index): the same in every process."""
 
     def __init__(
         self,
@@ -163,8 +172,9 @@ def build_train_loader(
         node: ``MODEL.RETINA_FOCAL``; default: that of a YAML config, and of a LazyConfig stock's.
         options: of `TrainLoader`, beside those of the config.
     Returns:
-        A `TrainLoader`; or, for a LazyConfig's own kind of loader, an iterable dataset and another
-        sampler than detectron2's, what the config says, which no run can go on with exactly.
+        A `TrainLoader`. Where a LazyConfig names another kind of loader, an iterable dataset or a
+        sampler that is not detectron2's, the loader that it names: a run can't be resumed exactly
+        with it.
     Raises:
         UserError: more pictures are missing, or the images can't be shared among the processes.
     """
@@ -197,6 +207,9 @@ def build_train_loader(
             dataset, torch.utils.data.IterableDataset
         ):
             arguments["sampler"] = TrainingSampler(len(dataset))
+    if node.TRAIN.CACHE_IMAGES:
+        _expect_detectron2s(arguments["mapper"])
+        options["cache_images"] = True
     if node.DATA.IGNORE_REGIONS:
         arguments["mapper"] = keeping_regions(arguments["mapper"])
     if not hasattr(arguments.get("sampler"), "_infinite_indices"):
@@ -204,6 +217,16 @@ def build_train_loader(
     if not arguments.get("num_workers"):
         options.pop("timeout", None)
     return TrainLoader(**{**options, **arguments}, seed=seed)
+
+
+def _expect_detectron2s(mapper: Callable) -> None:
+    """Refuse a mapper that may read its pictures from elsewhere than a record says (UserError)."""
+    if not isinstance(mapper, DatasetMapper):
+        raise UserError(
+            f"TRAIN.CACHE_IMAGES is True, but the mapper is {getattr(mapper, '__name__', mapper)}; "
+            "expected detectron2's DatasetMapper, which reads what its record names; add: "
+            "MODEL.RETINA_FOCAL.TRAIN.CACHE_IMAGES False"
+        )
 
 
 def _keep_empty(dataset: DictConfig) -> DictConfig:

@@ -31,7 +31,7 @@ def count_positives(
     pictures, grids = table.pictures[kept], layout.grids(sizes)
     begins = np.searchsorted(pictures, np.arange(len(sizes) + 1))
     counts = {name: np.zeros((len(boxes), len(grids)), np.int64) for name in assigners}
-    # Pictures of one size next to each other: assigners keep what they find out about a grid.
+    # Pictures of one size one after another: assigners keep the grid of the last one.
     for picture in np.lexsort(sizes.T):
         mine = slice(*begins[picture : picture + 2])
         if mine.start == mine.stop:

@@ -13,11 +13,11 @@ def keeping_regions(mapper: Callable[[dict], dict | None]) -> Callable[[dict], d
 
 
 def map_with_regions(mapper: Callable[[dict], dict | None], record: dict) -> dict | None:
-    """What `mapper` makes of a record, whose `instances` are without crowds, as ever.
+    """What `mapper` makes of a record; its `instances` have no crowds, as always.
 
     Returns:
-        None as `mapper`; else its sample, with `ignore_regions`, the `Boxes` of the record's crowds
-        (iscrowd 1) in pixels of the sample's image, where there are any.
+        None where `mapper` returns None; else its sample. Where the record has crowds (iscrowd 1),
+        the sample has them as `ignore_regions`, `Boxes` in pixels of its image.
     """
     annotations = record.get("annotations", [])
     crowds = [x for x in annotations if x.get("iscrowd", 0)]

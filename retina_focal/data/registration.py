@@ -41,7 +41,7 @@ def use_datasets(cfg: CfgNode, names: Sequence[str], trained_on: Sequence[str] =
 def register_datasets(cfg: CfgNode, names: Sequence[str] | None = None) -> None:
     """Register the rows of ``DATASETS.SOURCES`` and ``DATASETS.COCO_JSON`` with these names.
 
-    Again it changes nothing.
+    A second call changes nothing.
 
     Every process needs the registration.
 
@@ -83,7 +83,7 @@ def set_num_classes(cfg: CfgNode) -> None:
 
 
 def _rows(cfg: CfgNode) -> list[list[str]]:
-    """``DATASETS.SOURCES``, looked at (UserError)."""
+    """``DATASETS.SOURCES``, checked (UserError)."""
     rows = cfg.DATASETS.get("SOURCES", [])
     for row in rows:
         if not isinstance(row, (list, tuple)) or [*map(type, row)] != [str, str]:

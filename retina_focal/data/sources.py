@@ -109,7 +109,7 @@ def locate(data: str, allow_outside: bool = False) -> tuple[Path, Path]:
 
 
 def _whole(location: Location) -> tuple[Path, Path]:
-    """See `locate`, without a split that is made."""
+    """`locate` for a location without a held-out split."""
     if location.format == "coco":
         return _coco(location)
     reader = READERS[location.format]

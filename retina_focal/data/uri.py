@@ -10,10 +10,12 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from retina_focal.errors import UserError
+from retina_focal.files import open_regular
 
 DIFFICULT = ("keep", "ignore", "drop")
 DATA_YAML = ("data.yaml", "data.yml", "dataset.yaml")
 COCO_NAMES = ("_annotations.coco.json", "annotations.json", "instances.json", "ann.json")
+MAX_CLASSES = 1_000_000  # bytes of a file of names
 EXAMPLES = {
     "voc": "voc:FOLDER?split=train",
     "yolo": "yolo:data.yaml?split=train",
@@ -43,10 +45,29 @@ def _seed(text: str) -> int:
 
 
 def _classes(text: str) -> tuple[str, ...]:
-    names = tuple(unquote(name) for name in text.split(","))
-    if not all(name.strip() for name in names) or len(set(names)) < len(names):
+    """Names with commas between them, or those of a file."""
+    if text.startswith("@"):
+        names = _names_in(Path(unquote(text[1:])).expanduser())
+    else:
+        names = tuple(unquote(name) for name in text.split(","))
+    if not names or not all(map(str.strip, names)) or len(set(names)) < len(names):
         raise ValueError
     return names
+
+
+def _names_in(path: Path) -> tuple[str, ...]:
+    """A name a line, in this order; or keras-retinanet's `name,number`, by numbers from 0."""
+    with open_regular(path) as file:
+        content = file.read(MAX_CLASSES + 1)
+    if len(content) > MAX_CLASSES:
+        raise UserError(f"'{path}' has more than {MAX_CLASSES:,} bytes")
+    lines = map(str.strip, content.decode("utf-8-sig").splitlines())
+    names = [line for line in lines if line]
+    rows = [name.rpartition(",") for name in names]
+    numbers = [int(x) if x.strip().isdecimal() else -1 for *_, x in rows]
+    if sorted(numbers) == list(range(len(names))):
+        names = [rows[numbers.index(i)][0].strip() for i in range(len(names))]
+    return tuple(names)
 
 
 def _text(text: str) -> str:
@@ -64,7 +85,11 @@ def _difficult(text: str) -> str:
 # What each option is, of which formats, and how its value is written.
 OPTIONS: dict[str, tuple[Callable[[str], object], tuple[str, ...], str]] = {
     "split": (_text, ("voc", "yolo", "csv", "coco"), "train, val, ..."),
-    "classes": (_classes, ("voc", "csv"), "A,B,C, each once (%2C for a comma in a name)"),
+    "classes": (
+        _classes,
+        ("voc", "csv"),
+        "A,B,C, each once (%2C for a comma in a name), or @FILE with a name a line",
+    ),
     "images": (_text, ("voc", "csv", "coco"), "the folder of the pictures"),
     "val": (_part, ("voc", "yolo", "csv", "coco"), "the part that is held out, such as 0.2"),
     "seed": (_seed, ("voc", "yolo", "csv", "coco"), "a whole number from 0"),
@@ -97,7 +122,7 @@ def has_scheme(data: str) -> bool:
 
 
 def with_whole_rows(argv: Sequence[str] | None) -> list[str]:
-    """A command line whose `--dataset NAME URI` has the third value that argparse counts on."""
+    """A command line in which `--dataset NAME URI` has the third value that argparse expects."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for i in reversed(range(len(argv) - 2)):
         if argv[i] == "--dataset" and has_scheme(argv[i + 2]):
@@ -147,6 +172,8 @@ def _options(data: str, scheme: str, text: str) -> dict[str, object]:
         try:
             # A comma in a class's name is written %2C, so the list is split before it is decoded.
             values[name] = read(value if name == "classes" else unquote(value))
+        except UserError as error:
+            raise UserError(f"'{data}': {name} is '{value}', but {error}") from error
         except ValueError as error:
             raise UserError(f"'{data}': {name} is '{value}'; expected {expected}") from error
     if "val" in values and values.get("split") not in ("train", "val"):

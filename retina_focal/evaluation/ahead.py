@@ -10,9 +10,9 @@ WAIT = 0.1  # seconds after which a full queue looks whether anybody still reads
 
 
 def ahead(items: Iterable[Item], size: int) -> Iterator[Item]:
-    """The same items, of which a thread makes up to `size` ahead; what it raises is raised here.
+    """The same items; a thread makes up to `size` of them ahead. What it raises is raised here.
 
-    Whoever stops reading ends the thread, after the item that it is making.
+    When nobody reads any more, the thread ends after the item that it is making.
     """
     waiting: queue.Queue = queue.Queue(size)
     stopped = threading.Event()

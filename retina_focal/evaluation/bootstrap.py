@@ -12,7 +12,7 @@ from retina_focal.evaluation.detections import Evaluated
 from retina_focal.evaluation.matches import Matches
 from retina_focal.evaluation.precision_recall import EPS, RECALLS
 
-BLOCK = 2**24  # numbers that are held at once: 64 MB an array
+BLOCK = 2**24  # numbers that are held at once: 64 MB per array
 LEVEL = 0.95  # of the intervals
 
 

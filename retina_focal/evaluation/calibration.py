@@ -1,4 +1,4 @@
-"""Scores as probabilities: how far they are from them, and maps of a class that bring them near.
+"""Scores as probabilities: how far they are from them, and a map per class that corrects them.
 
 The maps are made after training, on detections whose outcome is known (better than losses made for
 it: arXiv:2405.20459). A detection is right where it has a box of its own at the IoU 0.5.
@@ -63,8 +63,8 @@ def platt(scores: np.ndarray, right: np.ndarray) -> Map:
         right: (D,) bool.
     """
     x = _logit(scores)
-    # (N+ + 1) / (N+ + 2) and 1 / (N- + 2), not 1 and 0: scores that part right from wrong without
-    # a fault would else give a of infinity.
+    # (N+ + 1) / (N+ + 2) and 1 / (N- + 2), not 1 and 0: otherwise a would be infinite for scores
+    # that separate right from wrong without a fault.
     wins, losses = right.sum(), (~right).sum()
     target = np.where(right, (wins + 1) / (wins + 2), 1 / (losses + 2))
     a, b = _newton(x, target, np.array([1.0, 0.0]))

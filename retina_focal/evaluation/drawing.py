@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import inference_context
 from detectron2.structures import Boxes, BoxMode
@@ -16,6 +16,7 @@ from torch import nn
 
 from retina_focal.config import retina_focal_node
 from retina_focal.data.images import naming
+from retina_focal.data.resizing import mapper_of_test
 from retina_focal.errors import UserError
 from retina_focal.files import write_whole
 
@@ -49,8 +50,7 @@ def draw_detections(
     if not records:
         raise UserError(f"dataset '{name}' has no images; expected at least one: see DATASETS.TEST")
     chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round().astype(int)
-    mapper = DatasetMapper(cfg, is_train=False)
-    mapper = naming(mapper, retina_focal_node(cfg).DATA.MAX_PIXELS)
+    mapper = naming(mapper_of_test(cfg), retina_focal_node(cfg).DATA.MAX_PIXELS)
     rows = []
     with inference_context(model):
         for record in (records[i] for i in chosen):

@@ -1,4 +1,4 @@
-"""COCO's AP by hotcoco, which computes what pycocotools does, in Rust."""
+"""COCO's AP by hotcoco, which computes in Rust what pycocotools computes."""
 
 import contextlib
 import importlib

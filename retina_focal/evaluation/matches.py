@@ -8,7 +8,7 @@ import numpy as np
 from retina_focal.evaluation.detections import Evaluated, Found, Truth, rank_among_equals
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the IoU, which COCO's AP is the mean over
-BLOCK = 2**21  # pairs whose IoU is computed at once: 64 MB an array of corners
+BLOCK = 2**21  # pairs whose IoU is computed at once: 64 MB per array of corners
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ def match(
 ) -> Matches:
     """Each detection, by falling score, takes the free box of the highest IoU.
 
-    As pycocotools does: only boxes of its class; a crowd, of which the share of the detection that
-    lies on it stands for the IoU, is taken where no other box is, and never used up; of boxes with
-    the same IoU the last.
+    As in pycocotools, only boxes of its class are candidates, and of boxes with the same IoU it
+    takes the last. A crowd is taken where no other box is free, and stays free; its IoU is the
+    share of the detection that lies on it.
 
     Args:
         thresholds: (T,) of the IoU that a match reaches.
@@ -48,8 +48,8 @@ def match(
     which, box, iou = pairs(truth, found, num_classes, thresholds.min())
     free = np.ones((len(thresholds), len(truth.image)), dtype=bool)
     matched = np.full((len(thresholds), len(found.image)), -1)
-    # Detections of one group (image and class) wait for each other; groups do not. So the first of
-    # all groups are matched at once, then the second of all, and so on.
+    # Detections of one group (image and class) are matched one after another; groups do not depend
+    # on each other. So the first of every group are matched at once, then the second, and so on.
     candidates, first = np.unique(which, return_index=True)
     turn = rank_among_equals(_groups(found, num_classes)[candidates])
     counts = np.diff(np.append(first, len(which)))

@@ -53,7 +53,7 @@ def error_types(dataset: dict, results: Sequence[dict]) -> dict[str, dict[str, f
 
 
 def kept_at(evaluated: Evaluated, thresholds: Mapping[str, float], default: float) -> Evaluated:
-    """With the detections alone that reach their class's threshold, or the default's."""
+    """Only the detections that reach the threshold of their class, or else the default."""
     least = np.array([thresholds.get(name, default) for name in evaluated.classes])
     found = evaluated.found
     kept = found[found.score >= least[found.label]]
@@ -79,10 +79,10 @@ def confusion(kept: Evaluated, iou: float = 0.5) -> np.ndarray:
 
 
 def worst_images(kept: Evaluated, count: int = 12, iou: float = 0.5) -> list[dict]:
-    """Images with the most mistakes first, those without any left out.
+    """The images with mistakes, those with the most first.
 
-    Each with its image_id and file_name, and how many detections are "right", "wrong" and how many
-    boxes are "missed".
+    Each has its image_id and file_name, the number of "right" and of "wrong" detections, and that
+    of "missed" boxes.
     """
     matches = match(kept, np.array([iou]))
     n, truth = len(kept.images), kept.truth

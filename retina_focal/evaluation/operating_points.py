@@ -60,7 +60,7 @@ class OperatingPoints:
 
 
 def choose(curve: Curve, rule: str) -> int | None:
-    """The point of a curve that a rule asks for, None where there is none.
+    """The point of a curve that a rule chooses, None where there is none.
 
     Args:
         rule: see `describe`.
@@ -172,7 +172,7 @@ def write(folder: str | Path, content: dict) -> Path:
 
 
 def read(folder: str | Path) -> OperatingPoints | None:
-    """Of the folder's `operating_points.json`, None where there is none.
+    """The content of the folder's `operating_points.json`, None where there is none.
 
     Raises:
         UserError: it can't be read, or is no such file; what is wrong is named.

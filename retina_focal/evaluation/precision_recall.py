@@ -13,7 +13,7 @@ EPS = np.spacing(1.0)  # pycocotools'
 
 @dataclass(frozen=True)
 class Curve:
-    """What is right and wrong of one class down to each of S scores, falling, no two equal."""
+    """Right and wrong detections of one class down to each of S scores, falling, no two equal."""
 
     score: np.ndarray  # (S,)
     right: np.ndarray  # (S,) detections with that score or more on a box of their own

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from retina_focal.config import check_choice, retina_focal_node
 from retina_focal.data.images import BadPicture
+from retina_focal.data.resizing import ResizeAs, resizing_of_test
 from retina_focal.evaluation.ahead import ahead
 from retina_focal.evaluation.inputs import Input, read_frames, read_picture
 from retina_focal.evaluation.tiles import Tile, merge_tiles, tiles_of
@@ -80,6 +81,8 @@ class Predictor:
         self.model = with_tta(cfg, model)
         self.batch_size, self.every, self.preview = batch_size, every, preview
         self.max_pixels = node.DATA.MAX_PIXELS
+        # Of a tile; TTA resizes each view itself.
+        self.resizing = [] if cfg.TEST.AUG.ENABLED else resizing_of_test(cfg)
 
     def __call__(self, inputs: Iterable[Input]) -> Iterator[Prediction | BadPicture]:
         """What is found in each picture, or why it can't be used, in the order of the inputs."""
@@ -139,14 +142,17 @@ class Predictor:
             yield _View(picture, {"image": tensor, "height": height, "width": width})
 
     def _resized(self, image: Image.Image, tile: Tile) -> Tensor:
-        """(3, H, W) uint8 of a tile, as `DefaultPredictor` resizes a picture."""
+        """(3, H, W) of a tile, as the mapper of a test set resizes a picture."""
         size = width, height = tile.size
-        shortest, longest = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
-        if shortest and not self.cfg.TEST.AUG.ENABLED:  # whose views are resized each
+        others = [x for x in self.resizing if isinstance(x, ResizeAs)]
+        if self.resizing and not others:  # at once, out of the whole picture
+            shortest, longest = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
             size = ResizeShortestEdge.get_output_shape(height, width, shortest, longest)[::-1]
         if size != image.size or any(tile.inner):
             image = image.resize(size, Image.Resampling.BILINEAR, box=tile.window)
         array = np.asarray(image)
+        for resizing in others:
+            array = resizing.get_transform(array).apply_image(array)
         if self.cfg.INPUT.FORMAT == "BGR":
             array = array[:, :, ::-1]
         return torch.from_numpy(array.transpose(2, 0, 1).copy())

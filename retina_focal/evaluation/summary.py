@@ -254,10 +254,10 @@ def _error_types(subject: Subject) -> dict | None:
 def _calibration(
     subject: Subject, points: OperatingPoints | None
 ) -> tuple[dict, dict[str, tuple[float, float]]]:
-    """Of all classes, and the calibration error of each before and after.
+    """Calibration of all classes together, and the error of each class before and after.
 
-    By the points' maps, which are of another dataset; without them by maps that are made of other
-    images of this one.
+    The maps are those of the operating points, which are of another dataset; without them, maps
+    that are made of other images of this one.
     """
     evaluated, matches = subject.evaluated, subject.matches
     found, counted = evaluated.found, ~matches.ignored[0]
@@ -295,5 +295,5 @@ def _floats(named: dict[str, np.ndarray]) -> dict[str, float | None]:
 
 
 def _number(value: float) -> float | None:
-    """None in place of what JSON has no number for."""
+    """The number, or None where JSON can't write it."""
     return float(value) if math.isfinite(value) else None

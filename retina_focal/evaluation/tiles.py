@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retina_focal.postprocess import suppress
 
-# A box that ends so near to an inner edge, in parts of the tile's side, is taken to be cut by it.
+# A box that ends this near to an inner edge counts as cut by it, in parts of the tile's side.
 EDGE = 0.01
 # Between two scales. An object that the finer one's tiles cut, larger than their overlap, keeps
 # at least a quarter of that many pixels in the coarser one.

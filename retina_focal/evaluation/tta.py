@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from retina_focal.data.resizing import mapper_of_test, resizing_of_test
 from retina_focal.errors import UserError
 from retina_focal.postprocess import Postprocessor, suppress
 from retina_focal.retinanet import FocalRetinaNet
@@ -25,11 +25,11 @@ NO_NMS = 2.0  # an IoU that no two boxes reach
 class RetinaNetWithTTA(nn.Module):
     """A model that sees each picture at the scales of ``TEST.AUG.MIN_SIZES``, flipped too.
 
-    The top candidates of each level of each view meet before NMS, as the levels of one view do.
-    Not the final detections of each view: there a box may already have given way to one that a
-    better one of another view removes, and the limit of detections would count for each view. Nor
-    the mean of logits, level by level: padding and strides of 2 shift the cells of a mirrored
-    picture by a part of a cell.
+    The top candidates of each level of each view go through one NMS, as the levels of one view do.
+    Final detections of each view are not merged: in a view a box may have been removed by one that
+    a better box of another view removes, and the limit of detections would count for each view.
+    Nor is the mean of logits taken level by level: padding and strides of 2 shift the cells of a
+    mirrored picture by a part of a cell.
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module):
@@ -49,7 +49,7 @@ class RetinaNetWithTTA(nn.Module):
             )
         self.training = self.model.training  # which a user of it in evaluation sets back
         aug = cfg.TEST.AUG
-        self.resizings = [ResizeShortestEdge(x, aug.MAX_SIZE) for x in aug.MIN_SIZES]
+        self.resizings = [resizing_of_test(cfg, x, aug.MAX_SIZE)[0] for x in aug.MIN_SIZES]
         self.flips = (False, True) if aug.FLIP else (False,)
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ def build_test_mapper(cfg: CfgNode) -> DatasetMapper:
     """The mapper of a test set; with ``TEST.AUG`` pictures stay as they were decoded, so that none
     is resized twice."""
     if not cfg.TEST.AUG.ENABLED:
-        return DatasetMapper(cfg, is_train=False)
+        return mapper_of_test(cfg)
     return DatasetMapper(is_train=False, augmentations=[], image_format=cfg.INPUT.FORMAT)
 
 

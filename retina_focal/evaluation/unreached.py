@@ -29,7 +29,7 @@ class UnreachedBox(NamedTuple):
 def unreached(
     table: BoxTable, layout: AnchorLayout, coverage: Coverage, longer: int, lower: float
 ) -> list[UnreachedBox]:
-    """The boxes that overlap every anchor by less than `lower`, the worst first, up to `MAX_BOXES`.
+    """Up to `MAX_BOXES` boxes that overlap every anchor by less than `lower`, the worst first.
 
     Args:
         coverage: of the table.

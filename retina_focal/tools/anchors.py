@@ -22,14 +22,8 @@ from retina_focal.data.registration import register, register_datasets
 from retina_focal.data.sources import splits
 from retina_focal.errors import UserError
 from retina_focal.evaluation.unreached import UnreachedBox, draw_unreached, unreached
-from retina_focal.tools.common import (
-    add_dataset_argument,
-    command,
-    expect_focal_retinanet,
-    load_cfg,
-    number,
-    tool_parser,
-)
+from retina_focal.tools.arguments import add_dataset_argument, number, tool_parser
+from retina_focal.tools.common import command, expect_focal_retinanet, load_cfg
 from retina_focal.tools.reports import table, yaml_lines
 
 # Where the search gains less, the anchors are left as they are.

@@ -1,29 +1,19 @@
-"""What the commands share: how they end, their arguments, and how they read a config."""
+"""What the commands share: how they end, and how they read a config."""
 
 import argparse
 import logging
-import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY, BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 
-from retina_focal.config import (
-    check_choice,
-    config_path,
-    flatten,
-    get_cfg,
-    merge_file,
-    merge_options,
-)
+from retina_focal.config import check_choice, config_path, flatten, get_cfg
 from retina_focal.data.classes import class_names, match_classes
 from retina_focal.data.registration import (
     check_datasets,
@@ -34,17 +24,15 @@ from retina_focal.data.registration import (
     set_num_classes,
     use_datasets,
 )
-from retina_focal.data.uri import with_whole_rows
 from retina_focal.errors import UserError
 from retina_focal.limits import check_ranges, check_values
+from retina_focal.merging import merge_file, merge_options
 from retina_focal.training.checkpoints import expect_classes_of_run
-from retina_focal.training.launchers import world_of
 from retina_focal.training.processes import available_device
 from retina_focal.training.resume import saved_seed, with_seed
 from retina_focal.training.run_files import open_log
 from retina_focal.training.values import LAZY_NAMES, plain_values
 
-Item = TypeVar("Item")
 UNSET = -(2**31)  # a number of classes that nobody types
 LAZY_PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 REGISTRIES = {
@@ -55,7 +43,7 @@ REGISTRIES = {
 
 
 def command(main: Callable[..., object]) -> Callable[..., object]:
-    """A command's entry: what a user can put right ends it in words and with exit status 1."""
+    """A command's entry: a UserError ends it with the message alone and exit status 1."""
 
     @wraps(main)
     def run(*args, **kwargs) -> object:
@@ -70,102 +58,11 @@ def command(main: Callable[..., object]) -> Callable[..., object]:
 
 
 def ignore_deprecations() -> None:
-    """In the libraries below, which no user of this package can mend; in this process alone."""
+    """Silence those of the libraries below, which no user of this package can mend."""
     for module in ("torch", "detectron2", "fvcore", "pkg_resources"):
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             message = ".*(deprecated|in an upcoming release)"
             warnings.filterwarnings("ignore", message, category, rf"{module}\b")
-
-
-def tool_parser(
-    name: str, doc: str, epilog: str = "", has_folder: bool = False
-) -> argparse.ArgumentParser:
-    """The parser of `retina-focal <name>`.
-
-    Args:
-        doc: its first line describes the command.
-        epilog: printed as it is, behind the options.
-        has_folder: the command writes a folder; adds `--output DIR`, default ``output/<name>``.
-    Raises:
-        UserError: torchrun or srun started several of it.
-    """
-    expect_one_process(f"retina-focal {name}")
-    parser = _Parser(
-        prog=f"retina-focal {name}",
-        description=doc.splitlines()[0],
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    if has_folder:
-        folder = {"type": _folder, "default": Path("output", name), "metavar": "DIR"}
-        parser.add_argument("--output", **folder, help="folder; default: %(default)s")
-    return parser
-
-
-def expect_one_process(name: str) -> None:
-    """Refuse a command that torchrun or srun started several times, to do the same (UserError)."""
-    on_purpose = argparse.Namespace(num_gpus=1, num_machines=1)  # in a job of several tasks
-    world = world_of(on_purpose, os.environ)
-    if world and world.size > 1:
-        raise UserError(
-            f"{world.launcher} started {world.size} processes, each of which would do all of "
-            f"{name}; type it without torchrun, or with: srun --ntasks 1"
-        )
-
-
-class _Parser(argparse.ArgumentParser):
-    def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args(with_whole_rows(args), namespace)
-
-
-def _folder(text: str) -> Path:
-    """The type of an argument that is a folder to write to, looked at before minutes of work."""
-    path = Path(text)
-    nearest = next(x for x in (path, *path.absolute().parents) if x.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise argparse.ArgumentTypeError(f"'{nearest}' is no folder that you may write to")
-    return path
-
-
-def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """`--config-file FILE`, `--dataset` and the KEY VALUE pairs at the end."""
-    parser.add_argument("--config-file", required=required, metavar="FILE", help="as of train")
-    add_dataset_argument(parser)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
-
-
-def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
-    """`--dataset NAME JSON IMAGES`, or `NAME URI` (see `with_whole_rows`), a list of rows."""
-    parser.add_argument(
-        "--dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "JSON", "IMAGES"),
-        help="register a dataset in COCO format, or any by NAME URI, as in: mine "
-        "'voc:FOLDER?split=train' (docs/DATA.md); may be repeated",
-    )
-
-
-def number(kind: type = int, least: float = 1) -> Callable[[str], float]:
-    """The type of an argument that is a finite number of at least `least`."""
-
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value < math.inf:
-            noun = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} of at least {least}")
-        return value
-
-    return read
-
-
-def listed(item: Callable[[str], Item]) -> Callable[[str], list[Item]]:
-    """The type of an argument that is one or several items, with commas between them."""
-    return lambda text: [item(part) for part in text.split(",")]
 
 
 def load_cfg(

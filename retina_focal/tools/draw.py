@@ -2,7 +2,8 @@
 
 from retina_focal.data.registration import use_datasets
 from retina_focal.evaluation.drawing import check_output, draw_detections
-from retina_focal.tools.common import add_config_arguments, command, load_cfg, number, tool_parser
+from retina_focal.tools.arguments import add_config_arguments, number, tool_parser
+from retina_focal.tools.common import command, load_cfg
 from retina_focal.weights.load import load_model
 
 

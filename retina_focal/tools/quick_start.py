@@ -9,7 +9,8 @@ from pathlib import Path
 from retina_focal.config import config_path
 from retina_focal.data.sample import PREPARE
 from retina_focal.evaluation.drawing import draw_detections
-from retina_focal.tools.common import command, read_cfg, set_up, tool_parser
+from retina_focal.tools.arguments import tool_parser
+from retina_focal.tools.common import command, read_cfg, set_up
 from retina_focal.training.assembly import fit
 from retina_focal.training.run_lock import sole_run
 from retina_focal.weights.lite0 import prepare_weights

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def origin(tool: str, argv: Sequence[str], device: str) -> dict[str, object]:
-    """By what command, when and on what something is measured."""
+    """The command, the time and the machine of a measurement."""
     return {
         "command": shlex.join(["retina-focal", tool, *argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -1,4 +1,7 @@
-"""A finished run as an argument: its config, its weights, its classes and what it detects."""
+"""A finished run as an argument: its config, its weights, its classes and what it detects.
+
+An exported file stands for a run whose config is made of its metadata.
+"""
 
 import logging
 import re
@@ -13,11 +16,15 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from torch import nn
 from tqdm import tqdm
 
-from retina_focal.config import retina_focal_node
+from retina_focal.config import flatten, retina_focal_node
 from retina_focal.data.classes import class_names, match_classes
 from retina_focal.data.registration import register, register_datasets, use_datasets
 from retina_focal.errors import UserError
+from retina_focal.evaluation import operating_points
+from retina_focal.evaluation.operating_points import OperatingPoints
 from retina_focal.evaluation.tta import with_tta
+from retina_focal.export.metadata import Metadata
+from retina_focal.export.runners import ExportedModel, exported_file, open_exported
 from retina_focal.safe_yaml import read_text
 from retina_focal.tools.common import load_cfg
 from retina_focal.training.checkpoint_files import (
@@ -43,6 +50,7 @@ class Run:
     cfg: CfgNode  # frozen; MODEL.WEIGHTS names the weights, OUTPUT_DIR is the run's folder
     weights: Path
     classes: tuple[str, ...]  # K names, in the order of the model's scores
+    exported: ExportedModel | None = None  # `weights` is an exported file, and this is its model
 
 
 def open_run(
@@ -53,15 +61,20 @@ def open_run(
 
     Args:
         folder: of a run: its config.yaml, and its model_best.pth, else its model_final.pth, else
-            its newest checkpoint; one that is not whole is skipped, with a line.
+            its newest checkpoint; one that is not whole is skipped, with a line. Or an exported
+            file, or the folder of one.
         config_file: in place of the folder's; as of `train`.
         opts: KEY VALUE pairs; MODEL.WEIGHTS among them takes the place of the folder's weights.
     Raises:
         UserError: neither is given; no such folder or config, or the config is a LazyConfig's; no
-            weights, or none that are whole; or they have another number of classes.
+            weights, or none that are whole; or they have another number of classes; or see
+            `open_exported`.
     """
     if folder is None and config_file is None:
         raise UserError("no run is given; expected its folder, or --config-file FILE")
+    exported = folder is not None and exported_file(folder)
+    if exported:
+        return _open_exported(exported, opts)
     cfg = load_cfg(config_file or _config_of(Path(folder)), opts).clone()
     cfg.defrost()
     if folder is not None:
@@ -112,6 +125,8 @@ def use_data(run: Run, data: str) -> str:
 
 def run_model(run: Run) -> nn.Module:
     """The trained model, for `detections`."""
+    if run.exported:
+        return run.exported
     cfg = run.cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TEST = ()  # whose classes are compared where they are read: `use_data`
@@ -137,6 +152,77 @@ def detections(run: Run, model: nn.Module, dataset: str) -> list[dict]:
     for result in found:
         result["category_id"] = by_class[result["category_id"]]
     return found
+
+
+def points_of(run: Run) -> OperatingPoints | None:
+    """Of the file beside the weights, else those that an exported file holds itself."""
+    points = operating_points.read(run.weights.parent)
+    metadata = run.exported and run.exported.metadata
+    # Thresholds are of raw scores.
+    if points or not metadata or not metadata.operating_points or metadata.scores != "raw":
+        return points
+    classes = {
+        name: {"threshold": threshold, "calibration": (metadata.calibration or {}).get(name)}
+        for name, threshold in metadata.operating_points.items()
+    }
+    about = {"dataset": "the exported file", "weights": run.weights.name}
+    return operating_points.parse({**about, "classes": classes})
+
+
+def exported_cfg(
+    metadata: Metadata, opts: Sequence[str] = (), datasets: Sequence[Sequence[str]] = ()
+) -> CfgNode:
+    """The config of an exported file, as far as it has one; see `load_cfg`.
+
+    Raises:
+        UserError: an option changes what the file fixes.
+    """
+    fixed = {
+        "MODEL.RETINANET.NUM_CLASSES": len(metadata.classes),
+        "MODEL.RETINANET.NMS_THRESH_TEST": metadata.nms_thresh,
+        "MODEL.RETINANET.SCORE_THRESH_TEST": metadata.score_thresh,
+        "MODEL.RETINANET.TOPK_CANDIDATES_TEST": metadata.topk_candidates,
+        "MODEL.RETINA_FOCAL.TEST.CLASS_AGNOSTIC_NMS": metadata.class_agnostic_nms,
+        "TEST.DETECTIONS_PER_IMAGE": metadata.detections_per_image,
+        "TEST.AUG.ENABLED": False,
+        "INPUT.FORMAT": metadata.format,
+        "MODEL.WEIGHTS": "",
+    }
+    free = {
+        **_test_sizes(metadata),
+        "MODEL.DEVICE": "cpu",
+        "DATALOADER.NUM_WORKERS": 0,  # a process that holds a runtime's threads is not forked
+        "DATASETS.TRAIN": (),
+        "DATASETS.TEST": (),
+    }
+    pairs = [x for pair in {**fixed, **free}.items() for x in pair]
+    cfg = load_cfg("Base-RetinaFocal.yaml", [*pairs, *opts], datasets)
+    changed = [key for key, value in fixed.items() if flatten(cfg)[key] != value]
+    if changed:
+        raise UserError(
+            f"{changed[0]} is fixed in an exported file; leave it out, or export the run again "
+            "with it"
+        )
+    return cfg
+
+
+def _test_sizes(metadata: Metadata) -> dict[str, int]:
+    """How pictures are resized, as keys of a config."""
+    resize = metadata.resize
+    if resize.get("kind") == "none":
+        return {"INPUT.MIN_SIZE_TEST": 0}
+    if resize.get("kind") != "shortest_edge":
+        raise UserError(
+            f"the exported file resizes by {resize.get('kind')!r}; expected shortest_edge or none: "
+            "upgrade retina_focal"
+        )
+    return {"INPUT.MIN_SIZE_TEST": resize["min"], "INPUT.MAX_SIZE_TEST": resize["max"]}
+
+
+def _open_exported(file: Path, opts: Sequence[str]) -> Run:
+    model = open_exported(file)
+    cfg = exported_cfg(model.metadata, opts)
+    return Run(cfg, file, model.metadata.classes, model)
 
 
 def _config_of(folder: Path) -> str:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from retina_focal.data.sample import PREPARE
-from retina_focal.tools.common import command, tool_parser
+from retina_focal.tools.arguments import tool_parser
+from retina_focal.tools.common import command
 from retina_focal.weights.lite0 import DEFAULT_WEIGHTS, prepare_weights
 
 

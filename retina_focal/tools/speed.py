@@ -10,26 +10,24 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator, inference_context
 from torch import nn
 from tqdm import tqdm
 
 from retina_focal.config import retina_focal_node
+from retina_focal.data.classes import match_classes
 from retina_focal.data.images import naming
 from retina_focal.data.registration import use_datasets
+from retina_focal.data.resizing import mapper_of_test
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import build_evaluator
+from retina_focal.export.runners import exported_file, open_exported
 from retina_focal.files import write_whole
-from retina_focal.tools.common import (
-    add_dataset_argument,
-    command,
-    listed,
-    load_cfg,
-    number,
-    tool_parser,
-)
+from retina_focal.tools.arguments import add_dataset_argument, listed, number, tool_parser
+from retina_focal.tools.common import command, load_cfg
 from retina_focal.tools.reports import figure, origin, table
+from retina_focal.tools.runs import exported_cfg
 from retina_focal.weights.load import load_model
 
 WARM_UP = 3  # images that are not timed
@@ -51,6 +49,8 @@ reading or resizing the file. Every checkpoint sees an image at every scale befo
 Example:
   %(prog)s --checkpoint output/bccd/config.yaml output/bccd/model_final.pth \\
     --checkpoint output/half/config.yaml output/half/model_final.pth --sizes 160,240,320
+  %(prog)s --exported output/onnx --exported output/int8 --dataset mine 'voc:photos' \\
+    DATASETS.TEST "('mine',)"
 """
 
 
@@ -91,12 +91,20 @@ class Point:
 def main(argv: list[str]) -> None:
     """``retina-focal speed``: measure, then write ``speed.md``, ``.json`` and ``.png``."""
     args = parse_args(argv)
-    cfgs = {
-        label: load_cfg(config, [*args.opts, "MODEL.WEIGHTS", weights], args.dataset)
-        for label, (config, weights) in zip(_labels(args.checkpoint), args.checkpoint, strict=True)
-    }
+    exported = [open_exported(path) for path in args.exported]
+    files = [[str(exported_file(path))] for path in args.exported]
+    labels = _labels([*args.checkpoint, *files])
+    cfgs = [
+        load_cfg(config, [*args.opts, "MODEL.WEIGHTS", weights], args.dataset)
+        for config, weights in args.checkpoint
+    ]
+    cfgs += [exported_cfg(x.metadata, args.opts, args.dataset) for x in exported]
+    cfgs = dict(zip(labels, cfgs, strict=True))
     name = _common_test_set(cfgs.values())
-    models = {label: load_model(cfg) for label, cfg in cfgs.items()}
+    models = [load_model(cfg) for cfg in list(cfgs.values())[: len(args.checkpoint)]]
+    for path, model in zip(args.exported, exported, strict=True):
+        match_classes([name], model.metadata.classes, f"'{path}'")
+    models = dict(zip(labels, [*models, *exported], strict=True))
     records = DatasetCatalog.get(name)  # with classes numbered as the models do
     if len(records) < 2 * WARM_UP:
         raise UserError(
@@ -109,7 +117,7 @@ def main(argv: list[str]) -> None:
     ]
     rows = measure(points, records)
     report = {
-        **origin("speed", argv, str(next(iter(models.values())).device)),
+        **origin("speed", argv, next(iter(cfgs.values())).MODEL.DEVICE),
         "dataset": name,
         "images": len(records),
         "rows": rows,
@@ -124,12 +132,17 @@ def main(argv: list[str]) -> None:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = tool_parser("speed", __doc__, EPILOG, has_folder=True)
     pair = {"nargs": 2, "action": "append", "metavar": ("CONFIG", "WEIGHTS")}
-    parser.add_argument("--checkpoint", **pair, required=True, help="may be repeated")
+    parser.add_argument("--checkpoint", **pair, default=[], help="may be repeated")
+    file = {"action": "append", "default": [], "metavar": "FILE"}
+    parser.add_argument("--exported", **file, help="of `retina-focal export`; may be repeated")
     sizes = {"type": listed(number()), "metavar": "PX,PX"}
     parser.add_argument("--sizes", **sizes, help="shorter sides; default: each config's")
     add_dataset_argument(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for every config")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.checkpoint and not args.exported:
+        parser.error("nothing to measure is given; type --checkpoint CONFIG WEIGHTS")
+    return args
 
 
 def measure(points: Sequence[Point], records: Sequence[dict]) -> list[dict]:
@@ -199,22 +212,26 @@ def _point(label: str, model: nn.Module, cfg: CfgNode, size: int) -> Point:
     cfg.INPUT.MIN_SIZE_TEST = size
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     evaluator = build_evaluator(cfg.DATASETS.TEST[0], None, limit, distributed=False)
-    mapper = naming(DatasetMapper(cfg, is_train=False), retina_focal_node(cfg).DATA.MAX_PIXELS)
+    mapper = naming(mapper_of_test(cfg), retina_focal_node(cfg).DATA.MAX_PIXELS)
     return Point(label, size, model, mapper, evaluator)
 
 
 def _labels(checkpoints: Sequence[Sequence[str]]) -> list[str]:
     """The shortest of a checkpoint's names that tell all of them apart.
 
+    Args:
+        checkpoints: config and weights of each, or an exported file.
     Raises:
         UserError: one is given twice.
     """
-    folders = [Path(weights).parent.name for _, weights in checkpoints]
-    both = [f"{config}, {weights}" for config, weights in checkpoints]
-    for labels in (folders, [weights for _, weights in checkpoints], both):
+    folders = [Path(weights).parent.name for *_, weights in checkpoints]
+    for labels in (folders, [files[-1] for files in checkpoints], map(", ".join, checkpoints)):
+        labels = list(labels)
         if len(set(labels)) == len(labels) and all(labels):
             return labels
-    raise UserError("a --checkpoint is given twice; give each config with its weights once")
+    raise UserError(
+        "a --checkpoint or --exported is given twice; give each config with its weights once"
+    )
 
 
 def _synchronize() -> None:

@@ -20,12 +20,8 @@ from omegaconf import DictConfig
 from retina_focal.config import config_path, retina_focal_node
 from retina_focal.data.uri import with_whole_rows
 from retina_focal.errors import UserError
-from retina_focal.tools.common import (
-    add_dataset_argument,
-    command,
-    read_cfg,
-    set_up,
-)
+from retina_focal.tools.arguments import add_dataset_argument
+from retina_focal.tools.common import command, read_cfg, set_up
 from retina_focal.training.assembly import evaluate, fit, plain_values
 from retina_focal.training.checkpoint_files import checkpoints_of
 from retina_focal.training.launchers import World, is_restarted, may_restart, world_of
@@ -50,6 +46,8 @@ Examples:
                      DATASETS.TRAIN "('mine',)"
   LazyConfig:      %(prog)s --config-file cfg.py train.max_iter=1000
 """
+
+logger = logging.getLogger(__name__)
 
 
 @command
@@ -165,11 +163,19 @@ def run(
 
 
 def _check_folder(folder: str) -> None:
-    """Refuse to begin where torchrun, starting this run again, would go on with another."""
+    """Say that another run is there; refuse where torchrun, starting again, would go on with it."""
     if may_restart(os.environ) and checkpoints_of(folder):
         raise UserError(
             f"torchrun would start this run again from its last checkpoint, but '{folder}' holds "
             "those of another run; go on with that (--resume), or name another OUTPUT_DIR"
+        )
+    found = checkpoints_of(folder)
+    if found and comm.is_main_process():
+        logger.warning(
+            "'%s' holds checkpoints of another run (%s): until this one has saved its first, "
+            "--resume would go on with them; to keep runs apart name another OUTPUT_DIR",
+            folder,
+            found[0].name,
         )
 
 
@@ -186,7 +192,7 @@ def _refusals_told() -> Iterator[None]:
 
 
 def _refusal() -> Path:
-    """A file that tells this torchrun's next start that it has nothing to go on with."""
+    """The file that tells the next start by this torchrun that the run was refused."""
     return Path(tempfile.gettempdir(), f"retina_focal_refused_by_{os.getppid()}")
 
 
@@ -194,7 +200,7 @@ def timeout_of(cfg: CfgNode | DictConfig) -> float:
     """Seconds that a process may let the others wait.
 
     Raises:
-        UserError: none that is more than 0.
+        UserError: it is not more than 0.
     """
     timeout = retina_focal_node(plain_values(cfg)).TRAIN.TIMEOUT
     if not 0 < timeout < math.inf:

@@ -1,4 +1,4 @@
-"""Gradient accumulation that equals the big batch.
+"""Gradient accumulation that gives the gradients of the whole batch.
 
 The losses are divided by the positives of all images of a step, and all images are padded to one
 size. Both are known before any of the network runs, since labels need only boxes and image sizes.

@@ -63,8 +63,8 @@ from retina_focal.training.words import faults_of_the_config, words_only
 class Trainer(DefaultTrainer):
     """`DefaultTrainer` for both kinds of config, on GPUs or in gloo processes on a CPU.
 
-    The class methods `build_...` and `test` are DefaultTrainer's, to be overridden as ever; here
-    they take a LazyConfig too. `cfg` is the config as `plain_values` has it.
+    The class methods `build_...` and `test` are DefaultTrainer's and can be overridden as there;
+    here they take a LazyConfig too. `cfg` is the config as `plain_values` has it.
     """
 
     @faults_of_the_config()
@@ -139,7 +139,7 @@ class Trainer(DefaultTrainer):
             self._stop,  # before it too: it can take long
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
             self._val_loss,
-            best_checkpoint(retina_focal_node(cfg).TRAIN),
+            best_checkpoint(self.parts),
             writer,
         ]
 
@@ -260,6 +260,7 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0  # few images
+        retina_focal_node(cfg).TRAIN.CACHE_IMAGES = False
         loader, num_iter = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
         return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
 

@@ -14,9 +14,9 @@ from retina_focal.errors import UserError
 class WeightAverage(HookBase):
     """W <- d_t W + (1 - d_t) w after step t = 0, 1, ..., with d_t = min(decay, (1 + t) / (10 + t)).
 
-    Of the parameters w that are trained; all else, buffers included, is the model's own. It begins
+    w are the parameters that are trained; all else, buffers included, is the model's own. W begins
     as the weights that the run starts from. A step is one of the optimizer, whatever the number of
-    micro-batches; one that fp16's loss scaling leaves out counts too. It stands before the hooks
+    micro-batches; one that fp16's loss scaling leaves out counts too. The hook stands before those
     that save and evaluate, in every process.
     """
 

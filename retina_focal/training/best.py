@@ -9,17 +9,20 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from omegaconf import DictConfig
 
+from retina_focal.config import retina_focal_node
 from retina_focal.errors import UserError
 from retina_focal.training.checkpoints import BEST
 from retina_focal.training.metrics import results_in_metrics
 from retina_focal.training.resume import FollowsEvaluation
+from retina_focal.training.values import plain_values
 
 logger = logging.getLogger(__name__)
 
 
 class EarlyStop(BaseException):
-    """Ends a training in all processes at once; no fault, so that no traceback is logged."""
+    """Ends a training in all processes at once. It is no fault: no traceback is logged."""
 
 
 class BestCheckpoint(FollowsEvaluation):
@@ -28,13 +31,15 @@ class BestCheckpoint(FollowsEvaluation):
     It stands behind the hook that evaluates, in every process.
     """
 
-    def __init__(self, metric: str, patience: int = 0):
+    def __init__(self, metric: str, patience: int = 0, dataset: str = ""):
         """
         Args:
-            metric: more is better; named as in `metrics.json`, such as "bbox/AP".
+            metric: more is better; of an evaluation, such as "bbox/AP".
             patience: evaluations without a better one after which the run ends; 0: none.
+            dataset: whose results count, where several are evaluated; "": there is one.
         """
         self.metric, self.patience = metric, patience
+        self.prefix = f"{dataset}/" if dataset else ""  # as `metrics.json` has it
         self.best, self.best_iteration, self.num_worse, self.judged = -math.inf, -1, 0, -1
 
     @property
@@ -66,7 +71,8 @@ class BestCheckpoint(FollowsEvaluation):
         trainer = self.trainer
         latest = {name: x for name, (x, i) in trainer.storage.latest().items() if i == trainer.iter}
         # The main process alone has results.
-        value, names = comm.all_gather((latest.get(self.metric), sorted(latest)))[0]
+        names = [x.removeprefix(self.prefix) for x in sorted(latest) if x.startswith(self.prefix)]
+        value, names = comm.all_gather((latest.get(self.prefix + self.metric), names))[0]
         if value is None:
             raise UserError(
                 f"TRAIN.BEST is '{self.metric}', which the evaluation doesn't give; expected one "
@@ -88,18 +94,43 @@ class BestCheckpoint(FollowsEvaluation):
         self.__dict__.update(state_dict)
 
 
-def best_checkpoint(train: CfgNode) -> BestCheckpoint | None:
-    """What ``MODEL.RETINA_FOCAL.TRAIN`` asks for.
+def best_checkpoint(parts: CfgNode | DictConfig) -> BestCheckpoint | None:
+    """What ``MODEL.RETINA_FOCAL.TRAIN`` asks for, judged on ``DATA.VAL`` alone.
 
+    Args:
+        parts: the config of either kind; a LazyConfig's test loader that names no dataset is taken
+            to read ``DATA.VAL``.
     Raises:
-        UserError: the run shall wait for a metric that is not named.
+        UserError: there is a patience, but no metric that it is about; or there is no dataset to
+            judge by, or one that is not evaluated by itself.
     """
+    cfg = plain_values(parts)
+    node, tested, is_lazy = retina_focal_node(cfg), [*cfg.DATASETS.TEST], parts is not cfg
+    train, val = node.TRAIN, node.DATA.VAL
     if train.PATIENCE and not train.BEST:
         raise UserError(
             f"TRAIN.PATIENCE is {train.PATIENCE}, without the metric that it waits for; add: "
             "MODEL.RETINA_FOCAL.TRAIN.BEST bbox/AP"
         )
-    return BestCheckpoint(train.BEST, train.PATIENCE) if train.BEST else None
+    if not train.BEST:
+        return None
+    why = f"TRAIN.BEST is '{train.BEST}', but "
+    if not val:
+        raise UserError(
+            f"{why}no dataset is named to judge by, and none that is tested on shall be; add: "
+            "MODEL.RETINA_FOCAL.DATA.VAL NAME (in a LazyConfig: train.retina_focal.data.val=NAME)"
+        )
+    if is_lazy and tested not in ([], [val]):
+        raise UserError(
+            f"{why}the LazyConfig evaluates {', '.join(tested)}, and not DATA.VAL '{val}' by "
+            f"itself; add: dataloader.test.dataset.names={val}"
+        )
+    if not is_lazy and val not in tested:
+        raise UserError(
+            f"{why}DATA.VAL '{val}' is not evaluated; add: DATASETS.TEST \"('{val}',)\", with a "
+            "dataset to test on behind it where that shall be measured each time"
+        )
+    return BestCheckpoint(train.BEST, train.PATIENCE, val if len(tested) > 1 else "")
 
 
 def has_ended(trainer: DefaultTrainer) -> bool:

@@ -1,8 +1,8 @@
 """The first training step against its closed form (Sec. 3.3, "Class Imbalance and Initialization").
 
-A new head gives every anchor the score pi, so the first class loss is known before the run: off,
-it shows what would otherwise cost a training. What is looked at is what the step computes anyway,
-and the parts that commonly do not fit: prior, number of classes, frozen norms and pixels.
+A new head gives every anchor the score pi, so the first class loss is known before the run. Another
+loss shows a fault that would otherwise cost a training. The check reads what the step computes
+anyway, and the parts that often do not fit: prior, number of classes, frozen norms and pixels.
 """
 
 import inspect
@@ -36,7 +36,7 @@ BIAS_TOLERANCE = 0.05
 # forgotten, or one too many, changes it 57 times or more.
 RESPONSES = (0.04, 10.0)
 
-# Batches of background alone after which that is said.
+# After so many batches of background alone a warning says so.
 BATCHES_WITHOUT_BOXES = 20
 
 logger = logging.getLogger(__name__)
@@ -145,10 +145,10 @@ class FirstStepCheck(HookBase):
 
 
 def loss_per_positive(criterion: Criterion, logits: list[Tensor], labels: Tensor) -> float:
-    """Sum of the class loss over all anchors that are not ignored, by max(positives, 1).
+    """Sum of the class loss over all anchors that are not ignored, divided by max(positives, 1).
 
-    Of this process, whatever `criterion` divides by and whichever anchors its sampler would keep;
-    the targets of a loss with soft targets are 1.
+    It is that of this process, whatever `criterion` divides by and whichever anchors its sampler
+    would keep; soft targets are 1.
 
     Args:
         logits, labels: as of `Criterion.forward`.

@@ -48,8 +48,8 @@ def freeze(model: nn.Module, names: Sequence[str]) -> Frozen | None:
                 dict(model.named_children())
             )
             raise UserError(
-                f"MODEL.RETINA_FOCAL.TRAIN.FREEZE names '{name}', which the model has not; near "
-                f"it: {', '.join(near)}"
+                f"MODEL.RETINA_FOCAL.TRAIN.FREEZE names '{name}', which the model does not "
+                f"have; near it: {', '.join(near)}"
             )
     if names and not any(x.requires_grad for x in parameters.values()):
         raise UserError(

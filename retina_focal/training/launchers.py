@@ -14,7 +14,7 @@ from retina_focal.errors import UserError
 
 # SLURM numbers a job's own steps from 0; these and above are its batch script and its shell.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
-# What other launchers set; they are not recognised, and would train as many models as processes.
+# What launchers set that are not recognised: each of their processes would train its own model.
 OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 
 

@@ -96,7 +96,7 @@ class ExactResume(HookBase):
         self._loaded = state_dict
 
     def begin(self) -> None:
-        """Without a checkpoint to go on from: drop what an interrupted run has measured."""
+        """Without a checkpoint to go on from: delete the metrics of the interrupted run."""
         if comm.is_main_process():
             cut_metrics(self._metrics, 0)
 
@@ -185,7 +185,7 @@ def _undistributed(model: nn.Module) -> nn.Module:
 
 
 def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers of a `state_dict`, which several processes have each their own of; else none."""
+    """Buffers in the `state_dict`; none where there is one process, as the checkpoint has them."""
     if comm.get_world_size() == 1:
         return {}
     model = _undistributed(model)
@@ -194,7 +194,7 @@ def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _differing(buffers: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Of each process what the main one has otherwise."""
+    """The buffers of each process that differ from those of the main one."""
     return [{k: x for k, x in own.items() if not x.equal(buffers[0][k])} for own in buffers]
 
 
@@ -230,9 +230,9 @@ def with_seed(cfg: CfgNode | DictConfig, seed: int | None = None) -> CfgNode | D
 
 
 def saved_seed(folder: str) -> int | None:
-    """That a run in the folder has drawn, in all processes; None where none is told.
+    """The seed that a run in the folder has drawn, in all processes; None where it is not known.
 
-    By its newest checkpoint; before the first one by its config.
+    It is in the newest checkpoint; before the first one, in the run's config.
     """
     seed = None
     if comm.is_main_process():
@@ -247,9 +247,9 @@ def saved_seed(folder: str) -> int | None:
 def options_of_the_config(
     optimizer: Optimizer, scheduler: LRScheduler, max_iter: int
 ) -> Iterator[None]:
-    """What is loaded in the block leaves rates, decays and schedule as the config has them.
+    """In the block, loading a checkpoint leaves rates, decays and schedule as the config has them.
 
-    torch puts those of the checkpoint in their place.
+    torch would take those of the checkpoint.
     """
     options = [{k: x for k, x in g.items() if k != "params"} for g in optimizer.param_groups]
     bases = getattr(scheduler, "base_lrs", None)

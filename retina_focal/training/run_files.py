@@ -18,29 +18,31 @@ from yaml.nodes import MappingNode, Node
 
 from retina_focal.config import flatten
 from retina_focal.errors import UserError
-from retina_focal.files import write_error, write_whole
+from retina_focal.files import check_regular, write_error, write_whole
 from retina_focal.safe_yaml import read_text
 from retina_focal.training.values import plain_values
 
 CONFIG = "config.yaml"
 PLACES = ("MODEL.WEIGHTS", "MODEL.DEVICE")  # which say nothing about the model
 SHOWN = 5  # keys that a message shows
-# What is long, and goes to log.txt alone.
+# For long texts, which go to log.txt alone.
 SETTINGS = logging.getLogger("retina_focal.settings")
 
 
 def open_log(cfg: CfgNode | DictConfig, args: Namespace) -> None:
-    """detectron2's `default_setup`, but for the config that it writes at once (`SavedConfig`).
+    """detectron2's `default_setup`, except that the config is written later (`SavedConfig`).
 
     Environment, command line and config go to ``OUTPUT_DIR/log.txt``, not to the screen.
 
     Args:
         args: of the command; with `config_file` and `eval_only`.
     Raises:
-        UserError: the output folder can't be written to.
+        UserError: the output folder can't be written to, or its log is no regular file.
     """
     values, rank = plain_values(cfg), comm.get_rank()
     path = Path(values.OUTPUT_DIR, "log.txt")
+    if path.exists():
+        check_regular(path)  # of a FIFO the log would wait for a reader
     try:
         for name in ("fvcore", "detectron2", "retina_focal"):
             logger = setup_logger(values.OUTPUT_DIR, rank, name=name)
@@ -61,7 +63,7 @@ def open_log(cfg: CfgNode | DictConfig, args: Namespace) -> None:
 class SavedConfig(HookBase):
     """Writes ``OUTPUT_DIR/config.yaml`` when the first step is made.
 
-    A command that is refused before, for a picture or for memory too, leaves that of the run that
+    A command that ends before, be it for a picture or for memory, leaves the config of the run that
     is there.
     """
 

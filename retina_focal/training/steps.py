@@ -50,7 +50,7 @@ class StepTrainer(SimpleTrainer):
                 distributed or not.
             data_loader: gives this process's batch of each step.
             optimizer: of the model's parameters.
-            num_micro_batches: parts that a batch is split into, for their memory alone.
+            num_micro_batches: parts that a batch is split into, to save memory.
             grad_scaler: makes the steps those of `AMPTrainer`, in fp16 on a GPU.
         """
         super().__init__(model, data_loader, optimizer)

@@ -32,9 +32,9 @@ class BadLoss(UserError, FloatingPointError):
 class Trouble(HookBase):
     """Keeps what a dump of a bad loss needs, and counts the pictures that could not be used.
 
-    Each picture is counted once, over all processes, and named when it is met first; beyond
-    `max_bad_images` the run ends, in all of them after the same step. What was counted is saved
-    with a checkpoint.
+    Each picture is counted once over all processes, and named the first time. Beyond
+    `max_bad_images` the run ends, in all processes after the same step. The counts are saved with a
+    checkpoint.
     """
 
     def __init__(self, output_dir: str, max_bad_images: int):
@@ -163,7 +163,7 @@ def read_dump(path: str | Path) -> tuple[dict, list[dict]]:
 def _write_dump(
     path: Path, step: SimpleTrainer, model: nn.Module, losses: Mapping[str, float], iteration: int
 ) -> None:
-    """As large as the weights and the batch's pictures, with which the loss is made again."""
+    """Write what makes the loss again; as large as the weights and the batch's pictures."""
     batch = []
     for sample in step.batch:
         kept = {k: v for k, v in sample.items() if isinstance(v, (int, float, str, torch.Tensor))}

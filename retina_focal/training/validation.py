@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import (
-    DatasetMapper,
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
@@ -19,6 +18,7 @@ from retina_focal.data.classes import match_classes
 from retina_focal.data.images import naming
 from retina_focal.data.regions import keeping_regions
 from retina_focal.data.registration import check_datasets, register_datasets
+from retina_focal.data.resizing import mapper_of_test
 from retina_focal.errors import UserError
 from retina_focal.retinanet import FocalRetinaNet
 from retina_focal.training.average import averaged_weights
@@ -32,8 +32,8 @@ NAMES = ("loss_cls", "loss_box_reg")
 class ValidationLoss(FollowsEvaluation):
     """Puts ``val/loss_cls``, ``val/loss_box_reg`` and their sum ``val/total_loss`` in the metrics.
 
-    Each is the sum over all images of the dataset, divided by its positive anchors, at least 1:
-    whatever the normaliser of the training, it does not depend on batches or processes. The model
+    Each is the sum over all images of the dataset, divided by its positive anchors, at least 1. So
+    it does not depend on batches, processes or the normaliser of the training. The model
     is in eval mode, with the average of the weights where there is one. It stands behind the hook
     that evaluates, in every process.
     """
@@ -74,7 +74,7 @@ def validation_sums(model: FocalRetinaNet, loader: Iterable[list[dict]]) -> Tens
     """
     sums, was_training, graphed = torch.zeros(3, dtype=torch.float64), model.training, model.graphed
     model.eval()
-    # It alone, so that it gives losses: its parts do what they do in an evaluation.
+    # The model alone, so that it returns losses; its parts stay in eval mode.
     model.training, model.graphed = True, None
     try:
         with EventStorage():  # what the forwards log is not of the training
@@ -117,7 +117,7 @@ def validation_loss(parts: CfgNode | DictConfig, model: nn.Module) -> Validation
     if isinstance(parts, DictConfig):
         mapper = instantiate(parts.dataloader.test.mapper)
     else:
-        mapper = DatasetMapper(cfg, is_train=False)
+        mapper = mapper_of_test(cfg)
     mapper.is_train = True  # with the transforms of the test, and the boxes
     if node.DATA.IGNORE_REGIONS:
         mapper = keeping_regions(mapper)

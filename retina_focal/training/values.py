@@ -3,8 +3,9 @@
 from detectron2.config import CfgNode
 from omegaconf import DictConfig, OmegaConf
 
-from retina_focal.config import flatten, get_cfg, merge_options
+from retina_focal.config import flatten, get_cfg
 from retina_focal.errors import UserError
+from retina_focal.merging import merge_options
 
 # What a LazyConfig has of MODEL.RETINA_FOCAL, in lower case, in `train.retina_focal`; all else is
 # an argument of one of its parts.
@@ -21,7 +22,7 @@ LAZY_NAMES = {
 
 
 def plain_values(cfg: CfgNode | DictConfig) -> CfgNode:
-    """A YAML config as it is; of a LazyConfig the values of its training, under a YAML's names.
+    """A YAML config as it is; the values of a LazyConfig's training under the names of a YAML.
 
     Raises:
         UserError: in a LazyConfig's `train.retina_focal` is what is none of the `TRAINING_KEYS`.

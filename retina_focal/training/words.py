@@ -22,7 +22,7 @@ FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 def faults_of_the_config() -> Iterator[None]:
     """What a library refuses while parts are looked up and built ends as a UserError.
 
-    What our own code raises, and what other processes are the reason of, stays as it is.
+    What our own code raises, and what other processes cause, stays as it is.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def faults_of_the_config() -> Iterator[None]:
 
 @contextmanager
 def words_only(folder: str, last_checkpoint: Callable[[], str]) -> Iterator[None]:
-    """In the block no traceback of them is logged; errors of the output folder are UserErrors.
+    """In the block their tracebacks are not logged; errors of the output folder become UserErrors.
 
     Args:
         folder: that the training writes to.

@@ -18,8 +18,8 @@ def match_class_rows(
 ) -> None:
     """Order the rows of ``head.cls_score`` in a checkpoint as the model's classes, in place.
 
-    A class that the checkpoint lacks has the rows that the model has now: of a new head, random
-    weights and the prior. One line says which are which. Nothing is done where the checkpoint does
+    A class that the checkpoint lacks keeps the rows of the model: in a new head, random weights and
+    the prior. One line of the log says which are which. Nothing is done where the checkpoint does
     not name its classes, names the same, or has other anchors or channels.
 
     Args:

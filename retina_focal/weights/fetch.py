@@ -44,7 +44,7 @@ def fetch(name: str, remedy: str) -> str:
 
 
 def address(name: str) -> str:
-    """The https URL of a name; those of `detectron2` and `catalog` are detectron2's to tell."""
+    """The https URL of a name; detectron2 tells that of `detectron2://` and `catalog://`."""
     scheme, _, rest = name.partition("://")
     if scheme == "catalog":
         return ModelCatalog.get(rest)
@@ -53,7 +53,8 @@ def address(name: str) -> str:
 
 def _cached(url: str) -> Path:
     parts = urlparse(url)
-    # detectron2's cache forgets the host: another one's file must not stand for the zoo's.
+    # detectron2's cache leaves the host out of the path: a file of another host must not take the
+    # place of the zoo's.
     host = "" if parts.hostname == ZOO else parts.hostname or ""
     folder = Path(get_cache_dir(), host, os.path.dirname(parts.path.lstrip("/")))
     return folder / url.split("/")[-1]

@@ -20,7 +20,7 @@ from retina_focal.weights.pickles import NUMPY, NotWeights, read_pickle
 from retina_focal.weights.torch_files import LEGACY_TORCH, read_legacy_torch, read_torch_zip
 
 OTHER_FILE = "name another: MODEL.WEIGHTS FILE (in a LazyConfig: train.init_checkpoint=FILE)"
-# Where a safetensors file keeps, as JSON, what of a checkpoint is no tensor.
+# Where a safetensors file keeps, as JSON, all of a checkpoint that is not a tensor.
 METADATA = "retina_focal"
 MAX_HEADER = 10_000_000  # bytes of a safetensors file: the names and shapes of 100,000 tensors
 
@@ -37,7 +37,8 @@ def read_weights(path: str | Path, remedy: str = OTHER_FILE, mmap: bool = False)
             look at its checksums.
     Returns:
         "model": names and tensors, or numpy arrays; and what else a checkpoint holds, such as
-        "matching_heuristics" True where names are to be matched by their ends.
+        "matching_heuristics" True where names are to be matched by their ends, "meta" of
+        mmdetection, or "momentum" with the names of Detectron's that are left out.
     Raises:
         UserError: there is no such file, it is not whole, or it holds more than weights.
     """
@@ -78,16 +79,22 @@ def write_weights(path: Path, checkpoint: dict) -> None:
             torch.save(checkpoint, temporary)
 
 
-def check_sha256(path: str, expected: str) -> None:
-    """Compare a file with the hash that its user gave (UserError)."""
+def sha256_of(path: str | Path) -> str:
+    """The hash of a file, in hexadecimal digits."""
     with open_regular(path) as file:
         digest = hashlib.sha256()
         while part := file.read(1 << 20):
             digest.update(part)
-    if digest.hexdigest() != expected.lower():
+    return digest.hexdigest()
+
+
+def check_sha256(path: str, expected: str) -> None:
+    """Compare a file with the hash that its user gave (UserError)."""
+    found = sha256_of(path)
+    if found != expected.lower():
         raise UserError(
-            f"'{path}' has the SHA-256 {digest.hexdigest()}, expected {expected}; delete it, or "
-            "name the hash of the file that you want"
+            f"'{path}' has the SHA-256 {found}, expected {expected}; delete it, or name the hash "
+            "of the file that you want"
         )
 
 
@@ -131,10 +138,12 @@ def _read_zoo_pickle(file: BinaryIO, size: int) -> dict:
     if "model" in loaded and "__author__" in loaded:
         return loaded
     # Of Detectron; the ImageNet weights that it starts from have no "blobs".
-    blobs = loaded.get("blobs", loaded)
+    blobs, momentum = loaded.get("blobs", loaded), []
     if isinstance(blobs, dict):
-        blobs = {name: x for name, x in blobs.items() if not str(name).endswith("_momentum")}
-    return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+        momentum = [name for name in blobs if str(name).endswith("_momentum")]
+        blobs = {name: x for name, x in blobs.items() if name not in momentum}
+    kind = {"__author__": "Caffe2", "matching_heuristics": True}
+    return {"model": blobs, **kind, "momentum": momentum}
 
 
 def _read_safetensors(file: BinaryIO, size: int) -> dict:

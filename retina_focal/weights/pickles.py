@@ -1,4 +1,4 @@
-"""A pickle read as data: nothing that it names is imported, and nothing of its is called.
+"""A pickle read as data: nothing that it names is imported, and none of its functions is called.
 
 A pickle is a program for a small stack machine, of which two instructions are dangerous: one
 imports a name, the other calls it. Here a name is a text that is looked up in a table of our own
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-# A file of weights has some ten thousand. Each makes an object of at most some hundred bytes.
+# A file of weights has about ten thousand. Each makes an object of at most a few hundred bytes.
 MAX_INSTRUCTIONS = 500_000
 # Bytes that calls may make, beside those of the file twice: a short text can be encoded often.
 MAX_BYTES = 100_000_000

@@ -230,4 +230,6 @@ def _load_torch(file: BinaryIO, mmap: bool = False) -> dict:
         if isinstance(model, dict):
             model = {k: x for k, x in model.items() if not str(k).endswith("num_batches_tracked")}
         return {"model": model, "__author__": "pycls", "matching_heuristics": True}
+    if isinstance(loaded.get("state_dict"), dict) and "model" not in loaded:  # of mmdetection
+        return {"model": loaded["state_dict"], "meta": loaded.get("meta")}
     return loaded if "model" in loaded else {"model": loaded}

@@ -47,6 +47,7 @@ MODEL:
   RETINA_FOCAL:
     TIMM: {NAME: mobilenetv3_small_050, NORM: BN}
     TRAIN: {BEST: "bbox/AP"}
+    DATA: {VAL: cells_test}
 INPUT: {MIN_SIZE_TRAIN: [64, 80, 96], MIN_SIZE_TEST: 96}
 SOLVER: {IMS_PER_BATCH: 4, BASE_LR: 0.01, STEPS: [24], WARMUP_ITERS: 8}
 """

@@ -66,7 +66,7 @@ class Inputs:
         return found
 
     def stat(self, path: Path) -> None:
-        """Take a picture's size in bytes and its time in place of its content."""
+        """Hash a picture's size in bytes and its time of change in place of its content."""
         try:
             status = os.stat(path)
             self._digests[str(path)] = f"{status.st_size} {status.st_mtime_ns}"
@@ -74,7 +74,7 @@ class Inputs:
             self._digests[str(path)] = "missing"
 
     def key(self, options: str) -> str:
-        """Of all that was read, and of the options that it is read with."""
+        """A hash of all that was read, and of the options that it was read with."""
         text = f"{options}\n" + "\n".join(
             f"{name}\t{digest}" for name, digest in sorted(self._digests.items())
         )
@@ -211,7 +211,7 @@ def folder_of(file: Path, picture: str | None) -> Path:
 
 
 def by_stem(names: Iterable[str]) -> dict[str, str]:
-    """Names of pictures by their names without suffix; of two the first, .jpg before .png."""
+    """Names of pictures by their names without suffix; of two the first, so .jpg before .png."""
     found: dict[str, str] = {}
     for name in names:
         found.setdefault(os.path.splitext(name)[0], name)

@@ -1,4 +1,4 @@
-"""CSV: a row a box, with the header `image_path,xmin,ymin,xmax,ymax,label`, or keras-retinanet's
+"""CSV: a row per box, with the header `image_path,xmin,ymin,xmax,ymax,label`, or keras-retinanet's
 `path,x1,y1,x2,y2,class` without one. A row with a picture alone is one without boxes."""
 
 import csv

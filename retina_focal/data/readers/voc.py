@@ -1,4 +1,4 @@
-"""PASCAL VOC: an XML file a picture, read as a stream.
+"""PASCAL VOC: an XML file per picture, read as a stream.
 
 expat itself, not ElementTree or defusedxml: it tells the line of each object, keeps no tree, and
 ends at the first `<!DOCTYPE`, without which there are no entities. defusedxml would guard
@@ -55,7 +55,7 @@ def splits(location: Location) -> list[str]:
     """Names of the splits that the folder has."""
     names = Inputs().names(location.path / SPLITS, [".txt"])
     stems = [name.removesuffix(".txt") for name in names]
-    # VOC itself has cat_train.txt too, a list a class.
+    # VOC itself has cat_train.txt too, a list per class.
     stems = [x for x in stems if not any(x.endswith(f"_{other}") for other in stems)]
     if not stems and not (location.path / "Annotations").is_dir():
         stems = sorted(
@@ -74,7 +74,7 @@ def image_root(location: Location) -> Path:
 
 
 def _folder(location: Location) -> Path:
-    """Of a split that is a folder of its own, or of all."""
+    """The folder of a split that has one of its own, else that of the dataset."""
     folder = location.path
     if not folder.is_dir():
         raise UserError(
@@ -254,7 +254,7 @@ def _parse(content: bytes) -> dict:
 
     def refuse(*declaration: object) -> None:
         raise UserError(
-            "it has a <!DOCTYPE>, which annotations need not and attacks use; delete it"
+            "it has a <!DOCTYPE>, which annotations do not need and attacks use; delete it"
         )
 
     parser.StartElementHandler, parser.EndElementHandler = start, end

@@ -28,7 +28,8 @@ from retina_focal.tools.ablate.runs import (
     read_row,
     row_names,
 )
-from retina_focal.tools.common import add_dataset_argument, command, listed, number, tool_parser
+from retina_focal.tools.arguments import add_dataset_argument, listed, number, tool_parser
+from retina_focal.tools.common import command
 
 POLL_SECONDS = 1.0
 EPILOG = """

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 
-from retina_focal.config import config_path, flatten, get_cfg, merge_options
+from retina_focal.config import config_path, flatten, get_cfg
 from retina_focal.data.check import ALLOW_OUTSIDE
 from retina_focal.errors import UserError
 from retina_focal.files import write_whole
 from retina_focal.limits import check_values
+from retina_focal.merging import merge_options
 from retina_focal.safe_yaml import BASE_KEY, read_text, read_yaml
 from retina_focal.tools.common import (
     ignore_deprecations,
@@ -153,7 +154,7 @@ def _merged(cfg: CfgNode, keys: dict[str, object]) -> CfgNode:
 
 
 def fingerprint(cfg: CfgNode) -> str:
-    """Digest of all in which a config differs from the defaults, but for `NOT_COMPARED`."""
+    """Digest of the values in which a config differs from the defaults, without `NOT_COMPARED`."""
     defaults = flatten(get_cfg())
     differing = {
         key: value
@@ -194,7 +195,7 @@ def execute(config: str, threads: int = 0) -> dict:
 
 
 def iterations_done(run: Run) -> int:
-    """How far a run has come, by what its trainer has written."""
+    """How many iterations a run has made, by what its trainer has written."""
     try:
         last = (run.folder / "metrics.json").read_text().splitlines()[-1]
         return json.loads(last)["iteration"] + 1

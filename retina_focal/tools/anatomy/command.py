@@ -16,7 +16,6 @@ from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
 )
-from detectron2.data.detection_utils import build_augmentation
 from detectron2.evaluation import inference_context
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch import Tensor
@@ -25,20 +24,14 @@ from tqdm import tqdm
 from retina_focal.config import retina_focal_node
 from retina_focal.data.images import naming
 from retina_focal.data.registration import use_datasets
+from retina_focal.data.resizing import resizing_of_test
 from retina_focal.errors import UserError
 from retina_focal.files import write_whole
 from retina_focal.retinanet import FocalRetinaNet
 from retina_focal.tools.anatomy import report as anatomy_report
 from retina_focal.tools.anatomy.windows import Anatomy
-from retina_focal.tools.common import (
-    add_config_arguments,
-    command,
-    expect_focal_retinanet,
-    listed,
-    load_cfg,
-    number,
-    tool_parser,
-)
+from retina_focal.tools.arguments import add_config_arguments, listed, number, tool_parser
+from retina_focal.tools.common import command, expect_focal_retinanet, load_cfg
 from retina_focal.tools.reports import origin
 from retina_focal.weights.load import load_model
 
@@ -127,7 +120,7 @@ def dissect(
     if not records:
         raise UserError(f"dataset '{cfg.DATASETS.TEST[0]}' has no images; expected at least one")
     # The evaluation's size but with ground truth, which DatasetMapper drops unless "training".
-    resizing = build_augmentation(cfg, is_train=False)
+    resizing = resizing_of_test(cfg)
     mapper = DatasetMapper(True, augmentations=resizing, image_format=cfg.INPUT.FORMAT)
     loader = build_detection_test_loader(
         random.Random(SEED).sample(records, len(records)),

@@ -23,7 +23,7 @@ MAX_LOGIT = 32  # windows beyond +-32 share the two outermost bins
 HALF = BINS_PER_UNIT * MAX_LOGIT  # bins on each side of x_t = 0
 # Windows that are looked at together: bounds the temporaries, for any number of classes.
 CHUNK_SIZE = 1 << 20
-# Of each chunk and image, how many of the hardest are thinned to one per place.
+# The hardest windows of each chunk and image that are thinned to one per place.
 NUM_CANDIDATES = 1000
 # Windows that are kept for a contact sheet.
 SHEET_SIZE = 20

@@ -244,7 +244,7 @@ def convolutions(setting: Setting, names: Sequence[str]) -> dict[str, Run]:
     return {"convolutions": replay, "ours": step}
 
 
-# What can be measured: the rows of each choice, and what else than the image they depend on.
+# What can be measured: the rows of each choice, and what they depend on beside the image.
 TIMED = {
     "loss": {"classification loss": classification_loss},
     "matching": {"matching": matching},

@@ -16,22 +16,18 @@ from retina_focal.config import retina_focal_node
 from retina_focal.errors import UserError
 from retina_focal.files import write_whole
 from retina_focal.precision import PRECISIONS
-from retina_focal.tools.benchmark import gpu, gpu_report
+from retina_focal.tools.arguments import listed, number, tool_parser
+from retina_focal.tools.benchmark import exports, gpu, gpu_report
 from retina_focal.tools.benchmark.cases import INDEPENDENT_OF, MEMORY, TIMED
 from retina_focal.tools.benchmark.instruments import Probe, check_fp32, memory_probes, timing_probes
 from retina_focal.tools.benchmark.models import MODELS, Setting, torchvision_has
 from retina_focal.tools.benchmark.report import markdown, plot, rows_of
-from retina_focal.tools.common import (
-    command,
-    expect_focal_retinanet,
-    listed,
-    load_cfg,
-    number,
-    tool_parser,
-)
+from retina_focal.tools.common import command, expect_focal_retinanet, load_cfg
 from retina_focal.tools.reports import origin
 
 WHAT = (*TIMED, "memory")
+EXPORT = "export"  # on a CPU, and alone
+DEFAULT_CONFIG, DEFAULT_SIZE = "COCO-Detection/retinanet_R_50_FPN_1x.yaml", (800, 1216)
 # Of steps on a GPU between two synchronisations.
 STEPS_SECONDS = 0.2
 EPILOG = """
@@ -44,6 +40,7 @@ Examples:
   %(prog)s --what loss,matching --boxes 20,500,2000
   %(prog)s --what train,memory --classes 80,1203 --image-size 384x512
   %(prog)s --what train,inference,convolutions --precision fp32,bf16
+  %(prog)s --what export --threads 2
   %(prog)s --config-file quick_start/bccd.yaml --image-size 240x320 --batch 8 --classes 3
 """
 
@@ -57,7 +54,9 @@ def main(argv: list[str]) -> None:
     device = cfg.MODEL.DEVICE
     check_fp32(device)
     report = {**origin("benchmark", argv, device), "rounds": args.rounds, "rows": []}
-    if args.gpu_rows or gpu.on_gpu(device):
+    if args.what and EXPORT in args.what:
+        measure_exports(args, cfg, report)
+    elif args.gpu_rows or gpu.on_gpu(device):
         measure_on_gpu(args, cfg, report)
     else:
         measure_on_cpu(args, cfg, report)
@@ -117,14 +116,44 @@ def measure_on_cpu(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None
     print(f"{text}\nwritten to {args.output}")
 
 
+def measure_exports(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None:
+    """Fill the report with a row for each config, and write it after each round."""
+    if len(args.what) > 1 or gpu.on_gpu(cfg.MODEL.DEVICE):
+        raise UserError("--what export is measured alone, on a CPU; add: --device cpu")
+    todo = [(args.config_file, settings_of(args, cfg)[0])]
+    if (args.config_file, args.image_size) == (DEFAULT_CONFIG, DEFAULT_SIZE):
+        name, size = exports.LITE0
+        lite0 = load_cfg(name, [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+        todo.append((name, Setting(lite0, size, 1, args.boxes[0])))
+    report |= {"abilities": exports.abilities(), "finished": False}
+
+    def save(row: dict) -> None:
+        if row not in report["rows"]:
+            report["rows"].append(row)
+        write_whole(args.output / "results.json", json.dumps(report, indent=1))
+
+    try:
+        for title, setting in todo:
+            exports.measure(title, setting, args.rounds, save)
+        report["finished"] = True
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was measured before:")
+    if report["rows"]:
+        text = exports.markdown(report)
+        write_whole(args.output / "results.md", text)
+        print(f"{text}\nwritten to {args.output}")
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = tool_parser("benchmark", __doc__, EPILOG, has_folder=True)
     add = partial(parser.add_argument, metavar="X")
-    choices = [*dict.fromkeys([*WHAT, *gpu.WHAT])]
-    help_ = f"some of {','.join(choices)}; default: all (memory on a CPU, profile on a GPU)"
+    choices = [*dict.fromkeys([*WHAT, *gpu.WHAT]), EXPORT]
+    help_ = (
+        f"some of {','.join(choices)}; default: all (memory on a CPU, profile on a GPU) but export"
+    )
     add("--what", type=partial(_names, choices=choices), help=help_)
-    add("--config-file", default="COCO-Detection/retinanet_R_50_FPN_1x.yaml", help="as of train")
-    add("--image-size", type=_size, default=(800, 1216), help="HxW in pixels; default: 800x1216")
+    add("--config-file", default=DEFAULT_CONFIG, help="as of train")
+    add("--image-size", type=_size, default=DEFAULT_SIZE, help="HxW in pixels; default: 800x1216")
     add("--batch", type=listed(number()), help="images; default: 1, on a GPU 1,2,16")
     add("--classes", type=listed(number()), help="default: the config's; several: 1,80,1203")
     boxes = "per image; default: 20; several: 20,500,2000"
@@ -134,7 +163,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     both = partial(_names, choices=[*PRECISIONS, *gpu.PRECISIONS])
     add("--precision", type=both, help=precision)
-    add("--rounds", type=number(), default=5, help="times each model is run; default: %(default)s")
+    rounds = f"times each model is run; default: 5, of exported files {exports.ROUNDS}"
+    add("--rounds", type=number(), help=rounds)
     add("--threads", type=number(), default=torch.get_num_threads(), help="default: %(default)s")
     add("--device", help="cpu or cuda; default: the config's")
     gpu_rows = "the rows of a GPU on a CPU too, to try them"
@@ -142,7 +172,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     seconds = "on a GPU no row is begun after as many; default: no limit"
     add("--seconds", type=number(float, 0), default=math.inf, help=seconds)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.rounds = args.rounds or (exports.ROUNDS if args.what == [EXPORT] else 5)
+    return args
 
 
 def config_of(args: argparse.Namespace) -> CfgNode:

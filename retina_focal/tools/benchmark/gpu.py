@@ -52,8 +52,6 @@ PROFILE = "profile"
 WHAT = ("loss", "train", "inference", PROFILE, "convolutions", "matching")
 # Batches that come before all others of any kind, in case time runs out.
 FIRST = {"loss": (16,), "train": (2, 16), "inference": (1,), "convolutions": (2, 16)}
-# The batches that come before all others of any kind, in case time runs out.
-FIRST = {"loss": (16,), "train": (2, 16), "inference": (1,), "convolutions": (2, 16)}
 # Where not all precisions make a difference.
 OF_WHAT = {
     "loss": ("ieee-fp32", "amp-bf16", "amp-fp16"),
@@ -79,7 +77,7 @@ class Job:
         return names | {"precision": self.precision, "model": model}
 
     def floor_bytes(self) -> int | None:
-        """What a dense loss must move: the logits in both passes, and the gradient."""
+        """Bytes that a dense loss must move: the logits in both passes, and the gradient."""
         if DENSE_SUM not in self.models:
             return None
         anchors = sum(size.numel() for size in anchors_per_level(self.setting)[1])

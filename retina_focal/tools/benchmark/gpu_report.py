@@ -106,7 +106,7 @@ def _counts(row: dict) -> list[object]:
 
 
 def _same(rows: list[dict], row: dict, **other: str) -> dict | None:
-    """The row that is as this one in all but `other`, if there is one with numbers."""
+    """The row that differs from this one in `other` alone, if there is one with numbers."""
     keys = ("what", "batch", "classes", "boxes", "precision", "model")
     wanted = {key: row[key] for key in keys} | other
     found = (x for x in rows if wanted.items() <= x.items() and x.get("step"))

@@ -7,8 +7,8 @@ from detectron2.modeling import build_anchor_generator, build_backbone
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from retina_focal.candidates import logit
 from retina_focal.head import prior_bias
-from retina_focal.postprocess import logit
 from retina_focal.tools.benchmark.models import SEED, Setting
 
 MIN_SIDE = 8  # pixels, of a box

@@ -197,7 +197,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def timing_probes(case: Callable, setting: Setting, names: Sequence[str]) -> dict[str, Probe]:
-    """Seconds of each part of one run, a probe for each model."""
+    """A probe for each model, which gives the seconds of each part of one run."""
     runs = case(setting, names)
     stopwatch = Stopwatch(setting.device)
 
@@ -212,7 +212,7 @@ def timing_probes(case: Callable, setting: Setting, names: Sequence[str]) -> dic
 
 
 def memory_probes(case: Callable, setting: Setting, names: Sequence[str]) -> dict[str, Probe]:
-    """Bytes by which the first run raises the peak of a fresh process, a probe for each model."""
+    """A probe for each model: bytes by which its first run raises the peak of a fresh process."""
 
     def probe(name: str) -> dict[str, float]:
         # Not "spawn": on Linux its processes start with the ru_maxrss of this one, so that little

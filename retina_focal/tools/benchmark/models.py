@@ -15,6 +15,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from retina_focal.anchors import octave_sizes
 from retina_focal.backbone import PYRAMID_INPUTS, TimmBackbone
 from retina_focal.config import retina_focal_node
+from retina_focal.consistency import OCTAVE_ANCHORS
 
 MODELS = ("stock", "torchvision", "ours")
 OURS_GRAPHED = "ours, CUDA graphs"
@@ -100,7 +101,7 @@ def stock_cfg(cfg: CfgNode) -> CfgNode:
     is_resnet = cfg.MODEL.BACKBONE.NAME == "build_retina_focal_resnet_fpn_backbone"
     if is_resnet and node.TOP_BLOCK_IN_FEATURE == "res5":
         cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
-    if cfg.MODEL.ANCHOR_GENERATOR.NAME == "OctaveAnchorGenerator":
+    if cfg.MODEL.ANCHOR_GENERATOR.NAME in OCTAVE_ANCHORS:
         cfg.MODEL.ANCHOR_GENERATOR.NAME = "DefaultAnchorGenerator"
         sizes, count = node.ANCHORS.BASE_SIZES, node.ANCHORS.SCALES_PER_OCTAVE
         cfg.MODEL.ANCHOR_GENERATOR.SIZES = octave_sizes(sizes, count, len(sizes))

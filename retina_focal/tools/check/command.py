@@ -20,10 +20,12 @@ from retina_focal.data.inspection import (
 )
 from retina_focal.data.sources import splits
 from retina_focal.errors import UserError
+from retina_focal.tools.arguments import listed, number, tool_parser
 from retina_focal.tools.check.page import ranked, write_page
-from retina_focal.tools.common import command, listed, number, tool_parser
+from retina_focal.tools.common import command
 
 GROUPS = ("annotations", "pictures", "splits")
+INTERRUPTED = 130  # 128 + SIGINT, as of a shell
 STRICT = (*REFUSED, "warning")
 EPILOG = """
 DATA is a URI (voc:, yolo:, csv:, coco:), a path, or a registered dataset. A folder is checked with
@@ -37,7 +39,8 @@ Examples:
   %(prog)s boxes.csv --only picture-broken,picture-missing --page check.html
 
 KINDS are annotations, pictures, splits, or kinds of findings as they are printed; * stands for
-anything. Exit status: 0, or 1 where something is refused, with --strict also after a warning.
+anything. Exit status: 0; 1 where something is refused, with --strict also after a warning; 130
+after Ctrl-C, with what was found until then.
 """
 
 
@@ -61,10 +64,9 @@ def main(argv: list[str]) -> None:
     for patterns in (args.only, args.skip):
         _expect_known(patterns)
     wanted = {name for name in GROUPS if _may_report(name, args.only, args.skip)}
-    datasets = [
-        inspect(data, bool(wanted & {"pictures", "splits"}), args.max_pixels, args.allow_outside)
-        for data in dict.fromkeys(x for data in args.data for x in _all_splits(data))
-    ]
+    names = list(dict.fromkeys(x for data in args.data for x in _all_splits(data)))
+    looks = bool(wanted & {"pictures", "splits"}), args.max_pixels, args.allow_outside
+    datasets, is_whole = _inspected(names, *looks)
     for dataset in datasets:
         dataset.findings = _chosen(dataset.findings, args.only, args.skip)
     between = _chosen(compare(datasets), args.only, args.skip)
@@ -75,8 +77,25 @@ def main(argv: list[str]) -> None:
         print(json.dumps(as_json(datasets, between), indent=1))
     else:
         print(as_text(datasets, between))
+    if not is_whole:
+        last = f"in '{names[max(len(datasets) - 1, 0)]}', {len(datasets)} of {len(names)} datasets"
+        print(f"retina-focal check: interrupted {last}; there may be more", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     if any(found[x] for x in (STRICT if args.strict else REFUSED)):
         sys.exit(1)
+
+
+def _inspected(names: Sequence[str], *how: object) -> tuple[list[Inspected], bool]:
+    """The datasets, up to where Ctrl-C was typed, and whether it was not."""
+    datasets: list[Inspected] = []
+    try:
+        for name in names:
+            datasets.append(inspect(name, *how))
+            if datasets[-1].is_interrupted:
+                return datasets, False
+    except KeyboardInterrupt:  # while annotations are read
+        return datasets, False
+    return datasets, True
 
 
 def as_text(datasets: Sequence[Inspected], between: Sequence[Finding]) -> str:
@@ -86,7 +105,8 @@ def as_text(datasets: Sequence[Inspected], between: Sequence[Finding]) -> str:
         lines.append(f"{dataset.data}: {dataset.check.summary()}")
         if dataset.looks:
             counts = ", ".join(f"{n} {what}" for what, n in dataset.picture_counts.items())
-            lines.append(f"  {len(dataset.looks)} pictures: {counts}")
+            of_all = f" of {len(dataset.images)}" if dataset.is_interrupted else ""
+            lines.append(f"  {len(dataset.looks)}{of_all} pictures: {counts}")
         lines += _lines(dataset.findings)
     if between:
         lines += ["between them:", *_lines(between)]
@@ -103,7 +123,7 @@ def as_json(datasets: Sequence[Inspected], between: Sequence[Finding]) -> dict:
     """For machines: every finding with all its records.
 
     In each dataset `counts` add up to `annotations`, and `picture_counts` to `images` or, where no
-    picture was looked at, to 0.
+    picture was looked at, to 0; where Ctrl-C was typed, `is_interrupted`, to those until then.
     """
     counts = _severities(datasets, between)
     return {
@@ -116,6 +136,7 @@ def as_json(datasets: Sequence[Inspected], between: Sequence[Finding]) -> dict:
                 "boxes_per_class": dataset.boxes_per_class,
                 "counts": dataset.check.counts,
                 "picture_counts": dataset.picture_counts,
+                "is_interrupted": dataset.is_interrupted,
                 "findings": [_finding_as_json(x) for x in dataset.findings],
             }
             for dataset in datasets
@@ -137,7 +158,7 @@ def _finding_as_json(finding: Finding) -> dict:
 
 
 def _severities(datasets: Sequence[Inspected], between: Sequence[Finding]) -> Counter[str]:
-    """How many findings there are of each."""
+    """The number of findings of each severity."""
     return Counter(x.severity for x in (*(y for d in datasets for y in d.findings), *between))
 
 

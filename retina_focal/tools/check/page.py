@@ -61,7 +61,7 @@ def write_page(
 
 
 def ranked(findings: Sequence[Finding]) -> list[Finding]:
-    """The gravest first."""
+    """The findings, the gravest first."""
     order = list(DONE)
     return sorted(findings, key=lambda x: order.index(x.severity))
 
@@ -81,14 +81,16 @@ def _described(finding: Finding, dataset: Inspected | None) -> dict:
 
 
 def _pictures(finding: Finding, dataset: Inspected) -> Iterator[dict]:
-    """Of the first records: the picture, or for annotations what is around the box."""
+    """The pictures of the first records, or what is around the boxes of annotations."""
     places = {image.get("id"): i for i, image in enumerate(dataset.images)}
     for record, index in list(zip(finding.records, finding.indices, strict=False))[:SHOWN]:
         box = None
         if finding.section == "annotations":
             annotation = dataset.annotations[index]
             index, box = places.get(annotation.get("image_id"), -1), annotation.get("bbox")
-        if finding.section == "categories" or index < 0 or dataset.looks[index].kind in HIDDEN:
+        if finding.section == "categories" or not 0 <= index < len(dataset.looks):
+            continue
+        if dataset.looks[index].kind in HIDDEN:
             continue
         try:
             thumbnail = _thumbnail(dataset.paths[index], box)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from retina_focal.config import config_path, flatten, get_cfg, merge_file, package_config
+from retina_focal.config import config_path, flatten, get_cfg, package_config
 from retina_focal.data.anchor_search import search
 from retina_focal.data.coverage import BoxTable, anchors_of, box_table, cover
 from retina_focal.data.decisions import (
@@ -18,6 +18,7 @@ from retina_focal.data.decisions import (
     data_settings,
     input_settings,
     machine_settings,
+    method_settings,
     schedule_settings,
 )
 from retina_focal.data.fingerprint import (
@@ -34,8 +35,10 @@ from retina_focal.data.sources import splits
 from retina_focal.data.uri import has_scheme, parse
 from retina_focal.errors import UserError
 from retina_focal.files import cache_folder, write_whole
+from retina_focal.merging import merge_file
 from retina_focal.safe_yaml import read_yaml_with_bases
-from retina_focal.tools.common import command, number, tool_parser
+from retina_focal.tools.arguments import number, tool_parser
+from retina_focal.tools.common import command
 from retina_focal.tools.configure.pace import measured_pace, text_of
 from retina_focal.tools.reports import processor
 from retina_focal.weights.lite0 import prepare_weights
@@ -60,9 +63,9 @@ REASONS = {
 }
 
 EPILOG = """
-Looked at are the boxes of the train split, and how many pictures val has; test never. A few steps
-of the training and evaluations are run, so that the minutes are those of `train` on this machine,
-start and evaluation included. Without val, a fifth of the pictures is held out.
+It looks at the boxes of the train split and at the number of pictures of val, never at test. It
+runs a few steps of the training and evaluation, so that the minutes are those of `train` on this
+machine, with start and evaluation. Without val, a fifth of the pictures is held out.
 
 Examples:
   %(prog)s voc:VOC2012 --minutes 60 --output mine.yaml
@@ -90,6 +93,7 @@ def main(argv: list[str]) -> None:
     found = fingerprint(table, MetadataCatalog.get(train[0]).thing_classes, len(val_records))
     machine = Machine(torch.cuda.is_available(), len(os.sched_getaffinity(0)))
     settings = {**base_settings(machine), **data_settings(found), **machine_settings(machine)}
+    settings |= method_settings()
     settings |= dataset_settings(train, val, args.val)
     settings["OUTPUT_DIR"] = Setting(f"output/{stem}", "named as this file")
     settings |= decide(settings, table, found, machine, args.minutes, val_records)
@@ -179,7 +183,8 @@ def decide(
         pace = measured_pace(sized, val_records, shorter, batch, machine)
         print(
             f"{pace.step:.3g} s a step of {pace.batch} pictures at {shorter} px, "
-            f"{pace.picture:.3g} s an evaluated picture, {pace.start:.0f} s of start",
+            f"{pace.picture:.3g} s an evaluated picture, {pace.save:.2g} s a checkpoint, "
+            f"{pace.start:.0f} s of start",
             flush=True,
         )
         affordable = affordable_shorter(found, pace, minutes)

@@ -17,6 +17,7 @@ from retina_focal.data.fingerprint import Machine, Pace
 from retina_focal.errors import UserError
 from retina_focal.tools.reports import yaml_lines
 
+DETECTIONS = Path("inference", "coco_instances_results.json")
 MEASURED_STEPS, MEASURED_PICTURES = 8, 10  # detectron2 leaves out 3 and 5 to warm up
 
 
@@ -110,12 +111,27 @@ def _coco(records: list[dict], classes: list[str], root: str) -> dict:
 
 
 def _pace_of(folder: Path, wall: float, shorter: int, batch: int) -> Pace:
-    """From what detectron2 wrote: the median step, and the time of an evaluated picture."""
+    """From what the training wrote, and when: a step, a picture's evaluation, a checkpoint.
+
+    What else the run took is its start and its end, with one checkpoint.
+    """
     lines = map(json.loads, (folder / "metrics.json").read_text().splitlines())
     step = [x["time"] for x in lines if "time" in x][-1]
     log = (folder / "log.txt").read_text()
     spent, picture = re.findall(r"Total inference time: (\S+) \((\S+) s / iter", log)[-1]
     hours, minutes, seconds = map(float, spent.split(":"))
     evaluation = 3600 * hours + 60 * minutes + seconds
-    start = max(0.0, wall - MEASURED_STEPS * step - evaluation)
-    return Pace(shorter, batch, start, step, float(picture))
+    # The AP is computed between the file of the detections and the last line of the metrics.
+    computed = _written(folder / "metrics.json") - _written(folder / DETECTIONS)
+    num_pictures = len(json.loads((folder / "val.json").read_text())["images"])
+    # Two are written at the end, one after the other.
+    last = folder / f"model_{MEASURED_STEPS - 1:07d}.pth"
+    save = max(0.0, _written(folder / "model_final.pth") - _written(last))
+    start = wall - MEASURED_STEPS * step - evaluation - max(0.0, computed) - save
+    per_picture = float(picture) + max(0.0, computed) / max(num_pictures, 1)
+    return Pace(shorter, batch, max(0.0, start), step, per_picture, save)
+
+
+def _written(path: Path) -> float:
+    """When a file was last written, in s."""
+    return path.stat().st_mtime

@@ -13,22 +13,26 @@ from retina_focal.evaluation.charts import FIGURES
 from retina_focal.evaluation.detections import read_results
 from retina_focal.evaluation.operating_points import OperatingPoints, check_rule
 from retina_focal.evaluation.summary import Subject, compare, measure
+from retina_focal.export.runners import exported_file
 from retina_focal.files import write_whole
-from retina_focal.tools.common import command, number, tool_parser
+from retina_focal.tools.arguments import number, tool_parser
+from retina_focal.tools.common import command
 from retina_focal.tools.evaluate.tables import comparison_text, report_text
 from retina_focal.tools.reports import figure
-from retina_focal.tools.runs import Run, detections, open_run, run_model, use_data
+from retina_focal.tools.runs import Run, detections, open_run, points_of, run_model, use_data
 
 EPILOG = """
-RUN is the folder of a training. FILE holds results in COCO format, as training leaves them in
+RUN is the folder of a training, or a file that `retina-focal export` wrote, or its folder; that
+needs --data. FILE holds results in COCO format, as training leaves them in
 inference/coco_instances_results.json, and needs --data.
 
-Of a RUN whose config names MODEL.RETINA_FOCAL.DATA.VAL, the operating point and the calibration of
-each class are chosen on that dataset and written beside the weights, for `predict`.
+Where the config of a RUN names MODEL.RETINA_FOCAL.DATA.VAL, the operating point and the calibration
+of each class are chosen on that dataset and written beside the weights, for `predict`.
 
 Examples:
   %(prog)s output/bccd --opts MODEL.RETINA_FOCAL.DATA.VAL bccd_val
   %(prog)s output/bccd --data 'voc:photos?split=test' --rule precision=0.9 --output output/measured
+  %(prog)s output/onnx --data bccd_test
   %(prog)s results.json --data test.json --json
   %(prog)s output/a output/b --compare
 """
@@ -90,8 +94,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def _open(name: str, args: argparse.Namespace) -> Opened:
-    """Of a run what it detects, of a file its results."""
-    if not Path(name).is_file():
+    """The detections of a run, or the results in a file."""
+    if exported_file(name) or not Path(name).is_file():
         return _of_run(open_run(name, opts=args.opts), args)
     if args.data is None:
         raise UserError(f"'{name}' is a file; name the dataset of its results: --data DATA")
@@ -112,14 +116,13 @@ def _of_run(run: Run, args: argparse.Namespace) -> Opened:
         dataset = json.loads(load(name).json_file.read_bytes())
         results = detections(run, model, name)
         subjects[name] = Subject(str(run.weights), name, dataset, results)
-    folder = run.weights.parent
     if val:
         chosen_on = subjects[val]
         content = operating_points.make(
             chosen_on.evaluated, chosen_on.matches, args.rule, val, run.weights.name
         )
-        operating_points.write(folder, content)
-    points = operating_points.read(folder)
+        operating_points.write(run.weights.parent, content)
+    points = points_of(run)
     return Opened(subjects[data], points, bool(points) and points.content.get("dataset") == data)
 
 

@@ -78,6 +78,8 @@ def _foot(report: dict) -> str:
             "no operating points: a score of 0.50 counts; they are chosen for a RUN with a dataset "
             "for it: --opts MODEL.RETINA_FOCAL.DATA.VAL NAME"
         )
+    elif points["rule"] is None:
+        lines.append(f"operating points: those of {points['dataset']}")
     else:
         lines.append(f"operating points: {describe(points['rule'])} on {points['dataset']}")
     before, after = (_share(calibration[x]["ece"]) for x in ("before", "after"))

@@ -10,17 +10,12 @@ from typing import NamedTuple
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from retina_focal.config import (
-    config_path,
-    flatten,
-    get_cfg,
-    merge_file,
-    merge_options,
-    package_config,
-)
+from retina_focal.config import config_path, flatten, get_cfg, package_config
 from retina_focal.errors import UserError
+from retina_focal.merging import merge_file, merge_options
 from retina_focal.safe_yaml import bases, read_text, read_yaml
-from retina_focal.tools.common import command, tool_parser
+from retina_focal.tools.arguments import tool_parser
+from retina_focal.tools.common import command
 from retina_focal.tools.fidelity.settings import SETTINGS, Choice, Setting, frozen
 
 REFERENCES = {
@@ -53,7 +48,7 @@ Examples:
 
 
 class Row(NamedTuple):
-    """A setting on which a reference is not silent, in words."""
+    """A setting that a reference tells, in words."""
 
     setting: str
     here: str
@@ -117,7 +112,7 @@ def report(name: str, cfg: CfgNode, declared: Declaration, args: argparse.Namesp
 
 
 def compare(cfg: CfgNode, reference: str) -> list[Row]:
-    """The settings on which `reference` is not silent and which have an effect in `cfg`.
+    """The settings that `reference` tells and that have an effect in `cfg`.
 
     Args:
         cfg: of a RetinaNet, ours or detectron2's, with the package's keys.

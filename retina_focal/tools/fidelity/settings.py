@@ -13,6 +13,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from retina_focal.anchors import octave_sizes
+from retina_focal.consistency import OCTAVE_ANCHORS
 
 RESNET_BUILDERS = (
     "build_retina_focal_resnet_fpn_backbone",
@@ -136,7 +137,7 @@ def _levels(numbers: list) -> list[list[float]]:
 
 
 def _anchor_levels(cfg: CfgNode) -> list[list[float]]:
-    if cfg.MODEL.ANCHOR_GENERATOR.NAME == "OctaveAnchorGenerator":
+    if cfg.MODEL.ANCHOR_GENERATOR.NAME in OCTAVE_ANCHORS:
         node = cfg.MODEL.RETINA_FOCAL.ANCHORS
         return octave_sizes(node.BASE_SIZES, node.SCALES_PER_OCTAVE, len(node.BASE_SIZES))
     return _levels(cfg.MODEL.ANCHOR_GENERATOR.SIZES)

@@ -19,9 +19,10 @@ from retina_focal.evaluation.inputs import Input, find_inputs
 from retina_focal.evaluation.operating_points import OperatingPoints
 from retina_focal.evaluation.prediction import Prediction, Predictor
 from retina_focal.files import write_error
-from retina_focal.tools.common import command, listed, number, tool_parser
+from retina_focal.tools.arguments import listed, number, tool_parser
+from retina_focal.tools.common import command
 from retina_focal.tools.predict.outputs import OUTPUTS, Drawings, Found, Output
-from retina_focal.tools.runs import Run, open_run, run_model
+from retina_focal.tools.runs import Run, open_run, points_of, run_model
 
 THRESHOLD = 0.3  # where nothing better is known
 MAX_PIXELS = 200_000_000  # of a picture, which is decoded once and not kept
@@ -122,8 +123,8 @@ def _options(args: argparse.Namespace) -> list[str]:
 
 
 def _points(run: Run) -> OperatingPoints | None:
-    """Those beside the weights, where they are of these weights."""
-    points = operating_points.read(run.weights.parent)
+    """The operating points of the run, where they are of these weights."""
+    points = points_of(run)
     if points is not None and points.content.get("weights") != run.weights.name:
         logger.warning(
             "%s is of %s, not of %s, so it is not used; write it anew: retina-focal evaluate %s",
@@ -154,14 +155,12 @@ def _predictor(run: Run, args: argparse.Namespace, lowest: float) -> Predictor:
 
 
 @contextmanager
-def _outputs(folder: Path, formats: Sequence[str], classes: Sequence[str]) -> Iterator[list]:
+def _outputs(
+    folder: Path, formats: Sequence[str], classes: Sequence[str]
+) -> Iterator[list[Output]]:
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        outputs: list[Output] = []
-        for name in dict.fromkeys(formats):
-            outputs.append(OUTPUTS[name](folder, classes))
-            stack.callback(outputs[-1].close)
-        yield outputs
+    with ExitStack() as files:
+        yield [OUTPUTS[name](folder, classes, files) for name in dict.fromkeys(formats)]
 
 
 def _progress(

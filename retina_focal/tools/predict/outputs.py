@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -17,11 +18,17 @@ from retina_focal.files import write_whole
 
 
 class Output(Protocol):
-    """One format; made with the folder and the names of the classes."""
+    """One format."""
+
+    def __init__(self, folder: Path, classes: Sequence[str], files: ExitStack):
+        """
+        Args:
+            folder: to write to; it exists.
+            classes: their names.
+            files: closes the files that grow with each picture, at the end.
+        """
 
     def add(self, picture: Prediction, found: "Found") -> None: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,9 @@ class Csv:
 
     HEADER = ("image_path", "xmin", "ymin", "xmax", "ymax", "label", "score", "probability")
 
-    def __init__(self, folder: Path, classes: Sequence[str]):
-        self.file = open(folder / "detections.csv", "w", newline="", encoding="utf-8")  # noqa: SIM115
+    def __init__(self, folder: Path, classes: Sequence[str], files: ExitStack):
+        path = folder / "detections.csv"
+        self.file = files.enter_context(path.open("w", newline="", encoding="utf-8"))
         self.rows = csv.writer(self.file)
         self.rows.writerow((*self.HEADER, "frame"))
 
@@ -54,21 +62,18 @@ class Csv:
             self.rows.writerow((picture.source.path, *numbers, probability, frame))
         self.file.flush()  # what is done stays, whatever happens
 
-    def close(self) -> None:
-        self.file.close()
-
 
 class Coco:
     """`results.json` in COCO's format of results, and `images.json` with what its ids mean.
 
-    Both are whole JSON after `close`; `COCO("images.json").loadRes("results.json")` reads them.
+    Both are whole JSON at the end; `COCO("images.json").loadRes("results.json")` reads them.
     """
 
-    def __init__(self, folder: Path, classes: Sequence[str]):
+    def __init__(self, folder: Path, classes: Sequence[str], files: ExitStack):
         categories = [{"id": i, "name": name} for i, name in enumerate(classes, start=1)]
         head = f'{{"categories": {json.dumps(categories)}, "annotations": [], "images": ['
-        self.images = _JsonList(folder / "images.json", head, "]}")
-        self.results = _JsonList(folder / "results.json", "[", "]")
+        self.images = _JsonList(folder / "images.json", files, head, "]}")
+        self.results = _JsonList(folder / "results.json", files, "[", "]")
         self.count = 0
 
     def add(self, picture: Prediction, found: Found) -> None:
@@ -83,32 +88,25 @@ class Coco:
             row = {"image_id": self.count, "category_id": int(label) + 1, "bbox": bbox}
             self.results.add(row | {"score": round(float(score), 6)})
 
-    def close(self) -> None:
-        self.images.close()
-        self.results.close()
-
 
 class _JsonList:
     """A list that grows in a file."""
 
-    def __init__(self, path: Path, head: str, tail: str):
-        self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115
+    def __init__(self, path: Path, files: ExitStack, head: str, tail: str):
+        self.file = files.enter_context(path.open("w", encoding="utf-8"))
         self.file.write(head)
-        self.tail, self.comma = tail, "\n"
+        self.comma = "\n"
+        files.callback(self.file.write, f"\n{tail}\n")
 
     def add(self, item: dict) -> None:
         self.file.write(self.comma + json.dumps(item))
         self.comma = ",\n"
 
-    def close(self) -> None:
-        self.file.write(f"\n{self.tail}\n")
-        self.file.close()
-
 
 class Yolo:
     """`labels/NAME.txt`: class, centre, width and height in parts of the picture, and score."""
 
-    def __init__(self, folder: Path, classes: Sequence[str]):
+    def __init__(self, folder: Path, classes: Sequence[str], files: ExitStack):
         self.folder = folder / "labels"
         lines = [f"  {i}: {json.dumps(name)}" for i, name in enumerate(classes)]
         write_whole(folder / "classes.yaml", "\n".join(["names:", *lines, ""]))
@@ -123,14 +121,11 @@ class Yolo:
             lines.append(f"{label} {x:.6f} {y:.6f} {width:.6f} {height:.6f} {score:.4f}\n")
         write_whole(self.folder / f"{picture.name}.txt", "".join(lines))
 
-    def close(self) -> None:
-        """Every file is whole already."""
-
 
 class Voc:
     """`annotations/NAME.xml` in PASCAL VOC's format, with a score for each object."""
 
-    def __init__(self, folder: Path, classes: Sequence[str]):
+    def __init__(self, folder: Path, classes: Sequence[str], files: ExitStack):
         self.folder = folder / "annotations"
 
     def add(self, picture: Prediction, found: Found) -> None:
@@ -148,9 +143,6 @@ class Voc:
         text = ElementTree.tostring(root, encoding="unicode")
         write_whole(self.folder / f"{picture.name}.xml", text + "\n")
 
-    def close(self) -> None:
-        """Every file is whole already."""
-
 
 def _texts(parent: ElementTree.Element, **values: object) -> None:
     for name, value in values.items():
@@ -163,7 +155,7 @@ class Drawings:
     FOLDER = "drawings"
     SIDE = 2048
 
-    def __init__(self, folder: Path, classes: Sequence[str]):
+    def __init__(self, folder: Path, classes: Sequence[str], files: ExitStack):
         self.folder = folder / self.FOLDER
 
     def add(self, picture: Prediction, found: Found) -> None:
@@ -173,9 +165,6 @@ class Drawings:
         content = BytesIO()
         drawn.save(content, "JPEG", quality=90)
         write_whole(self.folder / f"{picture.name}.jpg", content.getvalue())
-
-    def close(self) -> None:
-        """Every file is whole already."""
 
 
 def _titles(found: Found) -> list[str]:

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,20 +11,31 @@ from detectron2.data import DatasetCatalog
 
 from retina_focal.config import retina_focal_node
 from retina_focal.data.sources import load
+from retina_focal.data.uri import has_scheme
 from retina_focal.errors import UserError
-from retina_focal.evaluation import operating_points
 from retina_focal.evaluation.mistakes import kept_at
 from retina_focal.evaluation.summary import DEFAULT_THRESHOLD, Subject, measure
 from retina_focal.files import write_whole
-from retina_focal.tools.common import command, number, tool_parser
+from retina_focal.tools.arguments import number, tool_parser
+from retina_focal.tools.common import command
 from retina_focal.tools.report import content, figures
 from retina_focal.tools.reports import origin
-from retina_focal.tools.runs import Run, detections, open_run, run_model, use_data
+from retina_focal.tools.runs import (
+    CONFIG,
+    Run,
+    detections,
+    open_run,
+    points_of,
+    run_model,
+    use_data,
+)
 
+# Enough for the shares; the paper's numbers take minutes: `retina-focal anatomy`.
+WINDOWS = ("--num-negatives", "1e6", "--num-positives", "2e3")
 SUSPECTS = 12  # suspected labels that are shown
 EPILOG = """
-Measured on --data, which is only measured with: operating points and calibration are those of
-operating_points.json, which `retina-focal evaluate` writes. What is missing is left out.
+The run is measured on --data. Nothing is chosen on it: operating points and calibration are those
+of operating_points.json, which `retina-focal evaluate` writes. What is missing is left out.
 
 Examples:
   %(prog)s output/bccd
@@ -55,7 +68,7 @@ def main(argv: list[str]) -> None:
         "run": args.run,
         "weights": run.weights.name,
         **_measured(run, data, args.worst),
-        **_of_training(run, Path(args.run), data),
+        **_of_training(run, args, data),
     }
     path = args.output or Path(args.run, "report.html")
     text = render(page)
@@ -67,7 +80,7 @@ def _measured(run: Run, data: str, num_worst: int) -> dict:
     """What the run detects on the dataset, measured and shown."""
     dataset = json.loads(load(data).json_file.read_bytes())
     subject = Subject(str(run.weights), data, dataset, detections(run, run_model(run), data))
-    points = operating_points.read(run.weights.parent)
+    points = points_of(run)
     is_same = points is not None and points.content.get("dataset") == data
     report = measure(subject, points, is_same)
     kept = kept_at(subject.evaluated, points.thresholds if points else {}, DEFAULT_THRESHOLD)
@@ -88,15 +101,15 @@ def _as_uris(shown: Sequence[content.Shown]) -> list[dict]:
     return [{**x._asdict(), "image": figures.jpeg(x.image)} for x in shown]
 
 
-def _of_training(run: Run, folder: Path, tested: str) -> dict:
+def _of_training(run: Run, args: argparse.Namespace, tested: str) -> dict:
     """Data findings, curves, anchors and anatomy; each None, with the reason, where it is not."""
-    cfg = run.cfg
+    cfg, folder = run.cfg, Path(args.run)
     names = [*cfg.DATASETS.TRAIN, retina_focal_node(cfg).DATA.VAL, tested]
     names = [name for name in dict.fromkeys(names) if name]
     data, no_data = content.or_reason(lambda: content.data_findings(cfg, names))
     name = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else tested
     anchors, no_anchors = content.or_reason(lambda: content.anchor_coverage(cfg, name))
-    anatomy, no_anatomy = content.or_reason(lambda: content.anatomy(folder / "anatomy"))
+    anatomy, no_anatomy = content.or_reason(lambda: _anatomy(run, args, tested))
     if anatomy and anatomy["figure"].is_file():
         anatomy["figure"] = figures.png(anatomy["figure"])
     return {
@@ -106,3 +119,27 @@ def _of_training(run: Run, folder: Path, tested: str) -> dict:
         "anatomy": anatomy,
         "reasons": {"data": no_data, "anchors": no_anchors, "anatomy": no_anatomy},
     }
+
+
+def _anatomy(run: Run, args: argparse.Namespace, tested: str) -> dict:
+    """Of the run's folder; where it has none `retina-focal anatomy` makes it, of a few images.
+
+    Raises:
+        UserError: it can't be made.
+    """
+    folder = Path(args.run, "anatomy")
+    found = content.anatomy(folder)
+    if found is not None:
+        return found
+    command = [sys.executable, "-W", "ignore", "-m", "retina_focal.tools.cli", "anatomy"]
+    command += ["--config-file", args.config_file or str(Path(args.run, CONFIG))]
+    command += ["--output", str(folder), *WINDOWS]
+    if has_scheme(tested) or Path(tested).exists():
+        command += ["--dataset", tested, tested, ""]
+    values = {"MODEL.WEIGHTS": str(run.weights), "DATASETS.TEST": str((tested,))}
+    command += [*args.opts, *(x for pair in values.items() for x in pair)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = content.anatomy(folder)
+    if result.returncode or found is None:
+        raise UserError((result.stderr.strip() or "it was interrupted").splitlines()[-1])
+    return found

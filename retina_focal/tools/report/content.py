@@ -48,7 +48,7 @@ def worst_pictures(kept: Evaluated, worst: Sequence[dict], paths: dict, pixels: 
     """Pictures with what is right, wrong and missed in them.
 
     Args:
-        kept: with the detections alone that count.
+        kept: only the detections that count.
         worst: of `mistakes.worst_images`.
         paths: of pictures by the ids of their images.
         pixels: of the largest picture that is decoded.

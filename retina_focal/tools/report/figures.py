@@ -48,7 +48,7 @@ def _uri(kind: str, content: bytes) -> str:
 
 
 def evaluation_figures(report: dict) -> dict[str, str]:
-    """Those of `evaluation.charts`, by name, and "ap"; without what could not be measured."""
+    """The figures of `evaluation.charts` by name, and "ap"; without those that lack numbers."""
     made = {"ap": svg(lambda figure: _draw_ap(figure.subplots(), report), WIDTH, _height(report))}
     for name, draw in FIGURES.items():
         if name != "errors" or report["errors"]:

@@ -1,4 +1,4 @@
-"""The page of plain values: a template whose every value is escaped."""
+"""The page, made from plain values by a template that escapes each of them."""
 
 from pathlib import Path
 

@@ -1,9 +1,10 @@
-"""Every key has its default in one place, and no other key is taken."""
+"""A config takes no key and no type of value that it does not have."""
 
 import pytest
 
-from retina_focal.config import get_cfg, merge_file, merge_options
+from retina_focal.config import get_cfg
 from retina_focal.errors import UserError
+from retina_focal.merging import merge_file, merge_options
 
 
 @pytest.mark.parametrize("node", ["TRAIN", "DATA", "TEST"])

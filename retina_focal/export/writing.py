@@ -1,0 +1,114 @@
+"""A trained model becomes an exported file: written beside its place, proved, then moved there."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from retina_focal.export.beside import write_runtime
+from retina_focal.export.metadata import Metadata
+from retina_focal.export.onnx_format import write_onnx
+from retina_focal.export.openvino_format import quantize, to_openvino
+from retina_focal.export.proof import Row, prove
+from retina_focal.export.runners import open_exported
+from retina_focal.export.torch_formats import write_torch_export, write_torchscript
+from retina_focal.files import write_error
+from retina_focal.retinanet import FocalRetinaNet
+
+
+@dataclass(frozen=True)
+class Format:
+    """One that `retina-focal export` writes."""
+
+    file: str
+    precisions: tuple[str, ...] = ("fp32",)
+
+
+FORMATS = {
+    "onnx": Format("model.onnx"),
+    "openvino": Format("model.xml", ("fp32", "bf16", "int8")),
+    "torch-export": Format("model.pt2"),
+    "torchscript": Format("model.torchscript"),
+}
+
+
+def export(
+    model: FocalRetinaNet,
+    metadata: Metadata,
+    format: str,
+    output: Path,
+    pictures: list[np.ndarray],
+    calibration: Iterable[np.ndarray] = (),
+) -> tuple[Path, list[Row]]:
+    """Write an exported model into a folder, if it detects what the model does.
+
+    Args:
+        metadata: its precision is one of the format's.
+        format: one of `FORMATS`.
+        output: the folder; what it holds of another export of this format is replaced.
+        pictures: see `prove`.
+        calibration: for int8; see `quantize`.
+    Returns:
+        The path of the model, and what was compared.
+    Raises:
+        UserError: see `prove` and the writer of the format; nothing is written then.
+    """
+    assert metadata.precision in FORMATS[format].precisions, metadata.precision
+    with whole_folder(output) as folder:
+        path = folder / FORMATS[format].file
+        if format == "openvino":
+            _write_openvino(model, metadata, folder, calibration)
+        else:
+            WRITERS[format](model, metadata, path)
+        rows = prove(open_exported(path), model, pictures)
+        if format == "onnx":
+            write_runtime(folder)
+    return output / path.name, rows
+
+
+WRITERS: dict[str, Callable[[FocalRetinaNet, Metadata, Path], None]] = {
+    "onnx": write_onnx,
+    "torch-export": write_torch_export,
+    "torchscript": write_torchscript,
+}
+
+
+def _write_openvino(
+    model: FocalRetinaNet, metadata: Metadata, folder: Path, calibration: Iterable[np.ndarray]
+) -> None:
+    onnx = folder / "model.onnx"
+    write_onnx(model, replace(metadata, precision="fp32"), onnx)
+    if metadata.precision == "int8":
+        quantize(onnx, folder, calibration, metadata)
+    else:
+        to_openvino(onnx, folder, metadata.precision, metadata)
+    onnx.unlink()
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder whose files move to `output` at the end: all or none.
+
+    Raises:
+        UserError: the folder can't be written to, or the disk is full.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=output, prefix=".writing-"))
+    except OSError as error:
+        raise write_error(output, error) from error
+    try:
+        yield folder
+        for file in sorted(folder.iterdir()):
+            os.replace(file, output / file.name)
+    except OSError as error:
+        raise write_error(output, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            output.rmdir()  # where it is empty
