@@ -1,4 +1,4 @@
-"""What a user can put right ends a training in words: a wrong value, a full disk."""
+"""Faults that a user can put right end a training in words: a wrong value, a full disk."""
 
 import errno
 import logging

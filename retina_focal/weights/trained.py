@@ -30,7 +30,7 @@ def missing_parameters(model: nn.Module) -> Iterator[list[str]]:
 
 
 def expect_trained(model: nn.Module, missing: list[str], path: str) -> None:
-    """Refuse to measure or draw with parameters that are random, or not finite.
+    """Refuse to measure or draw with parameters that are random or not finite.
 
     Args:
         missing: of `missing_parameters`.
