@@ -295,7 +295,6 @@ def evaluate(cfg: CfgNode | DictConfig, resume: bool) -> dict:
 
 
 def _expect_results(values: CfgNode, results: dict) -> None:
-    expected = values.TEST.EXPECTED_RESULTS
-    if expected:
+    if expected := values.TEST.EXPECTED_RESULTS:
         is_main = comm.is_main_process()  # no other has results
         raised_in_all(unexpected_results(expected, results) if is_main else None)
