@@ -37,7 +37,7 @@ def check_regular(path: str | Path) -> None:
             f"'{path}' does not exist (relative paths start from {os.getcwd()})"
         ) from error
     except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
-        raise UserError(f"can't read {str(path)!r}: {error}") from error
+        raise UserError(f"{str(path)!r} can't be read: {error}") from error
     _expect_regular(path, mode)
 
 
@@ -52,13 +52,40 @@ def open_regular(path: str | Path) -> BinaryIO:
         # It may have become a FIFO since, which would wait for a writer.
         file = open(path, "rb", opener=lambda x, flags: os.open(x, flags | os.O_NONBLOCK))  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"can't read '{path}': {error.strerror}") from error
+        raise UserError(f"'{path}' can't be read: {error.strerror}") from error
     try:
         _expect_regular(path, os.fstat(file.fileno()).st_mode)
     except UserError:
         file.close()
         raise
     return file
+
+
+def read_bounded(path: str | Path, limit: int, kind: str) -> bytes:
+    """The bytes of a regular file.
+
+    Args:
+        limit: bytes that no such file has more of.
+        kind: what the message calls it.
+    Raises:
+        UserError: see `open_regular`; or it has more bytes.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UserError(f"'{path}' has more than {limit:,} bytes, which no {kind} has")
+    return content
+
+
+def decoded(content: bytes, path: str | Path) -> str:
+    """A file's text, which must be UTF-8, with a mark or without (UserError)."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"'{path}', line {line}: byte {content[error.start]:#x} is not UTF-8; save it as UTF-8"
+        ) from error
 
 
 def _expect_regular(path: str | Path, mode: int) -> None:

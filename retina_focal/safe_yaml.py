@@ -9,7 +9,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from retina_focal.errors import UserError
-from retina_focal.files import check_regular, open_regular
+from retina_focal.files import check_regular, decoded, read_bounded
 
 BASE_KEY = "_BASE_"
 # What no config comes near; more is an attack on memory or time. Aliases count as what they repeat.
@@ -42,18 +42,7 @@ def read_text(path: str | Path) -> str:
     Raises:
         UserError: it is no regular file, no UTF-8, or larger than any config.
     """
-    with open_regular(path) as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise UserError(f"'{path}' has more than {MAX_BYTES:,} bytes, which no config has")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{path}, line {line}: byte {content[error.start]:#x} is not UTF-8; save the file as "
-            "UTF-8"
-        ) from error
+    return decoded(read_bounded(path, MAX_BYTES, "config"), path)
 
 
 def read_yaml(path: str | Path, numbered: bool = False) -> dict:

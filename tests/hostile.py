@@ -53,7 +53,7 @@ def _files() -> dict[str, tuple[Callable[[Path], object], str]]:
         "FIFO": (os.mkfifo, "is a FIFO"),
         "device": (lambda path: path.symlink_to("/dev/zero"), "is a device"),
         "broken link": (lambda path: path.symlink_to("nowhere"), "does not exist"),
-        "circle of links": (lambda path: path.symlink_to(path.name), "can't read"),
+        "circle of links": (lambda path: path.symlink_to(path.name), "can't be read"),
         "zero bytes": (lambda path: path.write_bytes(b""), "it is empty"),
         "text": (lambda path: path.write_text("no image"), "it is no whole picture"),
         "script": (lambda path: path.write_text("#!/bin/sh\necho"), "it is no whole picture"),

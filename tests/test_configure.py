@@ -11,10 +11,11 @@ import yaml
 from detectron2.data import DatasetCatalog
 from test_sources import write_voc
 
-from retina_focal.config import config_path, flatten, get_cfg, merge_file
+from retina_focal.config import config_path, flatten, get_cfg
 from retina_focal.data.decisions import Setting
 from retina_focal.data.fingerprint import Pace
 from retina_focal.errors import UserError
+from retina_focal.merging import merge_file
 from retina_focal.tools.common import load_cfg
 from retina_focal.tools.configure import command, pace
 from retina_focal.tools.configure.command import find_splits, main

@@ -33,7 +33,9 @@ def net() -> torch.nn.Module:
 
 def test_a_name_that_is_none_is_refused_with_what_is_near():
     for name, near in [("boddy", "body"), ("body.weigth", "body.weight"), ("x", "body, tail")]:
-        with pytest.raises(UserError, match=f"names '{name}', which the model has not; .*{near}"):
+        with pytest.raises(
+            UserError, match=f"names '{name}', which the model does not have; .*{near}"
+        ):
             freeze(net(), [name])
     with pytest.raises(UserError, match="names '', which"):
         freeze(net(), [""])

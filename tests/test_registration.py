@@ -114,7 +114,7 @@ def test_a_file_that_is_not_coco_is_refused_with_what_was_expected(row, content,
 
 
 def test_a_folder_in_place_of_the_annotations_is_refused(row, tmp_path):
-    with pytest.raises(UserError, match=r"is no regular file"):
+    with pytest.raises(UserError, match=r"is a folder; expected a regular file"):
         register_coco_json(row[0], str(tmp_path), row[2])
 
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from retina_focal.data.annotations import is_segmentation, polygon_box
 from retina_focal.data.check import check_coco
 from retina_focal.data.findings import Check, Finding
 from retina_focal.errors import UserError
-from retina_focal.files import cache_folder, write_whole
+from retina_focal.files import cache_folder, open_regular, write_whole
 
 MENDING = 2  # of the rules of `mend`: other rules write another file
 
@@ -80,20 +79,13 @@ def read_coco(path: str, uri: str | None = None) -> CocoFile:
     Raises:
         UserError: it is missing, no regular file, no JSON, or the copy can't be written.
     """
-    data, key = None, (path, uri)
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"'{path}' is no regular file; expected annotations in COCO format")
-        key = (path, uri, status.st_mtime_ns, status.st_size)
-        if key not in _KNOWN:
-            data = Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(
-            f"the annotation file '{path}' does not exist (relative paths start from {os.getcwd()})"
-        ) from error
-    except (OSError, ValueError) as error:  # a NUL in the path is a ValueError
-        raise UserError(f"can't read the annotation file {path!r}: {error}") from error
+        with open_regular(path) as file:
+            status = os.stat(file.fileno())
+            key = (path, uri, status.st_mtime_ns, status.st_size)
+            data = None if key in _KNOWN else file.read()
+    except UserError as error:
+        raise UserError(f"the annotation file {error}") from error
     if data is not None:
         _KNOWN[key] = _read(path, uri, data)
     return _KNOWN[key]

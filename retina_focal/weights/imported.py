@@ -11,10 +11,11 @@ from detectron2.config import CfgNode
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor, nn
 
-from retina_focal.config import config_path, get_cfg, merge_file, merge_options
+from retina_focal.config import config_path, get_cfg
 from retina_focal.data.classes import listed
 from retina_focal.errors import UserError
 from retina_focal.limits import check_values
+from retina_focal.merging import merge_file, merge_options
 from retina_focal.weights.formats import read_weights, sha256_of
 from retina_focal.weights.names import BOTTOM_UP, RGB, Layout, map_names, recognise
 from retina_focal.weights.shapes import network_settings

@@ -11,7 +11,7 @@ from PIL.ExifTags import Base
 
 from retina_focal.data.findings import RECORD, SOURCE, Finding, Severity, shortened
 from retina_focal.errors import UserError
-from retina_focal.files import leads_outside, open_regular
+from retina_focal.files import decoded, leads_outside, open_regular, read_bounded
 
 MAX_BYTES = 10_000_000  # of one annotation file of one picture: 20,000 boxes as VOC
 MAX_NAME = 1000  # letters of a path
@@ -38,10 +38,7 @@ class Inputs:
         Raises:
             UserError: it is missing, no regular file, or has more than `limit` bytes.
         """
-        with open_regular(path) as file:
-            content = file.read(limit + 1)
-        if len(content) > limit:
-            raise UserError(f"'{path}' has more than {limit:,} bytes, which no such file has")
+        content = read_bounded(path, limit, "such file")
         self._digests[str(path)] = hashlib.sha256(content).hexdigest()
         return content
 
@@ -169,17 +166,6 @@ def number(text: str) -> float:
         raise ValueError(f"{shortened(text)} is no number")
     value = float(text)
     return int(value) if value.is_integer() else value
-
-
-def decoded(content: bytes, path: Path) -> str:
-    """Text, which must be UTF-8, with a mark or without (UserError)."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"'{path}', line {line}: byte {content[error.start]:#x} is not UTF-8; save it as UTF-8"
-        ) from error
 
 
 def picture_size(path: Path) -> tuple[int, int]:

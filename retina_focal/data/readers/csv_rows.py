@@ -15,14 +15,13 @@ from retina_focal.data.readers.base import (
     Inputs,
     Reading,
     box_record,
-    decoded,
     folder_of,
     number,
     picture_size,
 )
 from retina_focal.data.uri import Location
 from retina_focal.errors import UserError
-from retina_focal.files import leads_outside
+from retina_focal.files import decoded, leads_outside
 
 VERSION = 1  # of the rules of this reader
 MAX_ROWS = 2_000_000  # about 1 GB while they are read

@@ -10,7 +10,6 @@ from retina_focal.data.readers.base import (
     SUFFIXES,
     Inputs,
     Reading,
-    decoded,
     expect_path,
     number,
     picture_size,
@@ -18,7 +17,7 @@ from retina_focal.data.readers.base import (
 )
 from retina_focal.data.uri import DATA_YAML, Location
 from retina_focal.errors import UserError
-from retina_focal.files import leads_outside
+from retina_focal.files import decoded, leads_outside
 from retina_focal.safe_yaml import read_yaml
 
 VERSION = 1  # of the rules of this reader

@@ -15,7 +15,8 @@ from retina_focal.export.page import cached_package, write_page
 from retina_focal.export.proof import table
 from retina_focal.export.triton_repository import check_name, write_triton_repository
 from retina_focal.export.writing import FORMATS, export
-from retina_focal.tools.common import command, expect_focal_retinanet, tool_parser
+from retina_focal.tools.arguments import tool_parser
+from retina_focal.tools.common import command, expect_focal_retinanet
 from retina_focal.tools.export.pictures import calibration_images, proof_pictures
 from retina_focal.tools.runs import Run, open_run, run_model
 
