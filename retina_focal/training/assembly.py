@@ -259,8 +259,7 @@ class Trainer(DefaultTrainer):
             return None
         cfg = self.cfg.clone()
         cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0  # few images
-        retina_focal_node(cfg).TRAIN.CACHE_IMAGES = False
+        cfg.DATALOADER.NUM_WORKERS, retina_focal_node(cfg).TRAIN.CACHE_IMAGES = 0, False  # for few
         loader, num_iter = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
         return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
 
