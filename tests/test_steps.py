@@ -110,9 +110,13 @@ def test_mixed_precision_scales_outside_autocast_and_updates_the_scale_after_eac
     forward = model.forward
     model.forward = lambda *args: calls.append(f"forward in {inside}") or forward(*args)
     monkeypatch.setattr(torch, "autocast", autocast)
+    recorder = Recorder()
+    trainer.register_hooks([recorder])
     trainer.train(0, 2)
     micro_batch = ["forward in [torch.float16]", "backward outside autocast"]
     assert calls == 2 * [*micro_batch, *micro_batch, "step", "update"]
+    assert recorder.seen[0::2] == 2 * [("after_backward", True)]
+    assert all(losses["total_loss"] > 0 for _, losses in recorder.seen[1::2])
     for name, weight in trained(batch, 1).items():
         torch.testing.assert_close(model.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
 
