@@ -253,7 +253,8 @@ def run(copy: Path, *tests: str) -> int:
     files, names = zip(*sorted({tuple(test.split("::")) for test in tests}), strict=True)
     paths = [f"tests/{file}" for file in dict.fromkeys(files)]
     os.chdir(copy)
-    os.environ["PYTHONPATH"] = sys.path[0] = str(copy)  # for processes that a test starts, too
+    sys.path[0] = str(copy)
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for processes that a test starts
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
     arguments = ["-x", "-q", "-p", "no:cacheprovider", *paths, "-k", " or ".join(names)]
