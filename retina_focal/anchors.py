@@ -80,10 +80,10 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
         key = (cells[0].device, *sizes)
         if self._last is None or self._last[0] != key:
             with torch.inference_mode(False):  # training may come after inference
-                self._last = key, list(map(self._level, sizes, self._steps(sizes), cells))
+                self._last = key, list(map(self._level, sizes, self.steps(sizes), cells))
         return [Boxes(anchors) for anchors in self._last[1]]
 
-    def _steps(self, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def steps(self, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Pixels from row to row and from column to column, per level of these feature sizes."""
         return [(stride, stride) for stride in self.strides]
 

@@ -4,6 +4,9 @@ No P2; P6 is a 3x3 stride-2 convolution on C5 or P5, P7 a ReLU and the same on P
 ResNet pyramid there are the same pyramid on any timm model, and both without a pyramid.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec
@@ -11,8 +14,10 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_b
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from fvcore.nn import weight_init
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from retina_focal.config import check_choice, retina_focal_node
+from retina_focal.consistency import MAX_BYTES
 from retina_focal.errors import UserError
 from retina_focal.folding_timm import fold_timm_norms, is_depthwise
 
@@ -198,10 +203,35 @@ def _create_timm_model(name: str, in_channels: int) -> nn.Module:
             f"MODEL.RETINA_FOCAL.TIMM.NAME is '{name}', which timm {timm.__version__} doesn't have"
             + (f"; it has {near}" if near else "; for example: tf_efficientnet_lite0")
         )
-    # "getter" keeps the model's own names; timm's default renames "stages.0" to "stages_0".
-    return timm.create_model(
-        name, pretrained=False, features_only=True, feature_cls="getter", in_chans=in_channels
-    )
+    with _capped(name):
+        # "getter" keeps the model's own names; timm's default renames "stages.0" to "stages_0".
+        return timm.create_model(
+            name, pretrained=False, features_only=True, feature_cls="getter", in_chans=in_channels
+        )
+
+
+@contextmanager
+def _capped(name: str) -> Iterator[None]:
+    """Refuse (UserError) to build what has more parameters than any detector, while it is built.
+
+    How many a timm model has, it tells only when it is there.
+    """
+    num_bytes = 0
+
+    def count(module: nn.Module, key: str, parameter: nn.Parameter | None) -> None:
+        nonlocal num_bytes
+        num_bytes += 0 if parameter is None else parameter.numel() * parameter.element_size()
+        if num_bytes > MAX_BYTES:
+            raise UserError(
+                f"timm's {name} has more than {MAX_BYTES / 1e9:.1f} GB of parameters, which no "
+                "detector needs; choose a smaller one: MODEL.RETINA_FOCAL.TIMM.NAME"
+            )
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _run_frozen_stages_image_by_image(module: nn.Module) -> None:

@@ -76,7 +76,7 @@ def config_path(name: str) -> str:
     Raises:
         UserError: neither exists, or it is no regular file.
     """
-    if Path(name).is_file():
+    if os.path.isfile(name):  # False for a name that is too long, too
         return name
     if found := package_config(name):
         return found
@@ -94,7 +94,7 @@ def config_path(name: str) -> str:
 def package_config(name: str) -> str | None:
     """Path of the package's config of that name, such as ``quick_start/bccd.yaml``, or None."""
     path = _configs_folder() / name
-    return str(path) if path.is_file() else None
+    return str(path) if os.path.isfile(path) else None
 
 
 def _configs_folder() -> Path:

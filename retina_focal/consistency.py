@@ -100,10 +100,11 @@ def _backbone(cfg: CfgNode) -> Misfits:
 def _head(cfg: CfgNode) -> Misfits:
     model, channels = cfg.MODEL, cfg.MODEL.FPN.OUT_CHANNELS
     for key in ("FPN", "RETINANET"):
-        if model[key].NORM == "GN" and channels % 32:
+        # With one channel each, GN's 32 groups have no variance on a level of one cell.
+        if model[key].NORM == "GN" and (channels % 32 or channels < 64):
             yield (
                 f"MODEL.{key}.NORM",
-                f"another one with FPN.OUT_CHANNELS {channels}, no multiple of 32",
+                f"another one with FPN.OUT_CHANNELS {channels}; GN needs 64, 96, 128, ...",
             )
     if model.META_ARCHITECTURE == "FocalRetinaNet" and "Rotated" in model.ANCHOR_GENERATOR.NAME:
         yield "MODEL.ANCHOR_GENERATOR.NAME", "boxes of four numbers: OctaveAnchorGenerator"

@@ -41,7 +41,9 @@ def merge_file(cfg: CfgNode, path: str) -> None:
             raise UserError(f"VERSION is {version}; expected at most {cfg.VERSION}")
     except KeyError as error:
         key = str(error.args[0]).rpartition(": ")[2]
-        raise UserError(f"{path}: {_no_such_key(cfg, key)}") from error
+        is_old = version != cfg.VERSION
+        hint = f" (VERSION {version} names keys otherwise: leave it out)" if is_old else ""
+        raise UserError(f"{path}: {_no_such_key(cfg, key)}{hint}") from error
     except (AssertionError, TypeError, ValueError) as error:  # yacs asserts
         found = MISMATCH.fullmatch(str(error))
         text = f"{found[3]} is {found[2]}; expected, for example, {found[1]}" if found else error

@@ -37,11 +37,11 @@ class TorchvisionAnchorGenerator(OctaveAnchorGenerator):
         """See `OctaveAnchorGenerator.forward`; the first level's stride must divide the image."""
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
             sizes = [feature.shape[-2:] for feature in features]
-            levels = map(self._level, sizes, self._steps(sizes), self.cell_anchors.buffers())
+            levels = map(self._level, sizes, self.steps(sizes), self.cell_anchors.buffers())
             return [Boxes(anchors) for anchors in levels]
         return super().forward(features)
 
-    def _steps(self, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def steps(self, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
         height, width = (length * self.strides[0] for length in sizes[0])
         return [(height // rows, width // columns) for rows, columns in sizes]
 

@@ -11,7 +11,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
 from torch import nn
 
-from retina_focal import get_cfg
+from retina_focal import backbone, get_cfg
 from retina_focal.backbone import ImageByImage
 from retina_focal.errors import UserError
 
@@ -238,3 +238,10 @@ def test_a_missing_timm_is_named_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="pip install timm"):
         build_backbone(timm_cfg())
+
+
+def test_a_timm_model_is_refused_while_it_grows_beyond_any_detector(monkeypatch):
+    monkeypatch.setattr(backbone, "MAX_BYTES", 1000)
+    with pytest.raises(UserError, match=r"lcnet_035 has more than .* GB of parameters"):
+        backbone.TimmBackbone("lcnet_035")
+    nn.Linear(100, 100)  # is counted no more

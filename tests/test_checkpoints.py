@@ -101,6 +101,17 @@ def test_the_tagged_checkpoint_comes_first(tmp_path):
     assert resumed(tmp_path) == 3
 
 
+@pytest.mark.parametrize("tag", ["./{}", "{folder}/{}", "../run/{}", "{}"])
+def test_a_tag_may_hold_the_path_of_a_checkpoint_of_the_folder(tag, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save(folder, 3, 5)
+    (folder / "last_checkpoint").write_text(tag.format("model_0000003.pth", folder=folder))
+    assert resumed(folder) == 3
+    monkeypatch.chdir(tmp_path)
+    assert resumed(Path("run")) == 3
+
+
 @pytest.mark.parametrize(
     "tag", ["../evil.pth", "/etc/passwd", "evil.pkl", "model_\0.pth", "", "gone.pth", b"\xff\xfe"]
 )
@@ -206,7 +217,11 @@ def test_the_newest_checkpoints_stay_and_others_are_not_touched(tmp_path):
     ("options", "shape", "message"),
     [
         ({"classes": ["a", "c"]}, 2, r"has the classes 2 \(a, b\), and the config 2 \(a, c\)"),
-        ({}, 5, r"'bias' of shape \(2,\), and the config one of \(5,\).*MODEL.WEIGHTS .*5.pth"),
+        (
+            {},
+            5,
+            r"'bias' is \(2,\), and the config's \(5,\)\).*MODEL.WEIGHTS .*5.pth",
+        ),
     ],
 )
 def test_another_model_is_refused_in_words(options, shape, message, tmp_path):
@@ -219,7 +234,8 @@ def test_another_model_is_refused_in_words(options, shape, message, tmp_path):
             expect_classes_of_run(str(tmp_path), options["classes"])
         expect_classes_of_run(str(tmp_path), ["a", "b"])
     more = RunCheckpointer(nn.Sequential(model()), str(tmp_path))
-    with pytest.raises(UserError, match="another architecture"):
+    words = r"another architecture: it has 2 \(bias, weight\) weights that .* lacks 2 \(0.bias, 0.w"
+    with pytest.raises(UserError, match=words):
         more.resume_or_load("")
 
 

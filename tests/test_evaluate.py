@@ -221,8 +221,10 @@ def test_operating_points_are_chosen_on_val_and_lie_beside_the_weights(run, caps
         assert row["point"]["recall"] == expected["recall"]
         assert row["point"]["false_positives_per_image"] <= 2
     # Measured on the dataset that they were chosen on, a calibration must not know it.
-    (report,) = printed(capsys, str(run), "--data", "rectangles_val")
-    assert report["calibration"]["by"] == "cross-fitted"
+    (row,) = (x for x in load_cfg(str(run / "config.yaml")).DATASETS.COCO_JSON if "val" in x[0])
+    for name in ("rectangles_val", f"coco:{row[1]}?images={row[2]}"):
+        (report,) = printed(capsys, str(run), "--data", name)
+        assert report["calibration"]["by"] == "cross-fitted"
 
 
 def test_without_val_none_are_chosen_and_those_there_are_used(run, capsys):

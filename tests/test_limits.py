@@ -120,6 +120,8 @@ def test_an_unknown_name_is_refused_with_those_there_are(key):
         {"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False]},
         {"MODEL.RESNETS.NORM": "nope"},
         {"MODEL.RETINANET.NORM": "GN"},  # of 16 channels
+        {"MODEL.FPN.NORM": "GN", "MODEL.FPN.OUT_CHANNELS": 32},
+        {"MODEL.FPN.NORM": "GN", "MODEL.FPN.OUT_CHANNELS": 80},
         {"MODEL.RETINANET.BBOX_REG_WEIGHTS": [1.0]},
         {"MODEL.RETINANET.IN_FEATURES": [3]},
         {"MODEL.ANCHOR_GENERATOR.NAME": "RotatedAnchorGenerator"},
@@ -172,3 +174,7 @@ def test_what_would_take_all_memory_is_refused_without_taking_it(yaml, attacked)
 def test_values_of_a_lazy_config_are_refused_by_their_own_names(override, name):
     with pytest.raises(UserError, match=f"{name}; expected"):
         load_lazy_cfg("lazy/retinanet_R_50_FPN_1x.py", [override])
+
+
+def test_groups_of_several_channels_are_taken():
+    check_values(cfg_with(**{"MODEL.FPN.NORM": "GN", "MODEL.FPN.OUT_CHANNELS": 64}))

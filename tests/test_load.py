@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from retina_focal.errors import UserError
 from retina_focal.weights import load
 from retina_focal.weights.load import Checkpointer
+from retina_focal.weights.trained import expect_trained
 
 WEIGHT = torch.arange(8.0).view(4, 2, 1, 1)
 
@@ -114,3 +116,25 @@ def test_a_fault_while_loading_keeps_its_type(monkeypatch, tmp_path):
     monkeypatch.setattr(nn.Module, "load_state_dict", broken)
     with pytest.raises(RuntimeError, match="ours"):
         loaded(str(tmp_path / "model.pth"))
+
+
+@pytest.mark.parametrize("kind", [torch.complex64, torch.int8, torch.bool])
+def test_weights_that_are_no_floating_point_numbers_are_refused(kind, tmp_path):
+    torch.save({"model": {"stem.conv1.weight": WEIGHT.to(kind)}}, tmp_path / "model.pth")
+    with pytest.raises(UserError, match=f"'stem.conv1.weight' as {kind}, expected floating"):
+        loaded(str(tmp_path / "model.pth"))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nothing_is_measured_with_weights_that_are_not_finite(value):
+    model = conv()
+    expect_trained(model, [], "x.pth")
+    model.stem.conv1.weight.data[0] = value
+    with pytest.raises(UserError, match=r"x.pth is not finite: 1 of .* \(stem.conv1.weight\)"):
+        expect_trained(model, [], "x.pth")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="the system has no /proc/self/mem")
+def test_a_file_that_can_not_be_read_is_named():
+    with pytest.raises(UserError, match="can't read '/proc/self/mem'"):
+        loaded("/proc/self/mem")

@@ -177,3 +177,29 @@ def test_half_precision_loses_no_score_above_the_threshold():
     logits = torch.tensor([-2.9375, -2.953125, -9.0]).bfloat16().view(1, 3, 1, 1)
     (result,) = postprocessor()(anchors, [logits], [torch.zeros(1, 4, 1, 1)], [(20, 20)])
     assert result.pred_classes.tolist() == [0]
+
+
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["CPU", "as on a device"])
+def test_boxes_are_clipped_before_nms_and_empty_ones_kept_where_that_is_asked_for(
+    monkeypatch, on_cpu
+):
+    """Two boxes that differ outside of the image alone, and one that lies outside."""
+    monkeypatch.setattr(postprocess, "_may_read", lambda x: on_cpu)
+    boxes = torch.tensor([[10.0, 10, 30, 20], [10.0, 10, 90, 20], [50.0, 0, 60, 10]])
+    logits = torch.full((1, A * K, 1, 3), -9.0)
+    logits[0, 0, 0] = torch.tensor([2.0, 1.0, 0.0])
+    anchors = [Boxes(boxes.repeat_interleave(A, 0))]
+    deltas = [torch.zeros(1, A * 4, 1, 3)]
+    found = {}
+    for clip in (False, True):
+        for keep in (False, True):
+            (result,) = postprocessor(clip_before_nms=clip, keep_empty_boxes=keep)(
+                anchors, [logits], deltas, [(40, 30)], [(80, 60)]
+            )
+            found[clip, keep] = result.pred_boxes.tensor.tolist()
+            assert result.scores.tolist() == sorted(result.scores.tolist(), reverse=True)
+    seen, empty = [20.0, 20.0, 60.0, 40.0], [60.0, 0.0, 60.0, 20.0]
+    assert found[False, False] == [seen, seen]  # an IoU of 0.25 where nothing is clipped
+    assert found[False, True] == [seen, seen, empty]
+    assert found[True, False] == [seen]
+    assert found[True, True] == [seen, empty]

@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import resource
 import subprocess
 import sys
 from contextlib import suppress
@@ -12,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import PLUGIN, pictures, small_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
 from retina_focal import add_retina_focal_config
+from retina_focal.errors import UserError
 from retina_focal.training.processes import (
+    allow_open_files,
     available_device,
     closed_process_group,
     distribute,
@@ -193,3 +197,33 @@ def test_a_missing_gpu_is_said_and_a_cpu_is_not(monkeypatch, caplog):
         assert not caplog.records
         assert available_device("cuda:1") == "cpu"
     assert "running on the CPU instead of 'cuda:1'" in caplog.text
+
+
+def loader_cfg(num_workers: int) -> CfgNode:
+    loader, solver = {"NUM_WORKERS": num_workers}, {"IMS_PER_BATCH": 2}
+    return CfgNode({"DATALOADER": loader, "SOLVER": solver})
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "num_workers", "set_to"),
+    [
+        (1024, 4096, 4, None),
+        (32, 32, 0, None),
+        (100, 4096, 4, 64 + 4 * (8 + 6 * 2)),
+        (100, resource.RLIM_INFINITY, 4, 144),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 99, None),
+        (143, 144, 4, 144),
+    ],
+)
+def test_as_many_files_may_be_open_as_a_loader_needs(soft, hard, num_workers, set_to, monkeypatch):
+    limits = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
+    allow_open_files(loader_cfg(num_workers))
+    assert limits == ([] if set_to is None else [(set_to, hard)])
+
+
+def test_too_few_open_files_are_said_before_the_first_batch(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (32, 143))
+    with pytest.raises(UserError, match=r"allows a process 143 open .* 4 workers .* ulimit -n 144"):
+        allow_open_files(loader_cfg(4))

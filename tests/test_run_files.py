@@ -27,9 +27,21 @@ def run_here(data, output, *arguments, opts=()):
     "arguments, opts, message",
     [
         ((), ["MODEL.RETINA_FOCAL.CLS_LOSS", "foacl"], "CLS_LOSS is 'foacl'"),
-        (("--resume",), ARCHITECTURE, "another architecture|its optimizer has 84 parameters"),
+        (
+            ("--resume",),
+            ARCHITECTURE,
+            r"model_final.pth is of another architecture: it lacks 4 \(head.bbox_subnet.2.bias, .*"
+            r"MODEL.RETINANET.NUM_CONVS was 1 and is 2$",
+        ),
+        (
+            ("--resume",),
+            ["MODEL.RETINA_FOCAL.TRAIN.FREEZE", "['head.cls_subnet']"],
+            r"2 \(head.cls_subnet.0.weight, head.cls_subnet.0.bias\) parameters are trained there "
+            r"and frozen by the config .*TRAIN.FREEZE was \[\] and is \['head.cls_subnet'\]$",
+        ),
         (("--eval-only", "--resume"), ARCHITECTURE, "another architecture"),
         ((), ["MODEL.WEIGHTS", "nowhere.pth"], "nowhere.pth"),
+        ((), ["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
         ((), ["MODEL.RETINA_FOCAL.DATA.MAX_PIXELS", "100"], "MAX_PIXELS"),  # the first batch
     ],
 )

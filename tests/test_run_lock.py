@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from test_train import train_command
@@ -124,17 +125,30 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
         assert "has no locks (No locks available): a second training" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["folder", "link", "file above"])
-def test_what_is_no_file_is_refused_in_words(kind, tmp_path):
+@pytest.mark.parametrize(
+    "folder",
+    ["s3://a/x", "https://a/x", "x/\udcff", "a" * 300, "file", "link", "fifo"],
+)
+def test_what_is_no_folder_is_refused_in_words(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("link").symlink_to("nowhere")
+    os.mkfifo("fifo")
+    before = sorted(tmp_path.iterdir())
+    words = "OUTPUT_DIR is|File name too long"
+    with pytest.raises(UserError, match=words), sole_run(folder, 9, False):
+        pass
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_lock_that_is_no_file_is_refused_in_words(kind, tmp_path):
     folder = tmp_path / "run"
-    if kind == "file above":
-        folder.write_text("")
+    folder.mkdir()
+    if kind == "folder":
+        (folder / LOCK).mkdir()
     else:
-        folder.mkdir()
-        if kind == "folder":
-            (folder / LOCK).mkdir()
-        else:
-            (folder / LOCK).symlink_to(tmp_path / "elsewhere")
+        (folder / LOCK).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"can't write '.*lock'"), sole_run(str(folder), 9, False):
         pass
     assert not (tmp_path / "elsewhere").exists()

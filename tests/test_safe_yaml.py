@@ -240,3 +240,13 @@ def test_a_config_that_is_no_regular_file_is_not_waited_for(kind, mine, monkeypa
     monkeypatch.setattr(sys, "argv", ["x", "draw", "--config-file", str(mine)])
     with pytest.raises(SystemExit, match=rf"mine\.yaml' is a {kind}"):
         cli.main()
+
+
+def test_a_base_with_a_long_name_and_an_old_version_are_refused_in_words(tmp_path):
+    for text, words in (
+        (f"_BASE_: {'a' * 5000}", "_BASE_: can't read"),
+        ("VERSION: 1\nMODEL: {WEIGHTS: x}", "VERSION 1 names keys otherwise"),
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match=words):
+            merge_file(get_cfg(), str(tmp_path / "config.yaml"))

@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 from test_processes import needs_cpu_processes
 from trainings import (
     LONG,
@@ -17,6 +19,7 @@ from trainings import (
     no_training_outlives_its_test,  # noqa: F401
 )
 
+from retina_focal.training.metrics import EventsWriter, MetricsHook, MetricsWriter
 from retina_focal.training.signals import STOPS, Stop, StoppableLoader
 
 
@@ -66,7 +69,15 @@ SCENARIOS = {
         ),
         143,
     ),
-    "SIGUSR1, then SIGTERM": (IN_A_STEP.format(sent=[(10, 0.2), (15, 9)]), 138),
+    "SIGUSR1, then SIGTERM": (IN_A_STEP.format(sent=[(10, 1.2), (15, 9)]), 138),
+    # Who ends a whole group may send several kinds.
+    "SIGUSR1 beside SIGTERM": (IN_A_STEP.format(sent=[(10, 0.2), (15, 0.2), (2, 0.2)]), 0),
+    "told of another, beside": (
+        IN_A_STEP.replace("for signum", "signals.STOPS.request(10)\n    for signum")
+        .replace("{sent}[0][0]", "10")
+        .format(sent=[(15, 0.2), (10, 0.2)]),
+        0,
+    ),
     "inside a library": (
         """
 store = torch.distributed.TCPStore("127.0.0.1", 0, 1, True)
@@ -87,6 +98,13 @@ with signals.ended_at_once():
     raise signals.Stop(signal.SIGUSR1)
 """,
         138,
+    ),
+    "words": (
+        """
+with signals.ended_at_once(by_words=True):
+    sys.exit("said")
+""",
+        1,
     ),
     "ignored": (
         """
@@ -201,6 +219,7 @@ def test_a_second_signal_ends_at_once_and_says_so(ends):
 
 def test_what_was_said_before_the_end_is_kept(ends):
     assert ends["stopped"][1] == "whole\n"
+    assert ends["words"][2] == "said\n"  # and no traceback
 
 
 def test_a_signal_where_nothing_would_be_finished_ends_at_once_in_words(ends):
@@ -222,3 +241,36 @@ def test_an_evaluation_stops_after_its_batch(monkeypatch):
             seen.append(batch)
             STOPS.requested = signal.SIGUSR1
     assert seen == [1] and stop.value.code == 138
+
+
+def test_a_fault_of_tensorboard_ends_its_events_and_not_the_training(tmp_path, caplog):
+    events = EventsWriter(str(tmp_path))
+
+    def fail(*_) -> None:
+        raise UnicodeEncodeError("utf-8", "x", 0, 1, "no")
+
+    events.__dict__["_writer"] = SimpleNamespace(add_scalar=fail, close=fail)
+    with EventStorage(3) as storage:
+        storage.put_scalar("loss", 1.0)
+        events.write()
+        events.write()
+        events.close()
+    assert caplog.text.count("TensorBoard failed, and gets no more events (UnicodeEnc") == 1
+    events = EventsWriter(str(tmp_path))
+    (tmp_path / "file").touch()
+    events._writer_args["log_dir"] = str(tmp_path / "file/x")
+    with EventStorage(3) as storage, pytest.raises(OSError, match="Not a directory"):
+        storage.put_scalar("loss", 1.0)
+        events.write()
+
+
+@pytest.mark.parametrize("stop_signal", [0, signal.SIGTERM])
+def test_a_stopped_run_imports_no_tensorboard_to_write_its_last_line(stop_signal, tmp_path):
+    tensorboard = EventsWriter(str(tmp_path))
+    hook = MetricsHook([MetricsWriter(str(tmp_path / "metrics.json")), tensorboard])
+    hook.trainer = SimpleNamespace(_trainer=SimpleNamespace(stop_signal=stop_signal))
+    with EventStorage(3) as storage:
+        storage.put_scalar("loss", 1.0)
+        hook.after_train()
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"iteration": 3, "loss": 1.0}
+    assert ("_writer" in vars(tensorboard)) == (not stop_signal)

@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 
 from detectron2.evaluation.testing import flatten_results_dict
 
+from retina_focal.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
 def unexpected_results(
     expected: Sequence[tuple[str, str, float, float]], results: Mapping[str, object]
-) -> str | None:
-    """What is not as expected, in words; None, with a line that says so, where all is.
+) -> UserError | None:
+    """What to raise where not all is as expected; None, with a line that says so, where all is.
 
     Unlike detectron2's `verify_results` it raises nothing for what was not measured, and takes
     the results of several datasets.
@@ -30,6 +32,6 @@ def unexpected_results(
         elif not abs(found[name] - value) <= tolerance:  # NaN is not
             wrong.append(f"{name} is {found[name]:.4g}, expected {value:g} within {tolerance:g}")
     if wrong:
-        return f"TEST.EXPECTED_RESULTS: {'; '.join(wrong)}"
+        return UserError(f"TEST.EXPECTED_RESULTS: {'; '.join(wrong)}")
     logger.info("results are within the tolerances of TEST.EXPECTED_RESULTS")
     return None

@@ -4,13 +4,14 @@ Its detections are those of `FocalRetinaNet` in eval mode, in fixed shapes: the 
 each level come first, and the score threshold after.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torch import Tensor, nn
 
+from retina_focal.anchors import OctaveAnchorGenerator
 from retina_focal.box_tower import PendingDeltas
 from retina_focal.errors import UserError
 from retina_focal.export import operators
@@ -21,8 +22,7 @@ from retina_focal.places import places_of_elements
 from retina_focal.retinanet import FocalRetinaNet
 
 
-@dataclass(frozen=True)
-class Candidates:
+class Candidates(NamedTuple):
     """The M best (anchor, class) pairs of N images, level by level."""
 
     boxes: Tensor  # (N, M, 4) XYXY in pixels
@@ -84,10 +84,8 @@ class ExportedNetwork(nn.Module):
         if metadata.scores == "calibrated":
             self.calibrated = CalibratedScores(metadata.calibration, metadata.classes)
         _expect_grid(model.anchor_generator)
-        generator = model.anchor_generator
-        self.offset = generator.offset
-        self.register_buffer("strides", torch.tensor(generator.strides, dtype=torch.float32))
-        self.register_buffer("cells", torch.cat(list(generator.cell_anchors)))  # (L x A, 4)
+        self.anchor_generator = model.anchor_generator
+        self.register_buffer("cells", torch.cat(list(model.anchor_generator.cell_anchors)))
         self.register_buffer("pixel_mean", model.pixel_mean.clone())
         self.register_buffer("pixel_std", model.pixel_std.clone())
         self.eval()
@@ -106,17 +104,19 @@ class ExportedNetwork(nn.Module):
         """
         images = image.permute(0, 3, 1, 2).float() if self.uint8 else image
         logits, deltas = self._maps(self._padded(images, sizes))
-        found = self._candidates(logits, deltas)
+        found, limits = self._candidates(logits, deltas), _limits(images, sizes)
+        passing = found.scores > self.postprocessor.score_thresh
+        if self.postprocessor.clip_before_nms:
+            found, has_area = self._clipped(found, limits)
+            passing = passing & has_area
         if not self.nms:
-            return found.used(found.scores > self.postprocessor.score_thresh)
-        kept = self._suppress(found)
+            return found.used(passing)
+        kept = self._suppress(found, passing)
         found, kept = found.first(kept, self.postprocessor.max_detections_per_image)
         if self.calibrated:
-            scores = self.calibrated(found.scores, found.classes)
-            found = Candidates(found.boxes, scores, found.classes)
-        boxes = found.boxes.clamp(min=0).minimum(_limits(images, sizes))
-        kept = kept & (boxes[..., 2:] > boxes[..., :2]).all(-1)
-        found, kept = Candidates(boxes, found.scores, found.classes).first(kept, boxes.shape[1])
+            found = found._replace(scores=self.calibrated(found.scores, found.classes))
+        found, has_area = self._clipped(found, limits)
+        found, kept = found.first(kept & has_area, kept.shape[1])
         return found.used(kept)
 
     def _padded(self, images: Tensor, sizes: Tensor | None) -> Tensor:
@@ -138,26 +138,35 @@ class ExportedNetwork(nn.Module):
     def _candidates(self, logits: list[Tensor], deltas: list[Tensor]) -> Candidates:
         """The k best pairs of each level, of all levels."""
         k = self.postprocessor.topk_candidates
-        levels = [self._of_level(*maps) for maps in zip(logits, deltas, strict=True)]
-        deltas, anchor, row, column, values, classes = (
-            torch.cat(x, 1) for x in zip(*levels, strict=True)
+        steps = self._steps([x.shape[-2:] for x in logits])
+        levels = [self._of_level(*x) for x in zip(logits, deltas, steps, strict=True)]
+        deltas, x, y, anchor, values, classes = (
+            torch.cat(of_levels, 1) for of_levels in zip(*levels, strict=True)
         )
         # Anchors are computed where they are needed.
         level = torch.arange(len(levels), device=anchor.device).repeat_interleave(k)
-        centre = torch.stack([column, row, column, row], -1) + self.offset
         cells = self.cells[level * (len(self.cells) // len(levels)) + anchor]
-        anchors = centre * self.strides[level][:, None] + cells
+        anchors = torch.stack([x, y, x, y], -1) + cells
         decode = self.postprocessor.box2box_transform.apply_deltas
         boxes = decode(deltas.flatten(0, 1), anchors.flatten(0, 1)).view(anchors.shape)
         return Candidates(boxes, values.sigmoid(), classes)
 
-    def _of_level(self, logits: Tensor, deltas: Tensor) -> tuple[Tensor, ...]:
+    def _steps(self, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Pixels from row to row and from column to column, per level."""
+        generator = self.anchor_generator
+        if isinstance(generator, OctaveAnchorGenerator):
+            return generator.steps(sizes)
+        return [(stride, stride) for stride in generator.strides]
+
+    def _of_level(
+        self, logits: Tensor, deltas: Tensor, steps: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
         """The k best pairs of one level.
 
         A pair among the k best is of an anchor whose best class is among the k best.
 
         Returns:
-            (N, k, 4) deltas; (N, k) anchor of the cell, row, column, logit and class each.
+            (N, k, 4) deltas; (N, k) centres x and y, anchor of the cell, logit and class.
         """
         k, num_classes = self.postprocessor.topk_candidates, self.postprocessor.num_classes
         height, width = logits.shape[-2:]
@@ -178,17 +187,28 @@ class ExportedNetwork(nn.Module):
         first = anchor * (4 * num_cells) + row * width + column
         elements = first[..., None] + torch.arange(4, device=deltas.device) * num_cells
         of_pairs = deltas.flatten(1).gather(1, elements.flatten(1)).unflatten(1, (k, 4))
-        return of_pairs, anchor, row, column, values, classes
+        y, x = (
+            (index + self.anchor_generator.offset) * step
+            for index, step in zip((row, column), steps, strict=True)
+        )
+        return of_pairs, x, y, anchor, values, classes
 
-    def _suppress(self, found: Candidates) -> Tensor:
-        """(N, M) bool: what passes the threshold and NMS."""
+    def _suppress(self, found: Candidates, passing: Tensor) -> Tensor:
+        """(N, M) bool: what non-maximum suppression leaves of those that pass."""
         own = self.postprocessor
         groups = torch.zeros_like(found.classes) if own.class_agnostic_nms else found.classes
         num_groups = 1 if own.class_agnostic_nms else own.num_classes
+        ranked = torch.where(passing, found.scores, -1.0)
         suppress = operators.nms if self.own_operators else operators.nms_in_torch
-        return suppress(
-            found.boxes, found.scores, groups, num_groups, own.nms_thresh, own.score_thresh
-        )
+        return suppress(found.boxes, ranked, groups, num_groups, own.nms_thresh)
+
+    def _clipped(self, found: Candidates, limits: Tensor) -> tuple[Candidates, Tensor]:
+        """Boxes inside of the image, and (N, M) whether they may be detections then."""
+        boxes = found.boxes.clamp(min=0).minimum(limits)
+        has_area = (boxes[..., 2:] > boxes[..., :2]).all(-1)
+        if self.postprocessor.keep_empty_boxes:
+            has_area = torch.ones_like(has_area)
+        return found._replace(boxes=boxes), has_area
 
 
 def _limits(images: Tensor, sizes: Tensor | None) -> Tensor:

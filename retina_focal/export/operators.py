@@ -29,33 +29,28 @@ def _(images: Tensor, stride: int) -> Tensor:
 
 
 @torch.library.custom_op("retina_focal::nms", mutates_args=())
-def nms(
-    boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, iou: float, threshold: float
-) -> Tensor:
+def nms(boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, iou: float) -> Tensor:
     """Which boxes non-maximum suppression leaves.
 
     Args:
         boxes: (N, M, 4) XYXY.
-        scores: (N, M).
+        scores: (N, M); a box with a score below 0 takes no part.
         groups: (N, M) in {0, ..., num_groups - 1}; boxes of two groups never suppress each other.
         num_groups: 1: all boxes are of one group.
         iou: boxes with a higher IoU are the same object.
-        threshold: a score must be above it.
     Returns:
         (N, M) bool.
     """
-    return nms_in_torch(boxes, scores, groups, num_groups, iou, threshold)
+    return nms_in_torch(boxes, scores, groups, num_groups, iou)
 
 
 @nms.register_fake
-def _(
-    boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, iou: float, threshold: float
-) -> Tensor:
+def _(boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, iou: float) -> Tensor:
     return torch.empty_like(scores, dtype=torch.bool)
 
 
 def nms_in_torch(
-    boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, iou: float, threshold: float
+    boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, iou: float
 ) -> Tensor:
     """The same by one call of torchvision's, for graphs that know it."""
     num_images, num_boxes = scores.shape
@@ -65,12 +60,11 @@ def nms_in_torch(
     extent = boxes.amax() - boxes.amin() + 1
     images = torch.arange(num_images, device=scores.device)[:, None]
     offsets = (images * num_groups + groups) * extent
-    passing = scores > threshold
-    # One that does not pass comes last, so that it suppresses none that does.
-    ranked = torch.where(passing, scores.double(), -1.0)
-    rows = torchvision.ops.nms((boxes + offsets[..., None]).flatten(0, 1), ranked.flatten(), iou)
-    kept = torch.zeros_like(ranked).flatten().index_fill(0, rows, 1.0)
-    return (kept.view(num_images, num_boxes) > 0) & passing
+    # Those with a score below 0 come last, so that they suppress none of the others.
+    ranked = scores.double().flatten()
+    rows = torchvision.ops.nms((boxes + offsets[..., None]).flatten(0, 1), ranked, iou)
+    kept = torch.zeros_like(ranked).index_fill(0, rows, 1.0).view(num_images, num_boxes)
+    return (kept > 0) & (scores >= 0)
 
 
 def translations() -> dict:
@@ -85,7 +79,7 @@ def translations() -> dict:
         pad = op.Mod(op.Neg(size), int64(stride))
         return op.Pad(images, op.Concat(int64(0, 0, 0, 0, 0, 0), pad, axis=0))
 
-    def nms_in_onnx(boxes, scores, groups, num_groups: int, iou: float, threshold: float):
+    def nms_in_onnx(boxes, scores, groups, num_groups: int, iou: float):
         of_groups = op.Unsqueeze(scores, int64(1))  # (N, G, M), one score per box
         if num_groups > 1:
             is_own = op.Equal(
@@ -99,7 +93,7 @@ def translations() -> dict:
             of_groups,
             int64(NO_LIMIT),
             op.Constant(value_floats=[iou]),
-            op.Constant(value_floats=[threshold]),
+            op.Constant(value_floats=[-0.5]),
         )  # (selected, 3): image, group, box
         places = op.Gather(selected, int64(0, 2), axis=1)
         ones = op.Expand(int64(1), op.Shape(places, start=0, end=1))

@@ -12,6 +12,7 @@ from torch import nn
 from retina_focal.config import config_path, flatten, get_cfg
 from retina_focal.files import whole_file
 from retina_focal.merging import merge_file
+from retina_focal.safe_yaml import read_text
 from retina_focal.tools.arguments import number, tool_parser
 from retina_focal.tools.common import command
 from retina_focal.weights.formats import write_weights
@@ -56,7 +57,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--classes",
         type=_names,
         metavar="NAMES",
-        help="of the scores, in their order, with commas between them, or a file of one a line",
+        help="of the scores, in their order: with commas between them, or a file with one a line",
     )
     parser.add_argument(
         "--batch-norm-eps",
@@ -71,8 +72,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _names(text: str) -> list[str]:
-    path = Path(text)
-    lines = path.read_text().splitlines() if path.is_file() else text.split(",")
+    is_file = "," not in text and Path(text).is_file()
+    lines = read_text(text).splitlines() if is_file else text.split(",")
     return [name.strip() for name in lines if name.strip()]
 
 

@@ -38,6 +38,10 @@ from retina_focal.training.measure import yaml_test_loader
 from retina_focal.weights.load import load_model, local_weights
 
 CONFIG = "config.yaml"  # what a training writes into its folder
+NO_LAZY = (
+    "is of a LazyConfig, which is code, and which train alone takes (train --eval-only measures); "
+    "give a YAML config of the same model"
+)
 FIRST = (f"{BEST}.pth", "model_final.pth")
 
 logger = logging.getLogger(__name__)
@@ -72,6 +76,8 @@ def open_run(
     """
     if folder is None and config_file is None:
         raise UserError("no run is given; expected its folder, or --config-file FILE")
+    if config_file is not None and config_file.endswith(".py"):
+        raise UserError(f"'{config_file}' {NO_LAZY}")
     exported = folder is not None and exported_file(folder)
     if exported:
         return _open_exported(exported, opts)
@@ -238,10 +244,7 @@ def _config_of(folder: Path) -> str:
             "training, or a config in its place: --config-file FILE"
         )
     if re.search(r"^dataloader:", read_text(path), re.MULTILINE):
-        raise UserError(
-            f"'{path}' is of a LazyConfig, which is code; give a YAML config of the same model: "
-            "--config-file FILE"
-        )
+        raise UserError(f"'{path}' {NO_LAZY}: --config-file FILE")
     return str(path)
 
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from multiprocessing import parent_process
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable(logging.NOTSET)
     if not args.eval_only:
         _check_batch(cfg, world.size if world else (args.num_gpus or 1) * args.num_machines)
-    with ended_at_once():
+    with ended_at_once(by_words=bool(world and world.size > 1)):
         if starts_others:
             start(run, args, timeout_of(cfg))
         else:
@@ -136,7 +137,12 @@ def run(
         cfg: default: that of `args`.
     """
     rank = world.rank if world else comm.get_rank()
-    with handled_signals(speaks=rank == 0), closed_process_group():
+    is_spawned = world is None and parent_process() is not None  # by detectron2's `launch`
+    with ExitStack() as stack:
+        if is_spawned:
+            stack.enter_context(ended_at_once())
+        stack.enter_context(handled_signals(speaks=rank == 0))
+        stack.enter_context(closed_process_group())
         cfg = cfg or read_cfg(args)
         with joined(world or World(), timeout_of(cfg)):
             if not torch.cuda.is_available():
@@ -144,13 +150,14 @@ def run(
             resume = any(comm.all_gather(args.resume))  # torchrun counts one machine's restarts
             if args.eval_only:
                 return evaluate(set_up(args, cfg), resume)
+            if isinstance(cfg, CfgNode) and not cfg.DATASETS.TRAIN:
+                raise UserError("DATASETS.TRAIN is empty; add: DATASETS.TRAIN \"('NAME',)\"")
             folder = plain_values(cfg).OUTPUT_DIR
-            with ExitStack() as stack:
-                with _refusals_told():
-                    stack.enter_context(sole_run(folder, timeout_of(cfg), resume))
-                    if not resume:
-                        _check_folder(folder)
-                return fit(set_up(args, cfg), resume).results
+            with _refusals_told():
+                stack.enter_context(sole_run(folder, timeout_of(cfg), resume))
+                if not resume:
+                    _check_folder(folder)
+            return fit(set_up(args, cfg), resume).results
 
 
 def _check_folder(folder: str) -> None:

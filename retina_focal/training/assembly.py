@@ -12,7 +12,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from omegaconf import DictConfig
@@ -26,11 +26,13 @@ from retina_focal.data.augmentation import mosaic
 from retina_focal.data.classes import class_names
 from retina_focal.data.existence import expect_test_pictures
 from retina_focal.data.loading import build_train_loader
+from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import explain_missing
 from retina_focal.evaluation.expected import unexpected_results
 from retina_focal.evaluation.tta import with_tta
 from retina_focal.training.average import averaged_weights, weight_average
 from retina_focal.training.best import EarlyStop, best_checkpoint, has_ended
+from retina_focal.training.checkpoint_files import checkpoints_of
 from retina_focal.training.checkpoints import RunCheckpointer
 from retina_focal.training.first_step import FirstStepCheck
 from retina_focal.training.freezing import freeze
@@ -40,10 +42,16 @@ from retina_focal.training.measure import (
     yaml_evaluator,
     yaml_test_loader,
 )
-from retina_focal.training.metrics import MetricsHook, MetricsWriter
-from retina_focal.training.processes import distribute, keep_freed_memory, raised_in_all
+from retina_focal.training.metrics import EventsWriter, MetricsHook, MetricsWriter
+from retina_focal.training.processes import (
+    allow_open_files,
+    distribute,
+    keep_freed_memory,
+    raised_in_all,
+)
 from retina_focal.training.resume import ExactResume, options_of_the_config, with_seed
 from retina_focal.training.run_files import SETTINGS, SavedConfig
+from retina_focal.training.same_run import AnotherRun
 from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader, handled_signals
 from retina_focal.training.steps import training_steps
 from retina_focal.training.trouble import Trouble
@@ -77,6 +85,7 @@ class Trainer(DefaultTrainer):
         cfg = with_seed(cfg)
         self._saved_config = SavedConfig(cfg, plain_values(cfg).OUTPUT_DIR)
         self.cfg = self.auto_scale_workers(plain_values(cfg), comm.get_world_size())
+        allow_open_files(self.cfg)
         self.parts = cfg if isinstance(cfg, DictConfig) else self.cfg
         model = self.build_model(self.parts)
         self._frozen = freeze(model, retina_focal_node(self.cfg).TRAIN.FREEZE)
@@ -138,7 +147,7 @@ class Trainer(DefaultTrainer):
         folder = self.cfg.OUTPUT_DIR
         os.makedirs(folder, exist_ok=True)
         metrics = MetricsWriter(os.path.join(folder, "metrics.json"))
-        return [CommonMetricPrinter(self.max_iter), metrics, TensorboardXWriter(folder)]
+        return [CommonMetricPrinter(self.max_iter), metrics, EventsWriter(folder)]
 
     @classmethod
     def build_model(cls, cfg: CfgNode | DictConfig) -> nn.Module:
@@ -205,7 +214,10 @@ class Trainer(DefaultTrainer):
         self._resume.go_on()
 
     def resume_or_load(self, resume: bool = True) -> None:
-        super().resume_or_load(resume)
+        try:
+            super().resume_or_load(resume)
+        except AnotherRun as error:
+            raise UserError(f"{error}{self._saved_config.changes()}") from error
         if resume and self.start_iter == 0:
             self._resume.begin()
 
@@ -255,7 +267,8 @@ class Trainer(DefaultTrainer):
 
 def fit(cfg: CfgNode | DictConfig, resume: bool) -> Trainer:
     """Train to the last iteration; with `resume`, from the last checkpoint where there is one."""
-    with handled_signals():
+    folder = plain_values(cfg).OUTPUT_DIR
+    with handled_signals(), words_only(folder, lambda: next(map(str, checkpoints_of(folder)), "")):
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume)
         trainer.train()

@@ -95,8 +95,9 @@ def tagged_checkpoint(folder: str | Path) -> Path | None:
         return None
     with tag.open("rb") as file:
         name = file.read(256).decode(errors="replace").strip()
-    is_inside = name == os.path.basename(name) and name.endswith(".pth")
-    return tag.with_name(name) if is_inside and "\0" not in name else None
+    path = os.path.abspath(os.path.join(folder, name))  # some write the whole path
+    is_inside = os.path.dirname(path) == os.path.abspath(folder) and name.endswith(".pth")
+    return tag.with_name(os.path.basename(path)) if is_inside and "\0" not in name else None
 
 
 def _iteration(path: Path) -> int:

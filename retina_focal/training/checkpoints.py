@@ -1,11 +1,13 @@
 """Checkpoints of a run: which are kept, which one it goes on from, and with which model."""
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from detectron2.utils import comm
 from torch import nn
+from torch.optim import Optimizer
 
 from retina_focal.errors import UserError
 from retina_focal.training.average import WeightAverage
@@ -22,6 +24,14 @@ from retina_focal.training.checkpoint_files import (
     write_checkpoint,
 )
 from retina_focal.training.processes import raised_in_all
+from retina_focal.training.same_run import (
+    AnotherRun,
+    expect_same_classes,
+    expect_same_training,
+    expect_same_weights,
+    training_of,
+)
+from retina_focal.training.saved_state import RESUME_HOOK, check_state
 from retina_focal.weights.class_rows import match_class_rows
 from retina_focal.weights.load import Checkpointer
 
@@ -130,7 +140,7 @@ class RunCheckpointer(Checkpointer):
             try:
                 found = self._first_whole(checkpoints_of(self.save_dir))
             except UserError as wrong:
-                error = str(wrong)
+                error = wrong
         raised_in_all(error)
         return comm.all_gather(found)[0]
 
@@ -143,8 +153,13 @@ class RunCheckpointer(Checkpointer):
         reasons = []
         for path in paths:
             try:
-                self._read = {str(path): read_checkpoint(path, optimizer)}
+                content = read_checkpoint(path)
+                self._expect_same_run(path, content, optimizer)
+                check_state(path, content, optimizer)
+                self._read = {str(path): content}
                 return str(path)
+            except AnotherRun:
+                raise
             except UserError as error:
                 reasons.append(f"; {error}")
                 self.logger.warning("%s; it is skipped", error)
@@ -173,25 +188,16 @@ class RunCheckpointer(Checkpointer):
         incompatible = super()._load_model(checkpoint)
         if goes_on and self.average is not None:
             self.average.start_from(averaged)
-        if self._resumes:
-            self._expect_same_model(checkpoint.get("classes"), incompatible)
         return incompatible
 
-    def _expect_same_model(self, classes: list[str] | None, incompatible) -> None:
-        """Refuse (UserError) to go on with another architecture or other classes."""
-        # A criterion's buffers come and go with the normaliser.
-        names = [*incompatible.missing_keys, *incompatible.unexpected_keys]
-        names = [name for name in names if not name.startswith("criterion.")]
-        _expect_same_classes(self._last, classes, self.classes)
-        reason = None
-        if incompatible.incorrect_shapes:
-            name, there, here = incompatible.incorrect_shapes[-1]
-            reason = f"'{name}' of shape {there}, and the config one of {here}"
-        elif names:
-            there = "is" if names[0] in incompatible.unexpected_keys else "isn't"
-            reason = f"another architecture ('{names[0]}' {there} among its weights)"
-        if reason:
-            raise _another_model(self._last, reason)
+    def _expect_same_run(self, path: Path, content: Mapping, optimizer: Optimizer | None) -> None:
+        """Refuse (AnotherRun) to go on with another model or training."""
+        expect_same_classes(path, content.get("classes"), self.classes)
+        expect_same_weights(path, content.get("raw_model", content["model"]), self.model)
+        if optimizer is not None:
+            hooks = content.get("trainer", {}).get("hooks", {})
+            now = training_of(self.model, optimizer)
+            expect_same_training(path, hooks.get(RESUME_HOOK, {}), now)
 
     def _whole_one(self) -> str:
         path = self.get_checkpoint_file()
@@ -211,24 +217,4 @@ def expect_classes_of_run(folder: str, classes: list[str] | None) -> None:
     """Refuse (UserError) other classes than those of the checkpoint that a run would go on from."""
     contents = ((path, peek(path)) for path in checkpoints_of(folder))
     path, content = next(((path, x) for path, x in contents if x), (folder, {}))
-    _expect_same_classes(path, content.get("classes"), classes)
-
-
-def _expect_same_classes(
-    path: str | Path, saved: list[str] | None, classes: list[str] | None
-) -> None:
-    if None not in (saved, classes) and saved != classes:
-        reason = f"the classes {_listed(saved)}, and the config {_listed(classes)}"
-        raise _another_model(path, reason)
-
-
-def _another_model(path: str | Path, reason: str) -> UserError:
-    return UserError(
-        f"{path} has {reason}; --resume goes on with the same model. To start another from its "
-        f"weights, leave out --resume and type: MODEL.WEIGHTS {path} OUTPUT_DIR ANOTHER (in a "
-        "LazyConfig: train.init_checkpoint=... train.output_dir=...)"
-    )
-
-
-def _listed(classes: list[str]) -> str:
-    return f"{len(classes)} ({', '.join(map(str, classes[:5]))}{', ...' if classes[5:] else ''})"
+    expect_same_classes(path, content.get("classes"), classes)

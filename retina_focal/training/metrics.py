@@ -1,12 +1,16 @@
 """The file metrics.json: each iteration once and in order, also of a run that is resumed."""
 
 import json
+import logging
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from detectron2.engine import hooks
-from detectron2.utils.events import JSONWriter, get_event_storage
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsHook(hooks.PeriodicWriter):
@@ -18,6 +22,46 @@ class MetricsHook(hooks.PeriodicWriter):
                 writer.write()
         else:
             super().after_step()
+
+    def after_train(self) -> None:
+        if self.trainer._trainer.stop_signal:
+            # The import of TensorBoard takes seconds that a process which is to end hasn't got.
+            self._writers = [x for x in self._writers if not _is_unused_tensorboard(x)]
+        super().after_train()
+
+
+def _is_unused_tensorboard(writer: EventWriter) -> bool:
+    return isinstance(writer, TensorboardXWriter) and "_writer" not in vars(writer)
+
+
+class EventsWriter(TensorboardXWriter):
+    """`TensorboardXWriter` whose faults end the events, not the training.
+
+    An OSError stays: the folder is full or closed, for checkpoints too.
+    """
+
+    _is_broken = False
+
+    def write(self) -> None:
+        self._try(super().write)
+
+    def close(self) -> None:
+        self._try(super().close)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        if self._is_broken:
+            return
+        try:
+            act()
+        except OSError:
+            raise
+        except Exception as error:
+            self._is_broken = True
+            logger.warning(
+                "TensorBoard failed, and gets no more events (%s: %s); metrics.json has them all",
+                type(error).__name__,
+                error,
+            )
 
 
 class MetricsWriter(JSONWriter):

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import platform
+import resource
 import signal
 import socket
 import struct
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
+from detectron2.config import CfgNode
 from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 from torch import nn
@@ -66,18 +68,18 @@ def closed_process_group() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def raised_in_all(error: str | None) -> None:
+def raised_in_all(error: UserError | None) -> None:
     """End all processes with what the main one found, where that is something; all come here.
 
     Raises:
-        UserError: in the first process of every machine.
+        UserError: that one, in the first process of every machine.
         SystemExit: in the others, without words.
     """
     error = comm.all_gather(error)[0]
     if error and comm.get_local_rank() > 0:
         sys.exit(1)
     if error:
-        raise UserError(error)
+        raise error
 
 
 def die_with_parent(parent: int) -> None:
@@ -125,6 +127,32 @@ def share_cores(num_local_processes: int) -> None:
     """
     if num_local_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // num_local_processes))
+
+
+def allow_open_files(cfg: CfgNode) -> None:
+    """Raise this process's limit of open files to what its data loader may need.
+
+    Args:
+        cfg: as `plain_values` has it.
+    Raises:
+        UserError: the system allows fewer.
+    """
+    num_workers = cfg.DATALOADER.NUM_WORKERS
+    if not num_workers:
+        return
+    num_images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    # torch passes each tensor as an open file: two batches a worker, three tensors an image.
+    needed = 64 + num_workers * (8 + 6 * num_images)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft != unlimited and soft < needed:
+        if hard != unlimited and hard < needed:
+            raise UserError(
+                f"the system allows a process {hard} open files; {num_workers} workers "
+                f"(DATALOADER.NUM_WORKERS) may need {needed} for {num_images} images per step and "
+                f"process: raise the limit (ulimit -n {needed}), or use fewer workers"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def keep_freed_memory() -> None:

@@ -21,6 +21,8 @@ from retina_focal.data.sampler import seed_everything
 from retina_focal.training.checkpoint_files import checkpoints_of, peek
 from retina_focal.training.metrics import cut_metrics
 from retina_focal.training.run_files import seed_of_config
+from retina_focal.training.same_run import training_of
+from retina_focal.training.saved_state import RESUME_HOOK
 
 # What is drawn, beside the seed and the iteration; the loader has 0 and 1.
 STEP = 2
@@ -83,6 +85,7 @@ class ExactResume(HookBase):
             "evaluated": trainer.evaluated,
             "metrics_begin": self._metrics_begin,
             "scalars": _recent_scalars(trainer.storage),
+            **training_of(_undistributed(trainer.model), trainer.optimizer),
         }
         if isinstance(loader, TrainLoader):
             batches = loader.first_batch + trainer.iter + 1 - trainer.start_iter
@@ -235,7 +238,7 @@ def saved_seed(folder: str) -> int | None:
     if comm.is_main_process():
         content = next(filter(None, map(peek, checkpoints_of(folder))), {})
         hooks_state = content.get("trainer", {}).get("hooks", {})
-        seed = hooks_state.get(ExactResume.__qualname__, {}).get("seed")
+        seed = hooks_state.get(RESUME_HOOK, {}).get("seed")
         seed = seed_of_config(folder) if seed is None else seed
     return comm.all_gather(seed)[0]
 

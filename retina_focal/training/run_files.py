@@ -16,12 +16,15 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from yaml.nodes import MappingNode, Node
 
+from retina_focal.config import flatten
 from retina_focal.errors import UserError
 from retina_focal.files import write_error, write_whole
 from retina_focal.safe_yaml import read_text
 from retina_focal.training.values import plain_values
 
 CONFIG = "config.yaml"
+PLACES = ("MODEL.WEIGHTS", "MODEL.DEVICE")  # which say nothing about the model
+SHOWN = 5  # keys that a message shows
 # For long texts, which go to log.txt alone.
 SETTINGS = logging.getLogger("retina_focal.settings")
 
@@ -75,6 +78,19 @@ class SavedConfig(HookBase):
             else:
                 path.write_text(cfg.dump())
             self.files = {x.name: x.read_bytes() for x in Path(temporary).iterdir()}
+
+    def changes(self) -> str:
+        """Keys of the model that the folder's config has otherwise, to end a message with."""
+        try:
+            was, now = (
+                flatten({"MODEL": yaml.safe_load(text).get("MODEL", {})})
+                for text in (read_text(self.folder / CONFIG), self.files[CONFIG])
+            )
+        except (UserError, yaml.YAMLError, RecursionError, AttributeError):
+            return ""  # none, or a LazyConfig's, whose tags could run code
+        keys = [x for x in now if x in was and was[x] != now[x] and x not in PLACES]
+        said = [f"{key} was {was[key]!r} and is {now[key]!r}" for key in keys[:SHOWN]]
+        return "; by config.yaml " + ", ".join(said) if said else ""
 
     def after_step(self) -> None:
         if self.trainer.iter == self.trainer.start_iter and comm.is_main_process():

@@ -41,18 +41,19 @@ def sole_run(folder: str, timeout: float, goes_on: bool) -> Iterator[None]:
         timeout: seconds that a process may let the others wait.
         goes_on: from a checkpoint of the folder, where there is one.
     Raises:
-        UserError: another training holds the folder; or it can't be written to.
+        UserError: another training holds the folder, it can't be written to, or is none.
     """
+    _expect_local(folder)
     path, file, error = Path(folder, LOCK), None, None
-    made = [x for x in path.parents if not x.exists()]
+    made = [x for x in path.parents if not os.path.exists(x)]
     if comm.is_main_process():
         try:
             again = goes_on and (is_restarted(os.environ) or is_requeued(os.environ))
             file = _locked(path, min(WAIT_OF_RESTART if again else WAIT, timeout / 2))
         except OSError as wrong:
-            error = str(write_error(path, wrong))
+            error = write_error(path, wrong)
         except UserError as wrong:
-            error = str(wrong)
+            error = wrong
     raised_in_all(error)
     try:
         yield
@@ -64,6 +65,18 @@ def sole_run(folder: str, timeout: float, goes_on: bool) -> Iterator[None]:
             with suppress(OSError):
                 for x in made:
                     x.rmdir()
+
+
+def _expect_local(folder: str) -> None:
+    """Refuse (UserError) what TensorBoard and the checkpoints would take for different places."""
+    is_utf8 = not any("\ud800" <= letter <= "\udfff" for letter in folder)
+    if "://" in folder or not is_utf8:
+        raise UserError(
+            f"OUTPUT_DIR is {folder!r}; expected the path of a folder here, in UTF-8 (in "
+            "a LazyConfig: train.output_dir)"
+        )
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise UserError(f"OUTPUT_DIR is '{folder}', which is there and no folder; name another")
 
 
 def _locked(path: Path, patience: float) -> int:

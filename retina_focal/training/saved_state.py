@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from retina_focal.errors import UserError
 
+RESUME_HOOK = "ExactResume"  # whose state a run reads before the others'
 MOST = 10**9  # iterations; more than any run has
 # What torch's optimizers keep per parameter in its shape.
 SHAPED = (
@@ -97,8 +98,7 @@ def _check_optimizer(saved: Mapping, place: str, optimizer: Optimizer | None) ->
     if sizes != expected:
         raise _Fault(
             f"its optimizer has {sum(sizes)} parameters in {len(sizes)} groups, and the config's "
-            f"{sum(expected)} in {len(expected)}; what is trained (FREEZE_AT, TRAIN.FREEZE) must "
-            "be as it was"
+            f"{sum(expected)} in {len(expected)}; are other parts frozen (FREEZE_AT, TRAIN.FREEZE)?"
         )
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     parameters = [x for group in optimizer.param_groups for x in group["params"]]
@@ -196,10 +196,11 @@ def _is_between(low: float, high: float) -> Callable[[object], bool]:
 COUNT = (_is_count, "a number from 0 on")
 LAST = (_is_count_or_none, "an iteration, or -1")
 OPTIONAL = ("seen", "images")  # of a loader of ours
+OPTIONAL += ("optimizer", "trained")  # not in those of earlier versions
 # Fields of each hook that reads them on resuming: whether a value fits, and what does.
 HOOKS: dict[str, dict[str, tuple[Callable[[object], bool], str]]] = {
     "LRScheduler": {"last_epoch": COUNT},
-    "ExactResume": {
+    RESUME_HOOK: {
         "seed": (_is_64_bits, "a seed"),
         "processes": COUNT,
         "buffers": (_list_of(_is_dict_of(str, Tensor)), "the buffers of each process"),
@@ -208,6 +209,8 @@ HOOKS: dict[str, dict[str, tuple[Callable[[object], bool], str]]] = {
         "scalars": (_is_history, "the last values of each scalar"),
         "seen": (_is_64_bits, "a number of images"),
         "images": COUNT,
+        "optimizer": (_is_text, "a name"),
+        "trained": (_list_of(_is_text), "names of parameters"),
     },
     "Trouble": {"bad": (_is_dict_of(str, str), "file names and reasons")},
     "WeightAverage": {"num_updates": COUNT},

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from retina_focal.training.processes import die_with_parent
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# A signal to the whole group comes twice, from its sender and from the launcher: seconds between.
+# A signal to the whole group comes twice, from its sender and from the launcher, and a launcher may
+# send another one beside it: seconds in which all are one request.
 FORWARDED_WITHIN = 1.0
 
 logger = logging.getLogger(__name__)
@@ -36,20 +37,28 @@ class Stop(SystemExit):
 
 
 @contextmanager
-def ended_at_once() -> Iterator[None]:
+def ended_at_once(by_words: bool = False) -> Iterator[None]:
     """A `Stop` that leaves the block ends the process, when all is saved and closed.
 
     Python's own end, with torch's libraries, takes 1.4 s of a core, and longer where all processes
     of a machine end together. The loaders' workers die with their parent.
+
+    Args:
+        by_words: any other SystemExit ends it too. A thread that still waits for process 0's store
+            would abort a process that goes to its end in Python.
     """
     try:
         yield
-    except Stop as stop:
+    except SystemExit as end:
+        if not (by_words or isinstance(end, Stop)):
+            raise
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         logging.shutdown()
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(stop.code)
+        os._exit(1 if isinstance(end.code, str) else end.code or 0)
 
 
 class Stops:
@@ -66,18 +75,18 @@ class Stops:
     def receive(self, signum: int) -> None:
         """A signal came, to this process or to its launcher."""
         now = time.monotonic()
-        if signum == self.requested and self.since and now - self.since < FORWARDED_WITHIN:
+        if self.since and now - self.since < FORWARDED_WITHIN:
             return
         name = signal.Signals(signum).name
-        # Another process may have told of the signal that its launcher sends to all.
-        if self.requested and not (signum == self.requested and self.since is None):
+        # Without `since` another process has told of the signal that its launcher sends to all.
+        if self.requested and self.since:
             self._exit(f"{name} again: ends at once; --resume goes on from the last checkpoint")
         if self.on_request is None:
             self.requested = signum
             self._exit(f"{name} outside of the training's steps: ends at once, nothing is saved")
         self.since = now
         self.request(signum)
-        self.say(f"{name}: finishes the step, saves and ends; the same signal again: ends at once")
+        self.say(f"{name}: finishes the step, saves and ends; another signal: ends at once")
 
     def request(self, signum: int) -> None:
         """Ask for a stop after the step, unless that is asked already."""

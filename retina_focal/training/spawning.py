@@ -109,7 +109,7 @@ def _start_worker(
     die_with_parent(parent)
     # A spawned process would spawn the workers of its loaders too, which each import torch anew.
     multiprocessing.set_start_method(start_method, force=True)
-    with ended_at_once(), handled_signals(speaks=worlds[local_rank].rank == 0):
+    with ended_at_once(by_words=True), handled_signals(speaks=worlds[local_rank].rank == 0):
         ready[local_rank] = True
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         main(args, worlds[local_rank])

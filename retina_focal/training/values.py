@@ -15,6 +15,7 @@ LAZY_NAMES = {
     "SEED": "train.seed",
     "SOLVER.MAX_ITER": "train.max_iter",
     "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
+    "DATALOADER.NUM_WORKERS": "dataloader.train.num_workers",
     "SOLVER.CHECKPOINT_PERIOD": "train.checkpointer.period",
     "TEST.EVAL_PERIOD": "train.eval_period",
 }
@@ -41,13 +42,17 @@ def plain_values(cfg: CfgNode | DictConfig) -> CfgNode:
         found = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=())
         names[split.upper()] = (found,) if isinstance(found, str) else tuple(found)
     ours.TRAIN.KEEP_CHECKPOINTS = train["checkpointer"].get("max_to_keep") or 0
-    images = OmegaConf.select(cfg, "dataloader.train.total_batch_size", default=0)
+    images, workers = (
+        OmegaConf.select(cfg, f"dataloader.train.{name}", default=0)
+        for name in ("total_batch_size", "num_workers")
+    )
     return CfgNode(
         {
             "OUTPUT_DIR": train["output_dir"],
             "SEED": train.get("seed", -1),
             "MODEL": {"WEIGHTS": train["init_checkpoint"] or "", "RETINA_FOCAL": ours},
             "DATASETS": names,
+            "DATALOADER": {"NUM_WORKERS": workers},
             "SOLVER": {
                 "MAX_ITER": train["max_iter"],
                 "IMS_PER_BATCH": images,

@@ -72,8 +72,9 @@ def words_only(folder: str, last_checkpoint: Callable[[], str]) -> Iterator[None
         if not is_of_folder(error):
             raise
         path = last_checkpoint()
+        where = os.fsdecode(error.filename) if error.filename else folder
         raise UserError(
-            f"can't write to '{folder}': {error.strerror}; free space on the disk, or open the "
+            f"can't write to '{where}': {error.strerror}; free space on the disk, or open the "
             f"folder, and type --resume; the last checkpoint is {path or 'none'}"
         ) from error
     finally:

@@ -43,10 +43,10 @@ def read_weights(path: str | Path, remedy: str = OTHER_FILE, mmap: bool = False)
         UserError: there is no such file, it is not whole, or it holds more than weights.
     """
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(64)
-        file.seek(0)
         try:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(64)
+            file.seek(0)
             checkpoint = _reader(head, mmap)(file, size)
             _check_model(checkpoint["model"])
         except NotWeights as error:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from urllib.parse import parse_qs
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -58,6 +59,18 @@ class Checkpointer(DetectionCheckpointer):
         if is_matched:
             checkpoint["matching_heuristics"] = True
         return checkpoint
+
+    def _load_model(self, checkpoint: dict):
+        own = self.model.state_dict()
+        for name, value in checkpoint["model"].items():
+            if name in own and own[name].is_floating_point():
+                kind = torch.as_tensor(value).dtype
+                if not kind.is_floating_point:  # torch would drop an imaginary part, or a scale
+                    raise UserError(
+                        f"the weights have '{name}' as {kind}, expected floating point numbers; "
+                        f"{OTHER_FILE}"
+                    )
+        return super()._load_model(checkpoint)
 
     def _remedy(self, path: str) -> str:
         if self.save_dir and self.has_checkpoint() and path == self.get_checkpoint_file():

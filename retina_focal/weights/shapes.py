@@ -54,8 +54,11 @@ def _resnet(model: Mapping[str, Tensor]) -> dict[str, object]:
         raise UserError(
             f"the backbone is a ResNet of {counts} blocks; expected one of {sorted(BLOCKS)} layers"
         )
-    second = model[f"{BOTTOM_UP}res2.0.conv2.weight"]
-    last = model[f"{BOTTOM_UP}res2.0.conv{3 if has_bottlenecks else 2}.weight"]
+    names = [f"{BOTTOM_UP}res2.0.conv{i}.weight" for i in (2, 3 if has_bottlenecks else 2)]
+    missing = [name for name in names if name not in model]
+    if missing:
+        raise UserError(f"the file lacks what is here {missing[0]}; name another FILE")
+    second, last = (model[name] for name in names)
     return {
         "MODEL.RESNETS.DEPTH": depths[0],
         "MODEL.RESNETS.STEM_OUT_CHANNELS": len(model[f"{BOTTOM_UP}stem.conv1.weight"]),

@@ -30,14 +30,21 @@ def missing_parameters(model: nn.Module) -> Iterator[list[str]]:
 
 
 def expect_trained(model: nn.Module, missing: list[str], path: str) -> None:
-    """Refuse to measure or draw with random parameters.
+    """Refuse to measure or draw with parameters that are random or not finite.
 
     Args:
         missing: of `missing_parameters`.
         path: of the weights.
     Raises:
-        UserError: something is missing.
+        UserError: something is missing, or is NaN or infinite.
     """
+    wrong = [name for name, x in model.state_dict().items() if not x.isfinite().all()]
+    if wrong:
+        raise UserError(
+            f"{path} is not finite: {len(wrong)} of its weights are NaN or infinite "
+            f"({', '.join(wrong[:SHOWN])}{', ...' if len(wrong) > SHOWN else ''}); name an earlier "
+            "checkpoint: MODEL.WEIGHTS output/model_0004999.pth"
+        )
     if not missing:
         return
     names = [name for name, _ in model.named_parameters()]

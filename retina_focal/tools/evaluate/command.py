@@ -71,6 +71,7 @@ def main(argv: list[str]) -> None:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = tool_parser("evaluate", __doc__, EPILOG)
     parser.add_argument("inputs", nargs="+", metavar="RUN|FILE")
+    parser.add_argument("--config-file", metavar="FILE", help="in place of a RUN's; as of train")
     default = "default: the first of DATASETS.TEST of the RUN"
     parser.add_argument("--data", help=f"a dataset's name, URI or path; {default}")
     parser.add_argument("--compare", action="store_true", help="the second with the first")
@@ -96,7 +97,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def _open(name: str, args: argparse.Namespace) -> Opened:
     """The detections of a run, or the results in a file."""
     if exported_file(name) or not Path(name).is_file():
-        return _of_run(open_run(name, opts=args.opts), args)
+        return _of_run(open_run(name, args.config_file, args.opts), args)
     if args.data is None:
         raise UserError(f"'{name}' is a file; name the dataset of its results: --data DATA")
     dataset = json.loads(load(args.data).json_file.read_bytes())
@@ -111,9 +112,10 @@ def _of_run(run: Run, args: argparse.Namespace) -> Opened:
     val = "" if args.compare else retina_focal_node(run.cfg).DATA.VAL
     names = [use_data(run, name) for name in dict.fromkeys(filter(None, (data, val)))]
     model = run_model(run)
+    files = {name: load(name).json_file for name in names}
     subjects = {}
-    for name in names:
-        dataset = json.loads(load(name).json_file.read_bytes())
+    for name, file in files.items():
+        dataset = json.loads(file.read_bytes())
         results = detections(run, model, name)
         subjects[name] = Subject(str(run.weights), name, dataset, results)
     if val:
@@ -123,7 +125,8 @@ def _of_run(run: Run, args: argparse.Namespace) -> Opened:
         )
         operating_points.write(run.weights.parent, content)
     points = points_of(run)
-    return Opened(subjects[data], points, bool(points) and points.content.get("dataset") == data)
+    same = [name for name, file in files.items() if file == files[data]]  # by another name, too
+    return Opened(subjects[data], points, bool(points) and points.content.get("dataset") in same)
 
 
 def _write_figures(report: dict, folder: Path) -> None:

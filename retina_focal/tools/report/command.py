@@ -131,6 +131,8 @@ def _anatomy(run: Run, args: argparse.Namespace, tested: str) -> dict:
     found = content.anatomy(folder)
     if found is not None:
         return found
+    if run.exported is not None:
+        raise UserError("an exported file gives boxes, and not the scores of all anchors")
     command = [sys.executable, "-W", "ignore", "-m", "retina_focal.tools.cli", "anatomy"]
     command += ["--config-file", args.config_file or str(Path(args.run, CONFIG))]
     command += ["--output", str(folder), *WINDOWS]
