@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from retina_focal.candidates import logit
 from retina_focal.config import retina_focal_node
 from retina_focal.errors import UserError
 from retina_focal.export.metadata import Metadata
@@ -24,7 +25,6 @@ from retina_focal.export.openvino_format import quantize, to_openvino
 from retina_focal.export.runners import ExportedModel, open_exported
 from retina_focal.export.sessions import Session, padded_run
 from retina_focal.export.torch_formats import write_torch_export, write_torchscript
-from retina_focal.postprocess import logit
 from retina_focal.precision import has_bf16
 from retina_focal.tools.benchmark.inputs import PASSING_FRACTION, pictures
 from retina_focal.tools.benchmark.instruments import WARM_UP, after_head
