@@ -151,7 +151,7 @@ def step_cfg(**keys: object) -> CfgNode:
     [
         (
             {"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS": 3},
-            r"ACCUMULATE_STEPS is 3, but a process has 4 images a step.*to a divisor of 4",
+            r"ACCUMULATE_STEPS is 3, but a process has 4 images per step.*to a divisor of 4",
         ),
         ({"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS": 0}, "ACCUMULATE_STEPS is 0"),
         ({"MODEL.META_ARCHITECTURE": "RetinaNet"}, "RetinaNet cannot count its positives"),
@@ -169,5 +169,5 @@ def test_a_process_splits_its_own_part_of_the_batch(monkeypatch):
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     assert training_steps(step_cfg(), tiny_model()).keywords["num_micro_batches"] == 2
     cfg = step_cfg(**{"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS": 4})
-    with pytest.raises(UserError, match=r"a process has 2 images a step \(4 for 2 processes\)"):
+    with pytest.raises(UserError, match=r"a process has 2 images per step \(4 for 2 processes\)"):
         training_steps(cfg, tiny_model())
