@@ -22,7 +22,7 @@ from retina_focal.data.uri import with_whole_rows
 from retina_focal.errors import UserError
 from retina_focal.tools.arguments import add_dataset_argument
 from retina_focal.tools.common import command, read_cfg, set_up
-from retina_focal.training.assembly import evaluate, fit, plain_values
+from retina_focal.training.assembly import evaluate, fit
 from retina_focal.training.checkpoint_files import checkpoints_of
 from retina_focal.training.launchers import World, is_restarted, may_restart, world_of
 from retina_focal.training.peers import joined
@@ -34,6 +34,7 @@ from retina_focal.training.processes import (
 from retina_focal.training.run_lock import sole_run
 from retina_focal.training.signals import ended_at_once, handled_signals
 from retina_focal.training.spawning import start
+from retina_focal.training.values import plain_values
 
 EPILOG = """
 Examples:
