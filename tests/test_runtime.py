@@ -311,7 +311,7 @@ def test_a_bomb_and_a_thread_are_named(tmp_path):
 
 @pytest.mark.slow
 def test_a_fresh_environment_of_onnxruntime_and_pillow_suffices(folder):
-    """It installs 200 MB; the import is measured where nothing else is installed."""
+    """It installs 200 MB. The import is measured in time of the processor: machines are shared."""
     place = folder / "venv"
     venv.create(place, with_pip=True)
     python = str(place / "bin" / "python")
@@ -323,7 +323,7 @@ def test_a_fresh_environment_of_onnxruntime_and_pillow_suffices(folder):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["names"] == ["red", "red", "blue"]
     script = (
-        "from time import perf_counter as now; import onnxruntime; start = now(); import detector;"
+        "from time import process_time as now; import onnxruntime; start = now(); import detector;"
         "print(now() - start)"
     )
     seconds = [
