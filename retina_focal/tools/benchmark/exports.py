@@ -86,12 +86,12 @@ def prepare(setting: Setting, folder: Path) -> Prepared:
     makers = {
         "ours, eager, bf16": partial(_eager_bf16, half),
         "jit": partial(_jit, ours, metadata, folder),
-        "AOTInductor": partial(_aot, ours, metadata, folder),
         "onnxruntime, fp32": partial(_onnx, ours, metadata, folder),
         **{
             f"OpenVINO, {precision}": partial(_openvino, precision, metadata, folder, batch)
             for precision in ("fp32", "bf16", "int8")
         },
+        "AOTInductor": partial(_aot, ours, metadata, folder),
     }
     for name, make in (progress := tqdm(makers.items(), unit="model", leave=False)):
         progress.set_description(name)
@@ -110,7 +110,9 @@ def abilities() -> str:
     lines = cpuinfo.read_text().splitlines()
     flags = next((x.split() for x in lines if x.startswith(("flags", "Features"))), [])
     has, lacks = ([x for x in FLAGS if (x in flags) == wanted] for wanted in (True, False))
-    return f"has {', '.join(has) or 'none'} of {', '.join(FLAGS)}" if lacks else "has all of them"
+    return (
+        f"has {', '.join(has) or 'none'} and lacks {', '.join(lacks) or 'none'} of the instructions"
+    )
 
 
 def markdown(report: dict) -> str:
