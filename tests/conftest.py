@@ -72,7 +72,7 @@ def small_cfg(depth: int = 18, norm: str = "BN", **names: str) -> CfgNode:
 def pictures(
     sizes: list[tuple[int, int]], num_boxes: list[int], num_classes: int = 3, seed: int = 0
 ) -> list[dict]:
-    """Batch of `DatasetMapper` dicts: rectangles on a noisy ground, one colour a class."""
+    """Batch of `DatasetMapper` dicts: rectangles on a noisy ground, one colour per class."""
     generator = torch.Generator().manual_seed(seed)
     colours = torch.randint(0, 256, (num_classes, 3, 1, 1), generator=generator)
     batch = []

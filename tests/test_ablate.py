@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import table_rows
 from test_configs import ABLATIONS
-from test_train import ROOT, SMALL
+from test_train import PYTHONPATH, ROOT, SMALL
 
 from retina_focal.config import get_cfg
 from retina_focal.errors import UserError
@@ -47,7 +47,7 @@ def ablate_process(base: Path, output: Path, *arguments: str, **kwargs) -> subpr
     """`retina-focal ablate` as a user runs it."""
     command = [sys.executable, "-W", "ignore", "-m", "retina_focal.tools.cli", "ablate"]
     command += [*arguments, "--base", str(base), "--output", str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, **pipes, **kwargs)
 
@@ -310,7 +310,7 @@ def submit(base, tmp_path, monkeypatch) -> Callable[..., list[str]]:
     """Runs a row through submitit, whose jobs have this environment; the rows that have results."""
     pytest.importorskip("submitit", reason="submitit is not installed: make setup")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
 
     def run(*arguments: str) -> list[str]:
         output = tmp_path / "out"

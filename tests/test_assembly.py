@@ -295,7 +295,7 @@ def test_amp_without_a_gpu_is_refused_with_what_to_type(kind, num_micro_batches,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ACCUMULATE_STEPS": 3}, "S is 3, but a process has 4 images a step.*a divisor of 4"),
+        ({"ACCUMULATE_STEPS": 3}, "S is 3, but a process has 4 images per step.*a divisor of 4"),
         ({"ALPHA_FROM_DATA": True}, "ALPHA_FROM_DATA weighs by numbers of the whole batch"),
     ],
 )

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import ROOT
+from test_train import PYTHONPATH
 
 from retina_focal.tools import cli
 
@@ -60,7 +60,7 @@ def done(data, tmp_path_factory) -> tuple[Path, dict[str, str], dict[str, str]]:
     pytest.importorskip("timm", reason="timm is not installed: make setup")
     folder = tmp_path_factory.mktemp("commands")
     environment = {name: x for name, x in os.environ.items() if name != "PYTHONWARNINGS"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     (folder / "in_turn.py").write_text(IN_TURN)  # which the processes of a run import
     commands = []
     for name, arguments in COMMANDS.items():

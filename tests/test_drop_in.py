@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -19,6 +18,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.analysis import FlopCountAnalysis, parameter_count
 from detectron2.utils.events import EventStorage
+from test_train import PYTHONPATH
 
 from retina_focal import box_tower, drawing
 
@@ -88,7 +88,7 @@ trainer.train()
 assert "bbox" in trainer._last_eval_results
 """
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "script.py"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,

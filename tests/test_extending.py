@@ -13,7 +13,7 @@ import torch
 from conftest import pictures
 from detectron2.structures import Boxes
 from test_processes import needs_cpu_processes
-from test_train import ROOT, SMALL, metrics
+from test_train import PYTHONPATH, ROOT, SMALL, metrics
 
 from retina_focal import CLS_LOSS_REGISTRY
 
@@ -65,11 +65,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run_python(folder: Path, *arguments: str) -> str:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-    }
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     command = [sys.executable, "-W", "ignore", *arguments]
     result = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, env=environment, check=False

@@ -160,7 +160,9 @@ def test_config_names_the_numbers():
     assert found == (0.1, 7, 0.6, 9) and p.num_classes == 80
 
 
-def test_a_score_equal_to_the_threshold_does_not_pass():
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["CPU", "as on a device"])
+def test_a_score_equal_to_the_threshold_does_not_pass(on_cpu, monkeypatch):
+    monkeypatch.setattr(postprocess, "_may_read", lambda x: on_cpu)
     anchors = [Boxes(torch.tensor([[0.0, 0.0, 10.0, 10.0]]))]
     logits = torch.tensor([0.0, 0.5, -1.0]).view(1, 3, 1, 1)  # sigmoid(0) is 0.5 exactly
     (result,) = postprocessor(score_thresh=0.5)(

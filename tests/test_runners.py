@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_exports import BOXES, METADATA, SCORES, made_onnx, onnx_bytes
+from made_exports import BOXES, CLASSES, METADATA, SCORES, made_onnx, onnx_bytes
 
 from retina_focal.errors import UserError
 from retina_focal.export.runners import exported_file, open_exported, open_session
@@ -47,15 +47,16 @@ def test_detections_are_in_pixels_of_the_picture_without_unused_rows(tmp_path, d
 
 
 @pytest.mark.parametrize(
-    ("changes", "kept"),
+    ("changes", "classes", "kept"),
     [
-        ({}, [0.9, 0.7]),
-        ({"nms_thresh": 0.99}, [0.9, 0.8, 0.7]),
-        ({"detections_per_image": 1}, [0.9]),
+        ({}, CLASSES, [0.9, 0.7]),
+        ({"nms_thresh": 0.99}, CLASSES, [0.9, 0.8, 0.7]),
+        ({"nms_thresh": 0.99}, [0, -1, 1, -1], [0.9, 0.7]),
+        ({"detections_per_image": 1}, CLASSES, [0.9]),
     ],
 )
-def test_candidates_are_suppressed_here(tmp_path, changes, kept):
-    made_onnx(tmp_path, metadata={**METADATA, "nms": "outside", **changes})
+def test_candidates_are_suppressed_here(tmp_path, changes, classes, kept):
+    made_onnx(tmp_path, metadata={**METADATA, "nms": "outside", **changes}, classes=classes)
     (found,) = open_exported(tmp_path)([{"image": torch.zeros(3, 100, 100)}])
     torch.testing.assert_close(found["instances"].scores, torch.tensor(kept))
 

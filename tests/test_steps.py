@@ -110,9 +110,13 @@ def test_mixed_precision_scales_outside_autocast_and_updates_the_scale_after_eac
     forward = model.forward
     model.forward = lambda *args: calls.append(f"forward in {inside}") or forward(*args)
     monkeypatch.setattr(torch, "autocast", autocast)
+    recorder = Recorder()
+    trainer.register_hooks([recorder])
     trainer.train(0, 2)
     micro_batch = ["forward in [torch.float16]", "backward outside autocast"]
     assert calls == 2 * [*micro_batch, *micro_batch, "step", "update"]
+    assert recorder.seen[0::2] == 2 * [("after_backward", True)]
+    assert all(losses["total_loss"] > 0 for _, losses in recorder.seen[1::2])
     for name, weight in trained(batch, 1).items():
         torch.testing.assert_close(model.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
 
@@ -147,7 +151,7 @@ def step_cfg(**keys: object) -> CfgNode:
     [
         (
             {"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS": 3},
-            r"ACCUMULATE_STEPS is 3, but a process has 4 images a step.*to a divisor of 4",
+            r"ACCUMULATE_STEPS is 3, but a process has 4 images per step.*to a divisor of 4",
         ),
         ({"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS": 0}, "ACCUMULATE_STEPS is 0"),
         ({"MODEL.META_ARCHITECTURE": "RetinaNet"}, "RetinaNet cannot count its positives"),
@@ -165,5 +169,5 @@ def test_a_process_splits_its_own_part_of_the_batch(monkeypatch):
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     assert training_steps(step_cfg(), tiny_model()).keywords["num_micro_batches"] == 2
     cfg = step_cfg(**{"MODEL.RETINA_FOCAL.ACCUMULATE_STEPS": 4})
-    with pytest.raises(UserError, match=r"a process has 2 images a step \(4 for 2 processes\)"):
+    with pytest.raises(UserError, match=r"a process has 2 images per step \(4 for 2 processes\)"):
         training_steps(cfg, tiny_model())

@@ -16,6 +16,8 @@ from retina_focal.tools import cli, quick_start, train
 from retina_focal.training.assembly import Trainer
 
 ROOT = Path(__file__).parent.parent
+# For a process of its own: this package and the detectron2 that this process has.
+PYTHONPATH = os.pathsep.join([str(ROOT), *sys.path])
 SMALL = """
     MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.DEPTH 18
     MODEL.RESNETS.RES2_OUT_CHANNELS 64 MODEL.RESNETS.NORM BN MODEL.FPN.OUT_CHANNELS 16
@@ -37,12 +39,7 @@ def train_command(
         "DATASETS.TRAIN", "('rectangles',)", "DATASETS.TEST", "('rectangles',)",
         "OUTPUT_DIR", str(output), *SMALL, *opts,
     ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-    }
-    return command, environment
+    return command, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
 
 
 def run_python(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:

@@ -181,7 +181,7 @@ def schedule_settings(
         )
     most = math.ceil(MOST_EPOCHS * found.num_pictures / pace.batch)
     fits = f"{minutes:g} min, less {pace.start:.0f} s of start and {evaluation:.0f} s of evaluation"
-    fits += f", at {pace.step_at(mean):.2g} s a step measured here"
+    fits += f", at {pace.step_at(mean):.2g} s per step, measured here"
     if steps > max(most, enough_steps(found, pace.batch)):
         steps = max(most, enough_steps(found, pace.batch))
         fits = f"{MOST_EPOCHS} epochs; the minutes would give more, which nothing is learned from"

@@ -57,7 +57,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--classes",
         type=_names,
         metavar="NAMES",
-        help="of the scores, in their order: with commas between them, or a file with one a line",
+        help="of the scores, in their order: with commas between them, or a file with one per line",
     )
     parser.add_argument(
         "--batch-norm-eps",

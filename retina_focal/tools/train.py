@@ -22,7 +22,7 @@ from retina_focal.data.uri import with_whole_rows
 from retina_focal.errors import UserError
 from retina_focal.tools.arguments import add_dataset_argument
 from retina_focal.tools.common import command, read_cfg, set_up
-from retina_focal.training.assembly import evaluate, fit, plain_values
+from retina_focal.training.assembly import evaluate, fit
 from retina_focal.training.checkpoint_files import checkpoints_of
 from retina_focal.training.launchers import World, is_restarted, may_restart, world_of
 from retina_focal.training.peers import joined
@@ -34,6 +34,7 @@ from retina_focal.training.processes import (
 from retina_focal.training.run_lock import sole_run
 from retina_focal.training.signals import ended_at_once, handled_signals
 from retina_focal.training.spawning import start
+from retina_focal.training.values import plain_values
 
 EPILOG = """
 Examples:
@@ -46,6 +47,8 @@ Examples:
                      DATASETS.TRAIN "('mine',)"
   LazyConfig:      %(prog)s --config-file cfg.py train.max_iter=1000
 """
+
+logger = logging.getLogger(__name__)
 
 
 @command
@@ -161,11 +164,19 @@ def run(
 
 
 def _check_folder(folder: str) -> None:
-    """Refuse to begin where torchrun, starting this run again, would go on with another."""
+    """Say that another run is there; refuse where torchrun, starting again, would go on with it."""
     if may_restart(os.environ) and checkpoints_of(folder):
         raise UserError(
             f"torchrun would start this run again from its last checkpoint, but '{folder}' holds "
             "those of another run; go on with that (--resume), or name another OUTPUT_DIR"
+        )
+    found = checkpoints_of(folder)
+    if found and comm.is_main_process():
+        logger.warning(
+            "'%s' holds checkpoints of another run (%s): until this one has saved its first, "
+            "--resume would go on with them; to keep runs apart name another OUTPUT_DIR",
+            folder,
+            found[0].name,
         )
 
 

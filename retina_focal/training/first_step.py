@@ -20,10 +20,11 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from retina_focal.criterion import Criterion, level_targets
+from retina_focal.criterion import Criterion
 from retina_focal.dense_sum import dense_loss_sum
 from retina_focal.head import prior_bias
 from retina_focal.retinanet import FocalRetinaNet
+from retina_focal.targets import level_targets
 from retina_focal.training.first_batches import blank_pictures, unreached_boxes, warn_unreached
 
 # Pretrained backbones came within 3% of the closed form. Group norm over 256 channels, which

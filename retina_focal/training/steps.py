@@ -152,7 +152,7 @@ def _check_micro_batches(cfg: CfgNode, model: nn.Module, num_micro_batches: int)
     images, reason = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), None
     if num_micro_batches < 1 or images % num_micro_batches:
         reason = (
-            f"a process has {images} images a step ({cfg.SOLVER.IMS_PER_BATCH} for "
+            f"a process has {images} images per step ({cfg.SOLVER.IMS_PER_BATCH} for "
             f"{comm.get_world_size()} processes); set it to a divisor of {images}"
         )
     elif not isinstance(model, FocalRetinaNet):

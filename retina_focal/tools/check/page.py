@@ -107,7 +107,7 @@ def _pictures(finding: Finding, dataset: Inspected) -> Iterator[dict]:
 
 
 def _thumbnail(path: str, box: object) -> Image.Image:
-    """At most SIDE px a side; `box`: XYWH in px, drawn with what is around it."""
+    """At most SIDE px per side; `box`: XYWH in px, drawn with what is around it."""
     with Image.open(path) as image:
         if not _is_box(box):
             image.draft("RGB", (SIDE, SIDE))
