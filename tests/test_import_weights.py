@@ -101,7 +101,7 @@ def settle(model: RetinaNet, paths: list[Path]) -> None:
     outputs = model.head(list(model.backbone(images).values()))
     cls, box = model.head.classification_head.cls_logits, model.head.regression_head.bbox_reg
     spread(cls.weight, cls.bias, [outputs["cls_logits"]], std=1.0, mean=-5.5)
-    spread(box.weight, box.bias, [outputs["bbox_regression"]], std=0.1, mean=0.0)
+    spread(box.weight, box.bias, [outputs["bbox_regression"]], std=0.05, mean=0.0)
     box.bias[0::4] += 0.5  # to the right: some out of the picture
 
 
