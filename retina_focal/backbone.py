@@ -150,6 +150,10 @@ class TimmBackbone(Backbone):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(N, C, H, W) images to {"res3": (N, C3, H / 8, W / 8), "res4": ..., "res5": ...}."""
+        if torch.compiler.is_compiling():
+            # A graph for any size can't ask how its images lie in memory.
+            features = self.body(images)
+            return {name: features[index] for name, index in self._outputs.items()}
         channels_last = images.is_contiguous(memory_format=torch.channels_last)
         outside = torch.channels_last if channels_last else torch.contiguous_format
         # Depthwise convolutions train twice as fast in it on a CPU; the pyramid's dense ones don't.

@@ -96,8 +96,8 @@ def browser(profile: Path) -> Iterator[Page]:
         CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
         "--disable-background-networking", f"--user-data-dir={profile}", "about:blank",
     ]  # fmt: skip
-    # It reads from 3 and writes to 4.
-    moved = ["sh", "-c", f'exec "$@" 3<&{to_read} 4>&{from_write}', "sh", *command]
+    # It reads from 3 and writes to 4; sh may know no descriptor of two digits.
+    moved = ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{from_write}', "bash", *command]
     process = subprocess.Popen(
         moved, pass_fds=(to_read, from_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -124,7 +124,10 @@ def test_boxes_that_fit_less_are_worse_in_every_draw(files, tmp_path, capsys):
         ({"bbox": [1, 2, 3]}, r"record \[2\]: bbox is \[1, 2, 3\]; expected"),
         ({"bbox": [1, 2, -3, 4]}, "of at least 0"),
         ({"bbox": [1, 2, 3, math.nan]}, "bbox is .*nan"),
+        ({"bbox": [1, 2, 3, 10**400]}, "bbox is .*000"),
         ({"score": None}, "score is None"),
+        ({"score": 1e300}, "score is 1e[+]300; expected a number from 0 to 1"),
+        ({"score": -0.1}, "score is -0.1; expected"),
     ],
 )
 def test_a_record_that_is_wrong_is_named(files, record, words):

@@ -27,6 +27,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from retina_focal.errors import UserError
 from retina_focal.evaluation.inputs import find_inputs
 from retina_focal.evaluation.prediction import Predictor
+from retina_focal.export.metadata import Metadata
 from retina_focal.tools.common import load_cfg
 from retina_focal.tools.import_weights import main
 from retina_focal.tools.runs import Run, open_run, run_model
@@ -101,6 +102,7 @@ def settle(model: RetinaNet, paths: list[Path]) -> None:
     cls, box = model.head.classification_head.cls_logits, model.head.regression_head.bbox_reg
     spread(cls.weight, cls.bias, [outputs["cls_logits"]], std=1.0, mean=-5.5)
     spread(box.weight, box.bias, [outputs["bbox_regression"]], std=0.1, mean=0.0)
+    box.bias[0::4] += 0.5  # to the right: some out of the picture
 
 
 def detect_torchvision(model: RetinaNet, path: Path, dtype: torch.dtype) -> Detections:
@@ -160,6 +162,8 @@ def test_torchvision_detects_the_same(tmp_path, pictures, version):
     for dtype, tolerance in TOLERANCE.items():
         expected = [detect_torchvision(model, path, dtype) for path in pictures]
         assert min(map(len, expected)) > 30
+        empty = [box for found in expected for _, _, box in found if is_empty(box)]
+        assert version == 1 or empty
         for ours, theirs in zip(detect(run, pictures, dtype), expected, strict=True):
             assert_equal(ours, theirs, *tolerance)
 
@@ -175,10 +179,22 @@ def test_mmdetection_detects_the_same(tmp_path, pictures):
     torch.save({"meta": {"CLASSES": tuple(names)}, "state_dict": model.state}, tmp_path / "mm.pth")
     run = import_file(tmp_path / "mm.pth", "--opts", *SIZES)
     assert list(run.classes) == names
+    assert_same_logits_of_p7(model, run)
     for path, found in zip(pictures, detect(run, pictures), strict=True):
         expected = model.detect(rgb(path), SHORTEST, LONGEST)
         assert len(expected) > 50
         assert_equal(found, expected, *TOLERANCE[torch.float32])
+
+
+def assert_same_logits_of_p7(model: Mmdetection, run: Run) -> None:
+    """Few detections come from it; those of another P7 may be the same."""
+    images = torch.randn(1, 3, 128, 256, generator=torch.Generator().manual_seed(0))
+    ours = run_model(run).eval()
+    with torch.no_grad():
+        features = ours.backbone(images)
+        found = ours.head([features[x] for x in ours.head_in_features])[0][-1]
+    by_ratio = model.network(images)[0][-1].unflatten(1, (3, 3, -1))
+    torch.testing.assert_close(found, by_ratio.transpose(1, 2).flatten(1, 3), rtol=1e-3, atol=1e-3)
 
 
 def test_detectron_detects_the_same(tmp_path, pictures, capsys):
@@ -205,6 +221,10 @@ def network_size(image: np.ndarray, rounding: Callable[[float], int]) -> tuple[i
     height, width = image.shape[:2]
     scale = min(SHORTEST / min(height, width), LONGEST / max(height, width))
     return rounding(height * scale), rounding(width * scale)
+
+
+def is_empty(box: np.ndarray) -> bool:
+    return bool((box[2:] <= box[:2]).any())
 
 
 def is_strip(box: np.ndarray) -> bool:
@@ -453,3 +473,15 @@ def test_torchvisions_own_networks_detect_the_same_on_bccd(tmp_path, build, trai
         assert min(map(len, expected)) > 0
         for ours, theirs in zip(detect(run, paths, dtype), expected, strict=True):
             assert_equal(ours, theirs, *tolerance)
+
+
+def test_an_export_refuses_what_its_files_can_not_do(tmp_path, small_state):
+    torch.save(small_state, tmp_path / "tv.pth")
+    torch.save({"state_dict": Mmdetection(2).state, "meta": {}}, tmp_path / "mm.pth")
+    for name, words in (
+        ("tv", "TorchvisionAnchorGenerator, whose steps"),
+        ("mm", r"TEST\.RESIZE is mmdetection, which exported files don't know; .* --opts MODEL"),
+    ):
+        run = import_file(tmp_path / f"{name}.pth")
+        with pytest.raises(UserError, match=words):
+            Metadata.of_run(run.cfg, run.classes, run.weights)

@@ -5,9 +5,11 @@ import io
 import json
 import os
 import re
+import time
 
 import numpy as np
 import pytest
+from detectron2.data.detection_utils import read_image
 from PIL import Image
 from test_sources import CLASSES, scene_of, write_coco, write_voc
 
@@ -263,3 +265,24 @@ def test_three_bits_that_differ_are_near_whichever_quarter_is_the_same(same):
     assert near_pairs(np.stack((thumb, other))).tolist() == [[0, 1]]
     other[2 * same, 8] = other[2 * same, 7] - 1
     assert near_pairs(np.stack((thumb, other))).tolist() == []
+
+
+@pytest.mark.slow
+def test_a_check_takes_a_third_of_the_time_of_decoding_one_by_one(tmp_path):
+    """On two cores and more. `pytest -s -m slow tests/test_inspection.py` prints the seconds."""
+    boxes, names = [("WBC", (1, 2, 300, 400))], [f"{i}.jpg" for i in range(300)]
+    uri = write_coco(tmp_path, [(name, (1280, 960), boxes) for name in names])
+    noise = np.random.default_rng(0).normal(0, 8, (960, 1280, 3)).astype(np.float32)
+    for i, name in enumerate(names):
+        pixels = np.asarray(smooth(i, (1280, 960)), np.float32) + noise  # as of a camera
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / "images" / name)
+    ratios = []
+    for _ in range(3):  # one after the other, as machines are not even
+        start = time.perf_counter()
+        assert inspect(uri).picture_counts == {"usable": len(names)}
+        middle = time.perf_counter()
+        for name in names:
+            read_image(str(tmp_path / "images" / name), "BGR")
+        ratios.append((time.perf_counter() - middle) / (middle - start))
+        print(f"check {middle - start:.2f} s, one by one {time.perf_counter() - middle:.2f} s")
+    assert sorted(ratios)[1] >= 3

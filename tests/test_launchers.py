@@ -1,13 +1,18 @@
 """Which launcher started a process, and which contradictions are refused."""
 
 import argparse
+import os
+import signal
+from multiprocessing import resource_tracker
 
 import pytest
 from test_train import train_command
 
 from retina_focal.errors import UserError
 from retina_focal.tools import train
+from retina_focal.training import spawning
 from retina_focal.training.launchers import World, first_host, is_restarted, world_of
+from retina_focal.training.signals import SIGNALS
 
 TORCHRUN = {
     "RANK": "5",
@@ -156,3 +161,30 @@ def test_a_contradiction_is_refused_before_anything_is_written(data, tmp_path, m
     with pytest.raises(SystemExit, match="torchrun started 8 processes"):
         train.main(command[1:])
     assert not (tmp_path / "run").exists()
+
+
+def test_the_first_process_that_starts_does_not_unblock_the_signals(monkeypatch):
+    """Python starts its tracker of resources before the first child, and then unblocks two."""
+    seen = []
+
+    def started(*_, **__):
+        resource_tracker.ensure_running()
+        seen.extend(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        raise InterruptedError
+
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    monkeypatch.setattr(spawning, "start_processes", started)
+    monkeypatch.setattr(resource_tracker, "ensure_running", lambda: tracker.ensure_running())
+    tracker = resource_tracker.ResourceTracker()
+    options = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
+    try:
+        with pytest.raises(InterruptedError):
+            spawning.start(print, argparse.Namespace(**options), 9)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        os.close(tracker._fd)  # which ends its process
+        os.waitpid(tracker._pid, 0)
+    assert set(SIGNALS) <= set(seen)

@@ -41,7 +41,8 @@ def test_files_of_detectron2_and_name_matching_load(tmp_path):
     (tmp_path / "caffe2.pkl").write_bytes(pickle.dumps(caffe2))
     for name in ("ours.pth", "plain.pth?matching_heuristics=True", "zoo.pkl", "caffe2.pkl"):
         assert torch.equal(loaded(f"{tmp_path}/{name}"), WEIGHT), name
-    assert not torch.equal(loaded(f"{tmp_path}/plain.pth"), WEIGHT)
+    with pytest.raises(UserError, match=r"matched by their ends: FILE[?]matching_heuristics=True"):
+        loaded(f"{tmp_path}/plain.pth")
 
 
 def test_nothing_is_loaded_from_nothing():
@@ -122,6 +123,14 @@ def test_a_fault_while_loading_keeps_its_type(monkeypatch, tmp_path):
 def test_weights_that_are_no_floating_point_numbers_are_refused(kind, tmp_path):
     torch.save({"model": {"stem.conv1.weight": WEIGHT.to(kind)}}, tmp_path / "model.pth")
     with pytest.raises(UserError, match=f"'stem.conv1.weight' as {kind}, expected floating"):
+        loaded(str(tmp_path / "model.pth"))
+
+
+@pytest.mark.parametrize("name", ["stem.conv1.weight", "module.other.weight"])
+def test_a_file_of_which_nothing_fits_is_refused(name, tmp_path):
+    torch.save({"model": {name: WEIGHT[:1, :, :1]}}, tmp_path / "model.pth")
+    words = rf"none of the weights fit.* '{name}', and the model 'stem.conv1.w"
+    with pytest.raises(UserError, match=words):
         loaded(str(tmp_path / "model.pth"))
 
 

@@ -146,6 +146,10 @@ def test_who_is_missing_is_said_in_time(name, words, ends):
 def test_a_lost_loader_worker_is_said_in_words_and_a_fault_is_not():
     killed = "DataLoader worker (pid 7) is killed by signal: Killed. \nmore"
     assert "killed by signal: Killed. Out of memory?" in in_words(RuntimeError(killed))
+    full = "Caught RuntimeError in worker 0.\nunable to allocate shared memory(shm) for file </x>"
+    bus = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+    for text in (full, f"{bus}dataloader's workers are out of shared memory."):
+        assert "--shm-size" in in_words(RuntimeError(text))
     slow = "DataLoader timed out after 600 seconds"
     assert "TRAIN.TIMEOUT" in in_words(RuntimeError(slow))
     assert in_words(UserError("words")) == "words"

@@ -225,5 +225,5 @@ def test_as_many_files_may_be_open_as_a_loader_needs(soft, hard, num_workers, se
 
 def test_too_few_open_files_are_said_before_the_first_batch(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (32, 143))
-    with pytest.raises(UserError, match=r"allows a process 143 open .* 4 workers .* ulimit -n 144"):
+    with pytest.raises(UserError, match=r"allows a process 143 open .* 4 workers .*ulimit -n 144"):
         allow_open_files(loader_cfg(4))

@@ -1,17 +1,21 @@
 """What a run writes about itself, and what a refused command leaves of it."""
 
 import io
+import os
+from argparse import Namespace
 from contextlib import redirect_stdout
 from types import SimpleNamespace
 
 import pytest
-from detectron2.config import LazyConfig
+from detectron2.config import CfgNode, LazyConfig
 from test_train import train_command
 
 from retina_focal.config import config_path
-from retina_focal.tools.train import parse_args, run
+from retina_focal.errors import UserError
+from retina_focal.tools.train import _check_folder, parse_args, run
+from retina_focal.training.metrics import MetricsWriter
 from retina_focal.training.resume import saved_seed
-from retina_focal.training.run_files import SavedConfig, seed_of_config
+from retina_focal.training.run_files import SavedConfig, open_log, seed_of_config
 from retina_focal.training.steps import StepTrainer
 
 ARCHITECTURE = ["MODEL.RETINANET.NUM_CONVS", "2"]
@@ -125,3 +129,22 @@ def test_a_drawn_seed_survives_a_kill_before_the_first_checkpoint(data, tmp_path
     assert drawn is not None
     run_here(data, tmp_path, "--resume", opts=opts)
     assert seed_of_config(str(tmp_path)) == drawn
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "log.txt", "metrics.json/", "log.txt/"])
+def test_a_file_of_a_run_that_is_no_regular_file_is_refused_and_not_waited_for(name, tmp_path):
+    path = tmp_path / name
+    path.mkdir() if name.endswith("/") else os.mkfifo(path)
+    with pytest.raises(UserError, match=f"{path}' is a"):
+        if "metrics" in name:
+            MetricsWriter(str(path))
+        else:
+            values = CfgNode({"OUTPUT_DIR": str(tmp_path)})
+            open_log(values, Namespace(config_file="", eval_only=False))
+
+
+def test_a_new_run_in_the_folder_of_another_says_so(ran, tmp_path, caplog):
+    _check_folder(str(tmp_path))
+    assert not caplog.text
+    _check_folder(str(ran))
+    assert "holds checkpoints of another run (model_final.pth): until this one" in caplog.text

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_exports import BOXES, METADATA, SCORES, made_onnx, onnx_bytes
+from made_exports import BOXES, CLASSES, METADATA, SCORES, made_onnx, onnx_bytes
 
 from retina_focal.errors import UserError
 from retina_focal.export.runners import exported_file, open_exported, open_session
 from retina_focal.tools import evaluate, predict
+from retina_focal.tools.runs import open_run
 
 
 def with_input(dtype: str) -> dict:
@@ -46,15 +47,16 @@ def test_detections_are_in_pixels_of_the_picture_without_unused_rows(tmp_path, d
 
 
 @pytest.mark.parametrize(
-    ("changes", "kept"),
+    ("changes", "classes", "kept"),
     [
-        ({}, [0.9, 0.7]),
-        ({"nms_thresh": 0.99}, [0.9, 0.8, 0.7]),
-        ({"detections_per_image": 1}, [0.9]),
+        ({}, CLASSES, [0.9, 0.7]),
+        ({"nms_thresh": 0.99}, CLASSES, [0.9, 0.8, 0.7]),
+        ({"nms_thresh": 0.99}, [0, -1, 1, -1], [0.9, 0.7]),
+        ({"detections_per_image": 1}, CLASSES, [0.9]),
     ],
 )
-def test_candidates_are_suppressed_here(tmp_path, changes, kept):
-    made_onnx(tmp_path, metadata={**METADATA, "nms": "outside", **changes})
+def test_candidates_are_suppressed_here(tmp_path, changes, classes, kept):
+    made_onnx(tmp_path, metadata={**METADATA, "nms": "outside", **changes}, classes=classes)
     (found,) = open_exported(tmp_path)([{"image": torch.zeros(3, 100, 100)}])
     torch.testing.assert_close(found["instances"].scores, torch.tensor(kept))
 
@@ -87,6 +89,10 @@ def of(**changes) -> bytes:
         (lambda: onnx_bytes(metadata="{"), "metadata"),
         (lambda: onnx_bytes(metadata="[]"), "metadata"),
         (lambda: of(version=2), "version"),
+        (lambda: of(nms_thresh="high"), "wrong metadata .nms_thresh is 'high'"),
+        (lambda: of(resize=800), "wrong metadata .resize is 800"),
+        (lambda: of(classes=None), "wrong metadata"),
+        (lambda: of(precision="int4"), "wrong metadata .precision is 'int4'"),
         (lambda: of(input={"format": "BGR", "dtype": "uint8"}), "takes .*float.* says uint8"),
         (lambda: onnx_bytes(classes=[0, 0, 2, -1]), "a class 2 but its metadata names 2 classes"),
     ],
@@ -199,3 +205,22 @@ def test_an_exported_file_predicts_pictures(tmp_path, data, capsys):
     assert "1 pictures, 2 boxes (red 1, blue 1)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"gives detections above a score of 0\.05 alone"):
         predict.main([*argv, "--threshold", "0.01"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"resize": {"kind": "shortest_edge", "min": 800}}, "resizes by .*expected shortest_edge"),
+        ({"resize": {"kind": "round"}}, "resizes by .*expected shortest_edge"),
+        ({"operating_points": {"red": 0.5}}, "operating points that can't be used"),
+    ],
+)
+def test_metadata_that_an_evaluation_cannot_use_is_named(tmp_path, data, changes, words):
+    made_onnx(tmp_path, metadata={**METADATA, **changes})
+    with pytest.raises(SystemExit, match=words):
+        evaluate.main([str(tmp_path), "--data", str(data / "a.json"), "--draws", "3"])
+
+
+def test_pictures_that_the_file_does_not_resize_stay_as_they_are(tmp_path):
+    made_onnx(tmp_path, metadata={**METADATA, "resize": {"kind": "none"}})
+    assert open_run(tmp_path).cfg.INPUT.MIN_SIZE_TEST == 0

@@ -13,7 +13,7 @@ from retina_focal.data.registration import register_coco_json
 from retina_focal.errors import UserError
 from retina_focal.training.assembly import Trainer
 from retina_focal.training.checkpoint_files import read_checkpoint, write_checkpoint
-from retina_focal.training.checkpoints import expect_classes_of_run
+from retina_focal.training.checkpoints import RunCheckpointer, expect_classes_of_run
 from retina_focal.training.resume import saved_seed
 
 KEYS = {"SOLVER.MAX_ITER": 4, "SOLVER.STEPS": (2,), "MODEL.RETINA_FOCAL.TRAIN.BEST": "bbox/AP"}
@@ -128,6 +128,20 @@ def test_what_a_run_saves_is_accepted(content, run, tmp_path):
     assert read_checkpoint(path, run.optimizer)["iteration"] == 3
     for saved in Path(run.cfg.OUTPUT_DIR).glob("model_*.pth"):
         read_checkpoint(saved, run.optimizer)
+
+
+@pytest.mark.parametrize("changes", [{"trainer": ABSENT}, hook("ExactResume", buffers=ABSENT)])
+def test_weights_that_no_run_can_go_on_from_can_be_evaluated(changes, content, run, tmp_path):
+    path = tmp_path / "model_final.pth"
+    write_checkpoint(path, altered(content, changes))
+    assert read_checkpoint(path)["model"].keys() == content["model"].keys()
+    checkpointer = RunCheckpointer(run.model, str(tmp_path))
+    assert checkpointer.resume_or_load("")["classes"] == ["red", "blue"]
+    with pytest.raises(UserError, match="a run can't go on from"):
+        read_checkpoint(path, run.optimizer)
+    write_checkpoint(path, altered(content, {"classes": 5}))
+    with pytest.raises(UserError, match="can't be used: its classes is 5"):
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize("changes", [{"trainer": 5}, {"classes": 5}, momentum(torch.zeros(7))])

@@ -1,7 +1,6 @@
 """Ground truth and detections of a dataset as arrays, in the order that COCO's AP counts them."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,11 +116,13 @@ def _fault(result: object, images: set, categories: set) -> str:
         return f"bbox is {box!r}; expected [x, y, width, height] in pixels"
     if min(box[2:]) < 0:
         return f"bbox is {box!r}; expected a width and a height of at least 0"
-    return "" if _is_finite(result["score"]) else f"score is {result['score']!r}"
+    score = result["score"]
+    is_score = _is_finite(score) and 0 <= score <= 1
+    return "" if is_score else f"score is {score!r}; expected a number from 0 to 1"
 
 
 def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e18  # False for NaN
 
 
 def rank_among_equals(key: np.ndarray) -> np.ndarray:

@@ -26,6 +26,17 @@ CHOICES = {
     "precision": ("fp32", "bf16", "int8"),
 }
 
+KINDS = {
+    "resize": dict,
+    "score_thresh": (int, float),
+    "nms_thresh": (int, float),
+    "class_agnostic_nms": bool,
+    "topk_candidates": int,
+    "detections_per_image": int,
+    "operating_points": (dict, type(None)),
+    "calibration": (dict, type(None)),
+}
+
 
 @dataclass(frozen=True)
 class Metadata:
@@ -66,7 +77,10 @@ class Metadata:
             classes: K names, in the order of the model's scores.
             weights: the checkpoint.
             points: of these weights, where there are any.
+        Raises:
+            UserError: the config is of imported weights that detect in another way.
         """
+        _expect_own_ways(cfg)
         node, edges = cfg.MODEL.RETINANET, cfg.INPUT
         resize = {"kind": "shortest_edge", "min": edges.MIN_SIZE_TEST, "max": edges.MAX_SIZE_TEST}
         return cls(
@@ -117,11 +131,33 @@ class Metadata:
             for key, choices in CHOICES.items():
                 if getattr(metadata, key) not in choices:
                     raise ValueError(f"{key} is {getattr(metadata, key)!r}")
+            for key, kind in KINDS.items():
+                if not isinstance(getattr(metadata, key), kind):
+                    raise ValueError(f"{key} is {getattr(metadata, key)!r}")
             return metadata
         except UserError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(f"'{source}' has wrong metadata ({error}); {AGAIN}") from error
+
+
+def _expect_own_ways(cfg: CfgNode) -> None:
+    """Refuse (UserError) what imported weights can ask for and exported files can't do."""
+    name = cfg.MODEL.ANCHOR_GENERATOR.NAME
+    if name == "TorchvisionAnchorGenerator":
+        raise UserError(
+            f"MODEL.ANCHOR_GENERATOR.NAME is {name}, whose steps from anchor to anchor depend on "
+            "the picture: no file is written of it; fine-tune the model with OctaveAnchorGenerator"
+        )
+    test = retina_focal_node(cfg).TEST
+    ways = {"RESIZE": "detectron2", "CLIP_BEFORE_NMS": False, "KEEP_EMPTY_BOXES": False}
+    for key, known in ways.items():
+        if test[key] != known:
+            raise UserError(
+                f"MODEL.RETINA_FOCAL.TEST.{key} is {test[key]}, which exported files don't know; "
+                "to write one whose detections are a little others, add: --opts "
+                + " ".join(f"MODEL.RETINA_FOCAL.TEST.{x} {y}" for x, y in ways.items())
+            )
 
 
 def _thresholds(points: OperatingPoints) -> dict[str, float | None]:

@@ -102,7 +102,7 @@ class ExportedNetwork(nn.Module):
             scores: (N, D), falling.
             classes: (N, D) int64. A row that is not used has box 0, score 0 and class -1.
         """
-        images = image.permute(0, 3, 1, 2).float() if self.uint8 else image
+        images = image.permute(0, 3, 1, 2).float().contiguous() if self.uint8 else image
         logits, deltas = self._maps(self._padded(images, sizes))
         found, limits = self._candidates(logits, deltas), _limits(images, sizes)
         passing = found.scores > self.postprocessor.score_thresh

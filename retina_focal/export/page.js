@@ -70,13 +70,13 @@ function resample(pixels, from, to, lines, along, across, newAlong, newAcross) {
 
 /** RGB of (height, width) resized as Pillow does with BILINEAR: exactly, unlike a canvas. */
 function resize(rgb, width, height, newWidth, newHeight) {
-  if (newWidth !== width) {
-    rgb = resample(rgb, width, newWidth, height, 3, width * 3, 3, newWidth * 3);
-  }
-  if (newHeight !== height) {
-    rgb = resample(rgb, height, newHeight, newWidth, newWidth * 3, 3, newWidth * 3, 3);
-  }
-  return rgb;
+  const across = (pixels, rows) => newWidth === width ? pixels
+    : resample(pixels, width, newWidth, rows, 3, width * 3, 3, newWidth * 3);
+  const down = (pixels, columns) => newHeight === height ? pixels
+    : resample(pixels, height, newHeight, columns, columns * 3, 3, columns * 3, 3);
+  // Each pass rounds, so their order counts: it is that of Pillow 13.
+  const isDownFirst = height - newHeight > Math.max(0, 2 * (width - newWidth));
+  return isDownFirst ? across(down(rgb, width), newHeight) : down(across(rgb, height), newWidth);
 }
 
 /** The pixels of a picture file, turned by its EXIF orientation, its colours as they are stored. */
@@ -226,7 +226,10 @@ function take(file) {
 
 byId("about").textContent = `${metadata.classes.join(", ")}; ${metadata.producer}`;
 byId("score").addEventListener("input", draw);
-byId("file").addEventListener("change", event => take(event.target.files[0]));
+byId("file").addEventListener("change", event => {
+  take(event.target.files[0]);
+  event.target.value = "";  // so that the same file can be chosen again
+});
 addEventListener("dragover", event => event.preventDefault());
 addEventListener("drop", event => {
   event.preventDefault();

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from retina_focal.errors import UserError
-from retina_focal.export.metadata import KEY, Metadata
+from retina_focal.export.metadata import AGAIN, KEY, Metadata
 from retina_focal.files import check_regular
 
-AGAIN = "export the run again: retina-focal export RUN --output DIR"
 OUTPUTS = ("boxes", "scores", "classes")
 IR_VERSIONS = (10, 11)  # of OpenVINO's .xml
 METADATA_BYTES = 10**7  # more is no metadata

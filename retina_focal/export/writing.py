@@ -65,7 +65,9 @@ def export(
             _write_openvino(model, metadata, folder, calibration)
         else:
             WRITERS[format](model, metadata, path)
-        rows = prove(open_exported(path), model, pictures)
+        exported = open_exported(path)
+        exported.label = str(output / path.name)
+        rows = prove(exported, model, pictures)
         if format == "onnx":
             write_runtime(folder)
     return output / path.name, rows

@@ -23,7 +23,7 @@ from retina_focal.errors import UserError
 from retina_focal.evaluation import operating_points
 from retina_focal.evaluation.operating_points import OperatingPoints
 from retina_focal.evaluation.tta import with_tta
-from retina_focal.export.metadata import Metadata
+from retina_focal.export.metadata import AGAIN, Metadata
 from retina_focal.export.runners import ExportedModel, exported_file, open_exported
 from retina_focal.safe_yaml import read_text
 from retina_focal.tools.common import load_cfg
@@ -172,7 +172,12 @@ def points_of(run: Run) -> OperatingPoints | None:
         for name, threshold in metadata.operating_points.items()
     }
     about = {"dataset": "the exported file", "weights": run.weights.name}
-    return operating_points.parse({**about, "classes": classes})
+    try:
+        return operating_points.parse({**about, "classes": classes})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"'{run.weights}' has operating points that can't be used ({error}); {AGAIN}"
+        ) from error
 
 
 def exported_cfg(
@@ -185,8 +190,8 @@ def exported_cfg(
     """
     fixed = {
         "MODEL.RETINANET.NUM_CLASSES": len(metadata.classes),
-        "MODEL.RETINANET.NMS_THRESH_TEST": metadata.nms_thresh,
-        "MODEL.RETINANET.SCORE_THRESH_TEST": metadata.score_thresh,
+        "MODEL.RETINANET.NMS_THRESH_TEST": float(metadata.nms_thresh),
+        "MODEL.RETINANET.SCORE_THRESH_TEST": float(metadata.score_thresh),
         "MODEL.RETINANET.TOPK_CANDIDATES_TEST": metadata.topk_candidates,
         "MODEL.RETINA_FOCAL.TEST.CLASS_AGNOSTIC_NMS": metadata.class_agnostic_nms,
         "TEST.DETECTIONS_PER_IMAGE": metadata.detections_per_image,
@@ -217,12 +222,13 @@ def _test_sizes(metadata: Metadata) -> dict[str, int]:
     resize = metadata.resize
     if resize.get("kind") == "none":
         return {"INPUT.MIN_SIZE_TEST": 0}
-    if resize.get("kind") != "shortest_edge":
+    sides = [resize.get(x) for x in ("min", "max")]
+    if resize.get("kind") != "shortest_edge" or not all(type(x) is int and x > 0 for x in sides):
         raise UserError(
-            f"the exported file resizes by {resize.get('kind')!r}; expected shortest_edge or none: "
-            "upgrade retina_focal"
+            f"the exported file resizes by {resize}; expected shortest_edge with min and max in "
+            f"pixels, or none: upgrade retina_focal, or {AGAIN}"
         )
-    return {"INPUT.MIN_SIZE_TEST": resize["min"], "INPUT.MAX_SIZE_TEST": resize["max"]}
+    return dict(zip(("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST"), sides, strict=True))
 
 
 def _open_exported(file: Path, opts: Sequence[str]) -> Run:

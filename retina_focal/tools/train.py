@@ -48,6 +48,8 @@ Examples:
   LazyConfig:      %(prog)s --config-file cfg.py train.max_iter=1000
 """
 
+logger = logging.getLogger(__name__)
+
 
 @command
 def main(argv: list[str] | None = None) -> None:
@@ -162,11 +164,19 @@ def run(
 
 
 def _check_folder(folder: str) -> None:
-    """Refuse to begin where torchrun, starting this run again, would go on with another."""
+    """Say that another run is there; refuse where torchrun, starting again, would go on with it."""
     if may_restart(os.environ) and checkpoints_of(folder):
         raise UserError(
             f"torchrun would start this run again from its last checkpoint, but '{folder}' holds "
             "those of another run; go on with that (--resume), or name another OUTPUT_DIR"
+        )
+    found = checkpoints_of(folder)
+    if found and comm.is_main_process():
+        logger.warning(
+            "'%s' holds checkpoints of another run (%s): until this one has saved its first, "
+            "--resume would go on with them; to keep runs apart name another OUTPUT_DIR",
+            folder,
+            found[0].name,
         )
 
 

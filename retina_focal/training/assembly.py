@@ -259,8 +259,7 @@ class Trainer(DefaultTrainer):
             return None
         cfg = self.cfg.clone()
         cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0  # few images
-        retina_focal_node(cfg).TRAIN.CACHE_IMAGES = False
+        cfg.DATALOADER.NUM_WORKERS, retina_focal_node(cfg).TRAIN.CACHE_IMAGES = 0, False  # for few
         loader, num_iter = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
         return hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter)
 
@@ -295,7 +294,6 @@ def evaluate(cfg: CfgNode | DictConfig, resume: bool) -> dict:
 
 
 def _expect_results(values: CfgNode, results: dict) -> None:
-    expected = values.TEST.EXPECTED_RESULTS
-    if expected:
+    if expected := values.TEST.EXPECTED_RESULTS:
         is_main = comm.is_main_process()  # no other has results
         raised_in_all(unexpected_results(expected, results) if is_main else None)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from retina_focal.errors import UserError
 from retina_focal.files import whole_file, write_error
-from retina_focal.training.saved_state import check_state, tensors_of
+from retina_focal.training.saved_state import check_labels, check_state, tensors_of
 from retina_focal.weights.formats import read_weights
 
 TAG = "last_checkpoint"
@@ -125,16 +125,19 @@ def peek(path: Path) -> Mapping:
 
 
 def read_checkpoint(path: Path, optimizer: Optimizer | None = None) -> dict:
-    """A checkpoint that is whole, whose tensors are finite and that a run can go on from.
+    """A checkpoint that is whole and whose tensors are finite.
 
     Args:
-        optimizer: of that run; None: it is to be evaluated.
+        optimizer: of a run that must be able to go on from it; None: it is to be evaluated.
     Raises:
         UserError: it is not; the file is named, and why.
     """
     _check_content(path)
     content = read_weights(path, "it is no checkpoint of a run")
-    check_state(path, content, optimizer)
+    if optimizer is None:
+        check_labels(path, content)
+    else:
+        check_state(path, content, optimizer)
     wrong = not_finite(content)
     if wrong:
         raise UserError(f"'{path}' is not finite: {wrong}")

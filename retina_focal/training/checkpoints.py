@@ -154,8 +154,11 @@ class RunCheckpointer(Checkpointer):
         for path in paths:
             try:
                 content = read_checkpoint(path)
+                if optimizer is not None:
+                    check_state(path, content)
                 self._expect_same_run(path, content, optimizer)
-                check_state(path, content, optimizer)
+                if optimizer is not None:
+                    check_state(path, content, optimizer)
                 self._read = {str(path): content}
                 return str(path)
             except AnotherRun:

@@ -10,6 +10,8 @@ from pathlib import Path
 from detectron2.engine import hooks
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 
+from retina_focal.files import check_regular
+
 logger = logging.getLogger(__name__)
 
 
@@ -66,6 +68,12 @@ class EventsWriter(TensorboardXWriter):
 
 class MetricsWriter(JSONWriter):
     """Writes the lines in order, where a `JSONWriter` goes by the names of its scalars."""
+
+    def __init__(self, path: str):
+        """Raises UserError where `path` is a FIFO, a device or a folder."""
+        if os.path.lexists(path):
+            check_regular(path)
+        super().__init__(path)
 
     def write(self) -> None:
         latest = get_event_storage().latest_with_smoothing_hint(self._window_size)

@@ -22,6 +22,8 @@ from retina_focal.training.meeting import Meeting, keys_of
 from retina_focal.training.signals import STOPS
 
 LOST = "it was killed (out of memory?) or stopped, or its machine or the link to it is lost"
+# What torch says of a full /dev/shm; a write to it that has no room is a bus error.
+NO_SHARED_MEMORY = ("unable to allocate shared memory", "out of shared memory")
 # What torch says when another process is the reason; other errors of collectives are faults.
 LOST_PEER = ("gloo", "NCCL", "ncclRemoteError", "Connection closed by peer", "Connection reset")
 
@@ -158,6 +160,11 @@ def in_words(error: BaseException) -> str | None:
     text = str(error)
     if is_lost_peer(error):
         return text
+    if isinstance(error, RuntimeError) and any(x in text for x in NO_SHARED_MEMORY):
+        return (
+            "the data loader's workers pass batches through /dev/shm, which is full (docker run "
+            "--shm-size 8g); or load without them: DATALOADER.NUM_WORKERS 0"
+        )
     if type(error) is RuntimeError and text.startswith("DataLoader "):
         if "timed out" in text:
             return f"{text} (MODEL.RETINA_FOCAL.TRAIN.TIMEOUT); is the disk or network stuck?"

@@ -18,7 +18,7 @@ from yaml.nodes import MappingNode, Node
 
 from retina_focal.config import flatten
 from retina_focal.errors import UserError
-from retina_focal.files import write_error, write_whole
+from retina_focal.files import check_regular, write_error, write_whole
 from retina_focal.safe_yaml import read_text
 from retina_focal.training.values import plain_values
 
@@ -37,10 +37,12 @@ def open_log(cfg: CfgNode | DictConfig, args: Namespace) -> None:
     Args:
         args: of the command; with `config_file` and `eval_only`.
     Raises:
-        UserError: the output folder can't be written to.
+        UserError: the output folder can't be written to, or its log is no regular file.
     """
     values, rank = plain_values(cfg), comm.get_rank()
     path = Path(values.OUTPUT_DIR, "log.txt")
+    if path.exists():
+        check_regular(path)  # of a FIFO the log would wait for a reader
     try:
         for name in ("fvcore", "detectron2", "retina_focal"):
             logger = setup_logger(values.OUTPUT_DIR, rank, name=name)

@@ -31,10 +31,21 @@ def check_state(path: object, content: Mapping, optimizer: Optimizer | None = No
     Raises:
         UserError: something is missing, of another type, or outside its range.
     """
+    check_labels(path, content)
     try:
         _check(content, optimizer)
     except (_Fault, RecursionError) as fault:
         raise UserError(f"a run can't go on from '{path}': {fault}") from fault
+
+
+def check_labels(path: object, content: Mapping) -> None:
+    """Look through what an evaluation reads of a checkpoint beside "model"; see `check_state`."""
+    try:
+        for name, (fits, wanted) in LABELS.items():
+            if name in content:
+                _expect(content, "", name, fits, wanted)
+    except _Fault as fault:
+        raise UserError(f"'{path}' can't be used: {fault}") from fault
 
 
 def tensors_of(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -47,12 +58,6 @@ def tensors_of(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _check(content: Mapping, optimizer: Optimizer | None) -> None:
-    if "classes" in content:
-        _expect(content, "", "classes", _list_of(_is_text), "a list of names")
-    if "raw_model" in content:
-        _expect(content, "", "raw_model", _is_dict_of(str, Tensor), "names and tensors")
-    if "iteration" in content:
-        _expect(content, "", "iteration", _is_count, "a number of iterations")
     if "trainer" not in content:
         if optimizer is not None:
             raise _Fault("it holds weights alone; to start from them: MODEL.WEIGHTS FILE")
@@ -193,6 +198,11 @@ def _is_between(low: float, high: float) -> Callable[[object], bool]:
     return lambda value: _is_number(value) and low < value < high
 
 
+LABELS = {
+    "classes": (_list_of(_is_text), "a list of names"),
+    "raw_model": (_is_dict_of(str, Tensor), "names and tensors"),
+    "iteration": (_is_count, "a number of iterations"),
+}
 COUNT = (_is_count, "a number from 0 on")
 LAST = (_is_count_or_none, "an iteration, or -1")
 OPTIONAL = ("seen", "images")  # of a loader of ours

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from urllib.parse import urlsplit
 
 from torch.multiprocessing import (
@@ -51,6 +52,8 @@ def start(main: Callable, args: argparse.Namespace, timeout: float) -> None:
             if child.is_alive():  # what still starts has nothing to finish
                 os.kill(child.pid, signum if ready[i] else signal.SIGKILL)
 
+    # Python starts it with the first child otherwise, and then unblocks the signals.
+    resource_tracker.ensure_running()
     # Blocked in the children until they can handle them, and here until there are children.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     for signum in SIGNALS:

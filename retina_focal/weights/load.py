@@ -70,7 +70,16 @@ class Checkpointer(DetectionCheckpointer):
                         f"the weights have '{name}' as {kind}, expected floating point numbers; "
                         f"{OTHER_FILE}"
                     )
-        return super()._load_model(checkpoint)
+        theirs = next(iter(checkpoint["model"]), "nothing")
+        incompatible = super()._load_model(checkpoint)
+        names = [name for name, _ in self.model.named_parameters()]
+        if names and set(names) <= set(incompatible.missing_keys):
+            raise UserError(
+                f"none of the weights fit the config's model: they have '{theirs}', and the model "
+                f"'{names[0]}'; {OTHER_FILE}, or let names be matched by their ends: "
+                "FILE?matching_heuristics=True"
+            )
+        return incompatible
 
     def _remedy(self, path: str) -> str:
         if self.save_dir and self.has_checkpoint() and path == self.get_checkpoint_file():

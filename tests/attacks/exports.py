@@ -5,7 +5,7 @@
 Each format is written once into OUTPUT/<run>/<format> (what is there is used again), evaluated by
 the code of `retina-focal evaluate`, and printed as a row of a Markdown table. A detection of the
 eager model with a score above 0.2 is found again where the export has one of the same class with an
-IoU of at least 0.5, each used once.
+IoU of at least 0.5, each used once. The eager model computes in fp32, whatever its config says.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from retina_focal.export.metadata import Metadata
 from retina_focal.export.onnx_format import write_onnx
 from retina_focal.export.openvino_format import quantize, to_openvino
 from retina_focal.export.torch_formats import write_torch_export, write_torchscript
+from retina_focal.tools.common import ignore_deprecations
 from retina_focal.tools.export.pictures import calibration_images
 from retina_focal.tools.runs import Run, detections, open_run, run_model, use_data
 
@@ -38,10 +39,11 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--formats", default="onnx,fp32,bf16,int8,pt2,torchscript")
     args = parser.parse_args()
+    ignore_deprecations()
     torch.set_num_threads(1)
     print("| run | format | AP | AP - eager | found again | seconds |\n|---|---|--:|--:|--:|--:|")
     for name in args.runs:
-        run = open_run(name)
+        run = open_run(name, opts=["MODEL.RETINA_FOCAL.PRECISION", "fp32"])
         folder = args.output / Path(name).name
         data = use_data(run, run.cfg.DATASETS.TEST[0])
         eager = found_by(run, data, folder / "eager.json")

@@ -183,8 +183,7 @@ def decide(
         pace = measured_pace(sized, val_records, shorter, batch, machine)
         print(
             f"{pace.step:.3g} s per step of {pace.batch} pictures at {shorter} px, "
-            f"{pace.picture:.3g} s per evaluated picture, {pace.save:.2g} s per checkpoint, "
-            f"{pace.start:.0f} s of start",
+            f"{pace.picture:.3g} s per evaluated picture, {pace.start:.0f} s of start",
             flush=True,
         )
         affordable = affordable_shorter(found, pace, minutes)

@@ -30,7 +30,7 @@ Where the config of a RUN names MODEL.RETINA_FOCAL.DATA.VAL, the operating point
 of each class are chosen on that dataset and written beside the weights, for `predict`.
 
 Examples:
-  %(prog)s output/bccd --opts MODEL.RETINA_FOCAL.DATA.VAL bccd_val
+  %(prog)s output/bccd
   %(prog)s output/bccd --data 'voc:photos?split=test' --rule precision=0.9 --output output/measured
   %(prog)s output/onnx --data bccd_test
   %(prog)s results.json --data test.json --json
