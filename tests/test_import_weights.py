@@ -290,6 +290,22 @@ def test_what_nothing_explains_or_is_missing_is_refused(tmp_path, small_state, k
     assert not (tmp_path / "out").exists()
 
 
+def test_what_would_change_or_break_the_network_is_refused(tmp_path, small_state):
+    path, name = tmp_path / "weights.pth", "head.classification_head.cls_logits.bias"
+    for value, message in [
+        (torch.nan, "is not finite"),
+        (1j, "is of torch.complex64"),
+        (1, "is of torch.int64"),
+    ]:
+        torch.save({**small_state, name: torch.full((small_state[name].shape[0],), value)}, path)
+        with pytest.raises(SystemExit, match=f"{name} {message}"):
+            main([str(path), "--output", str(tmp_path / "out")])
+    torch.save({}, path)
+    with pytest.raises(SystemExit, match="holds no tensor"):
+        main([str(path), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def small_state() -> dict[str, Tensor]:
     """Of torchvision's names with 91 rows a cell, each numbered by its anchor and its row."""

@@ -208,7 +208,7 @@ def test_scores_are_raw_unless_a_flag_says_otherwise(tmp_path):
     other = detector_of(tmp_path, rows, {"threshold": None})
     assert len(other(white).scores) == 4  # 0.3, where nothing was chosen
     for flags, change, message in [
-        ({"calibrated": True}, {}, "has calibration None, not"),
+        ({"calibrated": True}, {}, r"not \['dict'\]; evaluate the run, then export it again"),
         ({"calibrated": True}, {"calibration": {"red": {}}}, "'scores'"),
         ({"threshold": None}, {"operating_points": {"red": "x"}}, "could not convert"),
         ({"threshold": None}, {"scores": "calibrated"}, "has scores 'calibrated', not"),
@@ -224,6 +224,8 @@ def test_a_bad_picture_is_named_and_the_others_are_done(folder):
     first, second = done.stderr.splitlines()
     assert first.startswith("detector.py: 'broken.jpg' can't be used: ")
     assert second == "detector.py: 'gone.jpg' can't be used: there is no such file"
+    assert run(folder, "picture.jpg").stdout.startswith("picture.jpg: ([")
+    assert run(folder, "picture.jpg", "--threshold", "1").stdout == "picture.jpg: nothing found\n"
 
 
 def test_without_a_model_one_line_says_so(folder):

@@ -1,7 +1,4 @@
-"""Finds objects in pictures with an exported model; needs onnxruntime and Pillow, not torch.
-
-boxes, scores, classes, names = Detector("model.onnx")("picture.jpg")  # by falling score
-"""
+"""Finds objects in pictures with an exported model; needs onnxruntime and Pillow, not torch."""
 
 import argparse
 import json
@@ -24,8 +21,8 @@ Detections = namedtuple("Detections", "boxes scores classes names")
 
 
 class Detector:
-    """An exported model. `threshold` is the least score, None that of each class which `evaluate`
-    chose; `calibrated` then turns scores into probabilities. ValueError: a file can't be used."""
+    """Detector("model.onnx")("picture.jpg"); ValueError: what can't be used. `threshold`: the least
+    score, None: that of each class which `evaluate` chose; `calibrated`: as probabilities."""
 
     def __init__(self, path: str | Path, threshold: float | None = 0.0, calibrated: bool = False):
         options = onnxruntime.SessionOptions()
@@ -39,7 +36,9 @@ class Detector:
             needs |= {"calibration": [dict]} if calibrated else {}
             for key, known in (METADATA | needs).items():
                 if (x := about.get(key)) not in known and type(x) not in known:
-                    raise ValueError(f"its metadata has {key} {x!r}, not {known}; export it again")
+                    names, again = [getattr(x, "__name__", x) for x in known], "export it again"
+                    again = "evaluate the run, then " * (key in needs) + again
+                    raise ValueError(f"its metadata has {key} {x!r}, not {names}; {again}")
             points, maps = about["operating_points"] or {}, about["calibration"] or {}
             low = [points.get(x, 0.3) if threshold is None else threshold for x in about["classes"]]
             self.least = np.array(low, dtype=float)  # NaN for None, which nothing reaches
@@ -65,8 +64,8 @@ class Detector:
             found = [x[0][output[2][0] >= 0] for x in output]
             kept = slice(None) if self.about["nms"] == "inside" else self.nms(*found)
             boxes, scores, classes = (x[kept] for x in found)
-            size = np.tile(np.float32(image.size), 2)
-            boxes = (boxes * (size / np.tile(np.float32(sides), 2))).clip(0, size)
+            size, sides = (np.tile(np.float32(x), 2) for x in (image.size, sides))
+            boxes = (boxes * (size / sides)).clip(0, size)
             kept = (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & (scores >= self.least[classes])
             names = [self.about["classes"][x] for x in classes[kept]]
             maps = [self.maps.get(x, ((0, 1), (0, 1))) for x in names]
@@ -78,8 +77,8 @@ class Detector:
         left, kept = np.argsort(-scores, kind="stable"), []
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
         while len(left) and len(kept) < self.about["detections_per_image"]:
-            first, left = left[0], left[1:]
-            kept.append(first)
+            kept.append(first := left[0])
+            left = left[1:]
             low, high = np.maximum(boxes[first], boxes[left]), np.minimum(boxes[first], boxes[left])
             both = (high[:, 2:] - low[:, :2]).clip(0).prod(axis=1)
             iou = both / np.maximum(areas[first] + areas[left] - both, 1e-9)
@@ -91,9 +90,9 @@ class Detector:
 @contextmanager
 def using(file: object):
     """One ValueError with the file's name for all that onnxruntime and Pillow may raise."""
-    name = f"'{file}'" if isinstance(file, str | Path) else f"the {type(file).__name__}"
+    name = repr(str(file)) if isinstance(file, str | Path) else f"the {type(file).__name__}"
     try:
-        if name[0] == "'" and not Path(file).is_file():
+        if name[0] != "t" and not Path(file).is_file():
             raise ValueError("there is no such file")
         yield
     except Exception as error:
@@ -113,7 +112,8 @@ if __name__ == "__main__":
         try:
             detector = detector or Detector(args.model, args.threshold, args.calibrated)
             found = {k: np.asarray(x).tolist() for k, x in detector(picture)._asdict().items()}
-            text = "\n".join(str(x) for x in zip(*found.values(), strict=True))
+            rows = [f"{picture}: {x}" for x in zip(*found.values(), strict=True)]
+            text = "\n".join(rows or [f"{picture}: nothing found"])
             print(json.dumps({"picture": picture, **found}) if args.json else text)
         except ValueError as error:
             bad[f"detector.py: {error}"] = True

@@ -77,7 +77,7 @@ def read_import(
     if layout is None:
         raise UserError(_unknown(path, tensors))
     mapping = map_names(layout, tensors, path)
-    model = {ours: _tensor(tensors[name]) for ours, name in mapping.names.items()}
+    model = {ours: _tensor(path, name, tensors[name]) for ours, name in mapping.names.items()}
     found = Imported(path, layout, model, dict(layout.settings), None, sha256_of(path))
     _note_names(found, mapping.unused, checkpoint.get("momentum", []))
     _complete(found.model)
@@ -126,6 +126,8 @@ def check_network(found: Imported, network: nn.Module) -> None:
 
 
 def _unknown(path: str, tensors: Mapping[str, object]) -> str:
+    if not tensors:
+        return f"'{path}' holds no tensor; {REMEDY}"
     return (
         f"'{path}' holds {len(tensors)} tensors such as {listed(list(tensors)[:3])}, which are of "
         "no RetinaNet of detectron2, Detectron, torchvision or mmdetection, and no ResNet of "
@@ -139,9 +141,15 @@ def _without_prefix(tensors: Mapping[str, object]) -> dict[str, object]:
     return {name.removeprefix("module.") if is_wrapped else name: x for name, x in tensors.items()}
 
 
-def _tensor(value: Tensor | np.ndarray) -> Tensor:
+def _tensor(path: str, name: str, value: Tensor | np.ndarray) -> Tensor:
+    """In fp32; a UserError where that would not be what the file holds."""
     tensor = torch.as_tensor(value).detach().cpu()
-    return (tensor.float() if tensor.is_floating_point() else tensor).clone().contiguous()
+    is_count = name.endswith("num_batches_tracked")
+    if not (tensor.is_floating_point() or is_count):
+        raise UserError(f"'{path}': {name} is of {tensor.dtype}; expected floating point: {REMEDY}")
+    if not tensor.isfinite().all():
+        raise UserError(f"'{path}': {name} is not finite, so nothing can be detected: {REMEDY}")
+    return (tensor if is_count else tensor.float()).clone().contiguous()
 
 
 def _note_names(found: Imported, unused: dict[str, list[str]], momentum: list[str]) -> None:

@@ -137,7 +137,10 @@ class _Machine:
             raise TypeError("the name of an import is no text")
         name = Name(f"{module}.{name}")
         if name not in self.functions:
-            raise NotWeights(f"asks to import {name[:100]!r}, which is no part of weights")
+            raise NotWeights(
+                f"asks to import {name[:100]!r}, which is no part of weights (instead of a whole "
+                "model save its state_dict())"
+            )
         self.stack.append(name)
 
     def _call(self, function: object, arguments: object) -> object:
