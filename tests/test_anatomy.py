@@ -11,6 +11,7 @@ import torch
 from conftest import pictures, small_cfg
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from hypothesis import given
@@ -253,7 +254,7 @@ def test_its_loss_is_the_loss_of_training(cfg, model):
     for record in DatasetCatalog.get("to_dissect"):
         batch = anatomy.DatasetMapper(
             is_train=True,
-            augmentations=[anatomy.build_augmentation(cfg, False)[0]],
+            augmentations=[build_augmentation(cfg, False)[0]],
             image_format=cfg.INPUT.FORMAT,
         )(record)
         assert batch["image"].shape[1:] == SIZE
@@ -353,7 +354,8 @@ def test_a_crop_shows_the_anchor_in_its_middle_and_the_ground_truth_where_it_is(
         (["MODEL.RETINANET.NUM_CLASSES", "4"], "add: MODEL.RETINANET.NUM_CLASSES 3"),
         (["DATASETS.TEST", "()"], "names no dataset; add: DATASETS.TEST"),
         (["MODEL.WEIGHTS", "backbone.pth"], "holds no weights of the head"),
-        (["MODEL.WEIGHTS", "nan.pth"], "logits of p3 are not finite"),
+        (["MODEL.WEIGHTS", "nan.pth"], "nan.pth is not finite: 1 of its weights"),
+        (["MODEL.WEIGHTS", "large.pth"], "logits of p3 are not finite"),
         (["MODEL.RETINANET.IOU_LABELS", "(0, -1, 0)"], "no positive window in 4 images"),
     ],
 )
@@ -367,6 +369,9 @@ def test_what_cannot_be_dissected_is_refused_in_words(
     torch.save({"model": backbone}, "backbone.pth")
     state["head.cls_score.bias"] = torch.full_like(state["head.cls_score.bias"], math.nan)
     torch.save({"model": state}, "nan.pth")
+    state["head.cls_score.bias"] = torch.full_like(state["head.cls_score.bias"], 3e38)
+    state["head.cls_score.weight"] = torch.full_like(state["head.cls_score.weight"], 3e38)
+    torch.save({"model": state}, "large.pth")
     cfg.MODEL.RETINA_FOCAL.ASSIGNMENT = "paper"  # no low-quality matches
     with pytest.raises(SystemExit, match=message):
         anatomy.main(command(cfg, tmp_path, "MODEL.WEIGHTS", "w.pth", *change))

@@ -171,6 +171,9 @@ def test_the_slider_hides_boxes_and_a_broken_picture_is_named(folder, opened):
     status = "document.getElementById('status').textContent"
     assert opened.evaluate(status).startswith("1 of 3 boxes, found in ")
     assert look_at(opened, folder / "broken.jpg").startswith("broken.jpg can't be used: ")
+    opened.evaluate(f"{slide}(document.getElementById('score'))")
+    assert opened.evaluate(status).startswith("broken.jpg can't be used: ")
+    assert opened.evaluate("document.getElementById('found').hidden")
     assert "of 3 boxes" in look_at(opened, folder / "a.png")
 
 

@@ -198,6 +198,13 @@ function draw() {
   byId("status").textContent = `${shown.length} of ${state.found.length} boxes, found in ${state.seconds} s`;
 }
 
+/** Nothing of the picture before stays beside the message about this one. */
+function clear() {
+  Object.assign(state, { found: [], picture: null });
+  byId("canvas").width = byId("canvas").height = 0;
+  byId("found").hidden = true;
+}
+
 function say(text, isError = false) {
   byId("status").textContent = text;
   byId("status").classList.toggle("error", isError);
@@ -218,6 +225,7 @@ function take(file) {
       Object.assign(state, result, { seconds: ((performance.now() - start) / 1000).toFixed(1) });
       draw();
     } catch (error) {
+      clear();
       await say(`${file.name} can't be used: ${error.message}`, true);
     }
     state.number += 1;

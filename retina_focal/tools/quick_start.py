@@ -33,10 +33,10 @@ def main(argv: list[str]) -> None:
     prepare_weights()
     path = config_path(f"quick_start/{args.name}.yaml")
     settings = {"config_file": path, "opts": args.opts, "dataset": [], "eval_only": False}
-    args = argparse.Namespace(**settings, resume=True)
-    cfg = read_cfg(args)
+    run_args = argparse.Namespace(**settings, resume=True)
+    cfg = read_cfg(run_args)
     with sole_run(cfg.OUTPUT_DIR, math.inf, goes_on=True):
-        cfg = set_up(args, cfg)
+        cfg = set_up(run_args, cfg)
         start = time.perf_counter()
         trainer = fit(cfg, resume=True)
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
