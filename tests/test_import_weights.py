@@ -306,6 +306,21 @@ def test_what_would_change_or_break_the_network_is_refused(tmp_path, small_state
     assert not (tmp_path / "out").exists()
 
 
+def test_no_name_of_a_file_or_a_class_gets_into_the_config(tmp_path, small_state, capsys):
+    path = tmp_path / "w\nOUTPUT_DIR: evil\n.pth"
+    torch.save(small_state, path)
+    main([str(path), "--output", str(tmp_path / "out")])
+    assert "OUTPUT_DIR" not in yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    (tmp_path / "names.txt").write_bytes(b"\xff")
+    for names, message in (
+        ("a,b,a", "a is there more than once"),
+        (str(tmp_path / "names.txt"), "UTF-8"),
+    ):
+        with pytest.raises(SystemExit):
+            main([str(path), "--classes", names])
+        assert message in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def small_state() -> dict[str, Tensor]:
     """Of torchvision's names with 91 rows a cell, each numbered by its anchor and its row."""

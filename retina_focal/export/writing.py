@@ -14,11 +14,15 @@ from retina_focal.export.beside import write_runtime
 from retina_focal.export.metadata import Metadata
 from retina_focal.export.onnx_format import write_onnx
 from retina_focal.export.openvino_format import quantize, to_openvino
+from retina_focal.export.page import write_page
 from retina_focal.export.proof import Row, prove
 from retina_focal.export.runners import open_exported
 from retina_focal.export.torch_formats import write_torch_export, write_torchscript
+from retina_focal.export.triton_repository import write_triton_repository
 from retina_focal.files import write_error
 from retina_focal.retinanet import FocalRetinaNet
+
+PAGE, TRITON = "page.html", "triton"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ def export(
     output: Path,
     pictures: list[np.ndarray],
     calibration: Iterable[np.ndarray] = (),
+    page: bool = False,
+    triton: str | None = None,
 ) -> tuple[Path, list[Row]]:
     """Write an exported model into a folder, if it detects what the model does.
 
@@ -53,6 +59,8 @@ def export(
         output: the folder; what it holds of another export of this format is replaced.
         pictures: see `prove`.
         calibration: for int8; see `quantize`.
+        page: whether `PAGE` is written too; of onnx.
+        triton: name of the model in the repository `TRITON`, which is then written too; of onnx.
     Returns:
         The path of the model, and what was compared.
     Raises:
@@ -70,6 +78,10 @@ def export(
         rows = prove(exported, model, pictures)
         if format == "onnx":
             write_runtime(folder)
+        if page:
+            write_page(path, folder / PAGE)
+        if triton is not None:
+            write_triton_repository(path, folder / TRITON, triton)
     return output / path.name, rows
 
 
@@ -106,8 +118,10 @@ def whole_folder(output: Path) -> Iterator[Path]:
         raise write_error(output, error) from error
     try:
         yield folder
-        for file in sorted(folder.iterdir()):
-            os.replace(file, output / file.name)
+        for file in sorted(x for x in folder.rglob("*") if x.is_file()):
+            target = output / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
     except OSError as error:
         raise write_error(output, error) from error
     finally:

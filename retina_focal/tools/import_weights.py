@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from retina_focal.config import config_path, flatten, get_cfg
+from retina_focal.errors import UserError
 from retina_focal.files import whole_file
 from retina_focal.merging import merge_file
 from retina_focal.safe_yaml import read_text
@@ -73,8 +74,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def _names(text: str) -> list[str]:
     is_file = "," not in text and Path(text).is_file()
-    lines = read_text(text).splitlines() if is_file else text.split(",")
-    return [name.strip() for name in lines if name.strip()]
+    try:
+        lines = read_text(text).splitlines() if is_file else text.split(",")
+    except UserError as error:  # argparse would say of a ValueError no more than that it is one
+        raise argparse.ArgumentTypeError(str(error)) from error
+    names = [name.strip() for name in lines if name.strip()]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(repeated))} is there more than once")
+    return names
 
 
 def _network(cfg: CfgNode) -> nn.Module:
@@ -108,7 +115,8 @@ def _config_text(found: Imported, cfg: CfgNode) -> str:
             for name in nodes:
                 node = node.setdefault(name, {})
             node[leaf] = value
-    source = f"# Of '{Path(found.path).name}', {found.layout.name}, SHA-256 {found.sha256}.\n"
+    name = ascii(Path(found.path).name)  # no line break ends the comment
+    source = f"# Of {name}, {found.layout.name}, SHA-256 {found.sha256}.\n"
     text = yaml.safe_dump({"_BASE_": BASE, **tree}, sort_keys=False, allow_unicode=True)
     return source + text
 

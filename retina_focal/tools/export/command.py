@@ -11,10 +11,10 @@ from retina_focal.errors import UserError
 from retina_focal.evaluation import operating_points
 from retina_focal.evaluation.operating_points import OperatingPoints
 from retina_focal.export.metadata import Metadata
-from retina_focal.export.page import cached_package, write_page
+from retina_focal.export.page import cached_package
 from retina_focal.export.proof import table
-from retina_focal.export.triton_repository import check_name, write_triton_repository
-from retina_focal.export.writing import FORMATS, export
+from retina_focal.export.triton_repository import check_name
+from retina_focal.export.writing import FORMATS, PAGE, TRITON, export
 from retina_focal.tools.arguments import tool_parser
 from retina_focal.tools.common import command, expect_focal_retinanet
 from retina_focal.tools.export.pictures import calibration_images, proof_pictures
@@ -54,15 +54,20 @@ def main(argv: list[str]) -> None:
     if args.precision == "int8":
         calibration = calibration_images(run, args.calibration, args.uint8)
     model = run_model(run).cpu()
-    path, rows = export(model, metadata, args.format, args.output, pictures, calibration)
+    how = (args.format, args.output, pictures, calibration, args.page, args.triton)
+    try:
+        path, rows = export(model, metadata, *how)
+    except KeyboardInterrupt as error:
+        raise UserError("interrupted; nothing was written") from error
     print(f"{path} against the model, the greatest differences:\n\n{table(rows)}")
+    page, repository = args.output / PAGE, args.output / TRITON
     if args.page:
-        page = write_page(path, args.output / "page.html")
         print(f"{page}: {page.stat().st_size / 1e6:.0f} MB; open it in a browser")
     if args.triton is not None:
-        repository = args.output / "triton"
-        write_triton_repository(path, repository, args.triton)
         print(f"{repository}: tritonserver --model-repository={repository}")
+    for other, is_new in ((page, args.page), (repository, args.triton is not None)):
+        if other.exists() and not is_new:
+            logger.warning("%s is of an earlier export", other)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
