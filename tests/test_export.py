@@ -1,5 +1,7 @@
 """Exported files detect what the model detects, or are not written."""
 
+import os
+
 import cv2
 import numpy as np
 import onnx
@@ -16,6 +18,7 @@ from retina_focal.export.openvino_format import to_openvino
 from retina_focal.export.proof import TOLERANCES, differences, expect_contract, prove
 from retina_focal.export.runners import open_exported
 from retina_focal.export.torch_formats import write_torch_export, write_torchscript
+from retina_focal.export.writing import whole_folder
 from retina_focal.tools import export
 
 SIZES = [(64, 96), (37, 130), (1, 1)]
@@ -178,3 +181,15 @@ def test_flags_that_contradict_each_other_are_wrong_usage(run, tmp_path, capsys,
     with pytest.raises(SystemExit) as error:
         export.main([*arguments(run, tmp_path / "out"), *extra])
     assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_a_killed_export_left_is_removed_a_day_later(tmp_path):
+    old, new = tmp_path / ".writing-old", tmp_path / ".writing-new"
+    for folder in (old, new):
+        (folder / "triton").mkdir(parents=True)
+    os.utime(old, (0, 0))
+    with whole_folder(tmp_path) as folder:
+        (folder / "triton").mkdir()
+        (folder / "triton/a").write_text("a")
+    assert sorted(x.name for x in tmp_path.iterdir()) == [".writing-new", "triton"]
+    assert (tmp_path / "triton/a").read_text() == "a"

@@ -118,9 +118,11 @@ def test_a_file_that_can_not_be_used_gives_status_1_and_the_others_are_written(
     run, photos, tmp_path, capsys
 ):
     (photos / "a.png").write_bytes(b"no picture")
+    Image.new("RGB", (20_000, 1)).save(photos / "thread.png")
     with pytest.raises(SystemExit) as stop:
         main([str(x) for x in (run, photos, "--output", tmp_path / "out")])
-    assert "1 of the files could not be used" in stop.value.code and "a.png" in stop.value.code
+    assert "2 of the files could not be used" in stop.value.code and "a.png" in stop.value.code
+    assert "its 20000 x 1 pixels are 107 x 0 to the model" in capsys.readouterr().err
     assert {x["image_path"] for x in rows(tmp_path / "out")} == {str(photos / "day/b.png")}
 
 

@@ -1,9 +1,11 @@
 """Exported files run as the model they came from, and what is no such file is named."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from made_exports import BOXES, CLASSES, METADATA, SCORES, made_onnx, onnx_bytes
@@ -103,6 +105,22 @@ def test_a_file_that_is_no_export_of_ours_is_refused_in_words(tmp_path, content,
     with pytest.raises(UserError, match=words) as refused:
         open_exported(path)([{"image": torch.zeros(3, 32, 32)}])
     assert str(path) in str(refused.value) and "retina-focal export" in str(refused.value)
+
+
+def test_weights_in_another_file_are_not_read(tmp_path):
+    path = made_onnx(tmp_path)
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="w", size_threshold=0)
+    assert (tmp_path / "w").stat().st_size
+    with pytest.raises(UserError, match="is cut off or damaged"):
+        open_exported(path)
+
+
+def test_arrays_that_hold_no_boxes_are_named(tmp_path):
+    model = open_exported(made_onnx(tmp_path))
+    arrays = np.zeros((1, 1, 5)), np.ones((1, 1)), np.zeros((1, 1), int)
+    model.session = replace(model.session, run=lambda images: arrays)
+    with pytest.raises(UserError, match=r"gives arrays of \[\(1, 1, 5\), \(1, 1\), \(1, 1\)\]"):
+        model([{"image": torch.zeros(3, 32, 32)}])
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

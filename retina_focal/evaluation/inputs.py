@@ -127,10 +127,10 @@ def read_picture(path: Path, max_pixels: int) -> Image.Image:
             turn = TURNS.get(_orientation(file))
             return image if turn is None else image.transpose(turn)
     except BadPicture as error:
-        raise _bad(path, error.reason) from error
+        raise bad_picture(path, error.reason) from error
     except Exception as error:  # Pillow may raise anything
         reason = str(error).strip() or type(error).__name__
-        raise _bad(path, f"it can't be decoded: {reason}") from error
+        raise bad_picture(path, f"it can't be decoded: {reason}") from error
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -156,10 +156,11 @@ def read_frames(path: Path, every: int) -> Iterator[tuple[int, Image.Image]]:
                     yield number, Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
             number += 1
         if not number:
-            raise _bad(path, "OpenCV can read no frame of it")
+            raise bad_picture(path, "OpenCV can read no frame of it")
     finally:
         video.release()
 
 
-def _bad(path: Path, reason: str) -> BadPicture:
+def bad_picture(path: Path, reason: str) -> BadPicture:
+    """What `predict` says of a picture or a video."""
     return BadPicture(f"'{path}' can't be used: {reason}; {REMEDY}", str(path), reason=reason)

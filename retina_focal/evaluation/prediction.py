@@ -17,7 +17,7 @@ from retina_focal.config import check_choice, retina_focal_node
 from retina_focal.data.images import BadPicture
 from retina_focal.data.resizing import ResizeAs, resizing_of_test
 from retina_focal.evaluation.ahead import ahead
-from retina_focal.evaluation.inputs import Input, read_frames, read_picture
+from retina_focal.evaluation.inputs import Input, bad_picture, read_frames, read_picture
 from retina_focal.evaluation.tiles import Tile, merge_tiles, tiles_of
 from retina_focal.evaluation.tta import with_tta
 
@@ -138,16 +138,19 @@ class Predictor:
         picture = Prediction(source, frame, *image.size, tiles, preview)
         for tile in tiles:
             width, height = tile.size
-            tensor = self._resized(image, tile)
+            tensor = self._resized(image, tile, source)
             yield _View(picture, {"image": tensor, "height": height, "width": width})
 
-    def _resized(self, image: Image.Image, tile: Tile) -> Tensor:
+    def _resized(self, image: Image.Image, tile: Tile, source: Input) -> Tensor:
         """(3, H, W) of a tile, as the mapper of a test set resizes a picture."""
         size = width, height = tile.size
         others = [x for x in self.resizing if isinstance(x, ResizeAs)]
         if self.resizing and not others:  # at once, out of the whole picture
             shortest, longest = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
             size = ResizeShortestEdge.get_output_shape(height, width, shortest, longest)[::-1]
+        if min(size) < 1:
+            reason = f"its {width} x {height} pixels are {size[0]} x {size[1]} to the model"
+            raise bad_picture(source.path, reason)
         if size != image.size or any(tile.inner):
             image = image.resize(size, Image.Resampling.BILINEAR, box=tile.window)
         array = np.asarray(image)

@@ -127,6 +127,10 @@ class ExportedModel(nn.Module):
 
     def _detect(self, batch: list[dict]) -> list[dict[str, Instances]]:
         arrays = self.session(self._images([x["image"] for x in batch]))
+        found = [x.shape for x in arrays]
+        rows = (len(batch), found[0][1] if len(found[0]) == 3 else 0)
+        if found != [(*rows, 4), rows, rows]:
+            raise UserError(f"'{self.label}' gives arrays of {found}, no boxes, scores and classes")
         results = []
         for record, *rows in zip(batch, *map(torch.from_numpy, arrays), strict=True):
             size = tuple(record["image"].shape[1:])

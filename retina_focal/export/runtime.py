@@ -25,10 +25,10 @@ class Detector:
     score, None: that of each class which `evaluate` chose; `calibrated`: as probabilities."""
 
     def __init__(self, path: str | Path, threshold: float | None = 0.0, calibrated: bool = False):
-        options = onnxruntime.SessionOptions()
+        options, cpu = onnxruntime.SessionOptions(), ["CPUExecutionProvider"]
         options.log_severity_level = 4
         with using(path):
-            self.session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(Path(path).read_bytes(), options, cpu)
             text = self.session.get_modelmeta().custom_metadata_map.get("retina_focal", "{}")
             about = {"input": {}, "resize": {}, "min": 0, "max": 10**9, **json.loads(text)}
             self.about = about = {**about, **about["input"], **about["resize"]}
@@ -60,8 +60,8 @@ class Detector:
             rgb = np.asarray(image.convert("RGB").resize(sides, Image.Resampling.BILINEAR))[None]
             x = rgb[..., ::-1] if self.about["format"] == "BGR" else rgb
             x = x.transpose(0, 3, 1, 2).astype("f4") if self.about["dtype"] == "float32" else x
-            output = self.session.run(Detections._fields[:3], {"image": np.ascontiguousarray(x)})
-            found = [x[0][output[2][0] >= 0] for x in output]
+            found = self.session.run(Detections._fields[:3], {"image": np.ascontiguousarray(x)})
+            found = [x[0][found[2][0] >= 0] for x in found]
             kept = slice(None) if self.about["nms"] == "inside" else self.nms(*found)
             boxes, scores, classes = (x[kept] for x in found)
             size, sides = (np.tile(np.float32(x), 2) for x in (image.size, sides))

@@ -62,7 +62,9 @@ def open_onnx(path: Path, threads: int) -> Session:
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are raised
     try:
-        session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+        # Of bytes it can't read weights in another file, which a stranger's model might name.
+        model = path.read_bytes()
+        session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no other base in common
         raise UserError(_why_no_onnx(path, str(error), onnxruntime.__version__)) from error
     metadata = _metadata(path, session.get_modelmeta().custom_metadata_map.get(KEY))

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from retina_focal.files import write_error
 from retina_focal.retinanet import FocalRetinaNet
 
 PAGE, TRITON = "page.html", "triton"
+WRITING, OLD = ".writing-", 24 * 3600.0  # seconds: no export takes a day
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,10 @@ def whole_folder(output: Path) -> Iterator[Path]:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=output, prefix=".writing-"))
+        for left in output.glob(f"{WRITING}*"):  # by an export that was killed
+            if time.time() - left.stat().st_mtime > OLD:
+                shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=output, prefix=WRITING))
     except OSError as error:
         raise write_error(output, error) from error
     try:
