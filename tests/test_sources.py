@@ -408,6 +408,7 @@ HOSTILE = {
     "long text": (voc_xml("x" * 20_000, *SCENE[0][1:]), "<filename> has more than 10,000 letters"),
     "large": ("<annotation>" + " " * 10_000_001, "more than 10,000,000 bytes"),
     "no XML": ("not XML", "syntax error"),
+    "encoding": ("<?xml version='1.0' encoding='x-evil'?><annotation/>", "unknown encoding"),
     "another": ("<b/>", "<b> in place of <annotation>"),
 }
 

@@ -150,7 +150,7 @@ def add(item: Item, location: Location, reading: Reading) -> None:
         return
     try:
         found = _parse(item.content)
-    except (expat.ExpatError, UserError, ValueError) as error:
+    except (expat.ExpatError, LookupError, UserError, ValueError) as error:
         if item.in_split:
             text = "annotation files are not PASCAL VOC; expected <annotation> with <object>"
             reading.fault("file-unreadable", "error", text, f"{item.source}: {error}")
@@ -223,7 +223,7 @@ def _parse(content: bytes) -> dict:
     as text, and only what is there.
 
     Raises:
-        ExpatError, UserError, ValueError: it is no such XML.
+        ExpatError, LookupError (of an encoding), UserError, ValueError: it is no such XML.
     """
     found: dict = {"objects": []}
     path: list[str] = []
