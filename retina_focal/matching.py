@@ -132,9 +132,23 @@ def match_on_grid(grid: AnchorGrid, gt_boxes: Tensor, min_iou: float) -> Matches
     low = (is_best & (ious < min_iou)).nonzero().squeeze(1)
     if len(low):
         anchors = torch.cat(grid.levels)[anchor_idxs[low]]
-        exact = match_batch(anchors, gt_boxes, torch.tensor([len(gt_boxes)]))
-        ious[low], box_idxs[low] = exact.ious[0], exact.box_idxs[0]
+        ious[low], box_idxs[low] = _best_boxes(anchors, gt_boxes)
     return Matches(anchor_idxs, ious, box_idxs, is_best)
+
+
+def _best_boxes(anchors: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest IoU of each of a few anchors, (R, 4), with any box, and the first such box.
+
+    On a CPU three times as fast as `match_batch`, whose scattered maxima serve many images.
+    """
+    per_block = max(1, MAX_PAIRS // max(1, len(gt_boxes)))
+    boxes = gt_boxes.t()[:, :, None]
+    found = []
+    for block in anchors.split(per_block):
+        sides = block.t().contiguous()[:, None]
+        found.append(iou_of_pairs(sides[0::2], sides[1::2], boxes).max(0))
+    ious, box_idxs = map(torch.cat, zip(*found, strict=True))
+    return ious, box_idxs
 
 
 def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
