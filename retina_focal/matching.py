@@ -139,7 +139,7 @@ def match_on_grid(grid: AnchorGrid, gt_boxes: Tensor, min_iou: float) -> Matches
 def _best_boxes(anchors: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
     """The highest IoU of each of a few anchors, (R, 4), with any box, and the first such box.
 
-    On a CPU three times as fast as `match_batch`, whose scattered maxima serve many images.
+    Faster on a CPU than `match_batch`, whose scattered maxima serve many images.
     """
     per_block = max(1, MAX_PAIRS // max(1, len(gt_boxes)))
     boxes = gt_boxes.t()[:, :, None]

@@ -246,7 +246,7 @@ def test_bccd_is_measured_straight_from_its_folder(tmp_path, capsys):
     """Its labels as detections give 100; shrunk to an IoU of 0.72 they count at five of ten."""
     folder = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "bccd"
     if not (folder / "Annotations").is_dir():
-        pytest.skip("needs $DETECTRON2_DATASETS/bccd")
+        pytest.skip("no pictures of BCCD; put them under $DETECTRON2_DATASETS/bccd")
     uri = f"voc:{folder}?split=test"
     truth = json.loads(load(uri).json_file.read_bytes())["annotations"]
     path = tmp_path / "found.json"

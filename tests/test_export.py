@@ -45,7 +45,9 @@ def files(model, tmp_path_factory):
 @pytest.mark.parametrize("name", ["model.onnx", "model.pt2", "model.torchscript", "model.xml"])
 def test_an_exported_file_detects_what_the_model_does(model, files, name):
     if name == "model.xml":
-        pytest.importorskip("openvino")
+        pytest.importorskip(
+            "openvino", reason="OpenVINO is not installed: pip install '.[openvino]'"
+        )
         to_openvino(files / "model.onnx", files, "fp32", metadata_of(tiny_cfg(), files))
     exported, number = open_exported(files / name, threads=1), 0
     blank = model.pixel_mean.expand(3, 50, 70)

@@ -106,7 +106,7 @@ def test_flags_change_what_goes_in_and_out(model, tmp_path):
 def test_a_folded_copy_computes_the_same_without_norms(backbone, norm):
     torch.manual_seed(0)
     if backbone == "timm":
-        pytest.importorskip("timm")
+        pytest.importorskip("timm", reason="timm is not installed: make setup")
         own = TimmBackbone("tf_efficientnet_lite0", norm)
     else:
         cfg = small_cfg(norm=norm)

@@ -398,7 +398,7 @@ def test_backbones_compute_what_their_project_does(tmp_path, name, capsys):
     if name == "resnet18":
         theirs = resnet18(weights=None)
     else:
-        timm = pytest.importorskip("timm")
+        timm = pytest.importorskip("timm", reason="timm is not installed: make setup")
         theirs = timm.create_model(name, pretrained=False)
         options += ["MODEL.RETINA_FOCAL.TIMM.NAME", name]
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+# For the processes that are forked for each mutation: detectron2 is imported once.
 import detectron2.engine
 import detectron2.modeling  # noqa: F401
 import pytest
