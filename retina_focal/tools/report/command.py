@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
         **origin("report", argv, run.cfg.MODEL.DEVICE),
         "run": args.run,
         "weights": run.weights.name,
+        "val": retina_focal_node(run.cfg).DATA.VAL,
         **_measured(run, data, args.worst),
         **_of_training(run, args, data),
     }
