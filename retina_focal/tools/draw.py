@@ -20,6 +20,6 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     check_output(args.output)
     cfg = load_cfg(args.config_file, args.opts, args.dataset)
-    use_datasets(cfg, cfg.DATASETS.TEST[:1])
+    use_datasets(cfg, cfg.DATASETS.TEST[:1], measured=False)
     draw_detections(cfg, load_model(cfg), args.output, args.num_images, args.score_thresh)
     print(f"detections beside ground truth: {args.output}")
