@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -29,9 +30,11 @@ from retina_focal.safe_yaml import read_text
 from retina_focal.tools.common import load_cfg
 from retina_focal.training.checkpoint_files import (
     checkpoints_of,
+    is_of_another_run,
     is_regular,
     peek,
     read_checkpoint,
+    run_of,
 )
 from retina_focal.training.checkpoints import BEST
 from retina_focal.training.measure import yaml_test_loader
@@ -65,8 +68,8 @@ def open_run(
 
     Args:
         folder: of a run: its config.yaml, and its model_best.pth, else its model_final.pth, else
-            its newest checkpoint; one that is not whole is skipped, with a line. Or an exported
-            file, or the folder of one.
+            its newest checkpoint; one that is not whole is skipped, with a line, and those of an
+            earlier run come last. Or an exported file, or the folder of one.
         config_file: in place of the folder's; as of `train`.
         opts: KEY VALUE pairs; MODEL.WEIGHTS among them takes the place of the folder's weights.
     Raises:
@@ -101,7 +104,9 @@ def weights_of(folder: Path) -> Path:
         UserError: there is none.
     """
     first = [x for x in (folder / name for name in FIRST) if is_regular(x)]
-    for path in first + [x for x in checkpoints_of(folder) if x not in first]:
+    paths, run = first + [x for x in checkpoints_of(folder) if x not in first], run_of(folder)
+    own = (x for x in paths if not is_of_another_run(x, run))
+    for path in chain(own, (x for x in paths if is_of_another_run(x, run))):
         try:
             read_checkpoint(path)
             return path
