@@ -274,6 +274,16 @@ def test_a_picture_in_place_of_the_annotations_is_refused(row):
         register_coco_json(*row)
 
 
+def test_a_dataset_without_a_name_and_one_that_is_there_twice_are_told(row, caplog):
+    with pytest.raises(UserError, match="names a dataset ''"):
+        check_datasets([""])
+    register_coco_json(*row)
+    report_datasets([row[0]], trained_on=[row[0]])
+    assert "times" not in caplog.text
+    report_datasets([row[0]] * 2, trained_on=[row[0]] * 2)
+    assert f"DATASETS.TRAIN has '{row[0]}' 2 times" in caplog.text
+
+
 def test_an_unknown_dataset_lists_near_names_and_how_to_register(row):
     register_coco_json(*row)
     check_datasets([row[0]])

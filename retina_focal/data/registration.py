@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
@@ -188,6 +189,8 @@ def check_datasets(
         UserError: a name is not registered, or its annotation file is missing or can't be used.
     """
     for name in names:
+        if not name.strip():
+            raise UserError(f"DATASETS names a dataset {name!r}; expected the name of one")
         if name not in DatasetCatalog:
             near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
             raise UserError(
@@ -233,6 +236,9 @@ def check_num_classes(
 
 def report_datasets(names: Sequence[str], trained_on: Sequence[str] = ()) -> None:
     """Log what the datasets have, what was found in their files, and how classes were matched."""
+    for name, times in Counter(trained_on).items():
+        if times > 1:
+            logger.warning("DATASETS.TRAIN has '%s' %d times: so often is it seen", name, times)
     for name in dict.fromkeys(names):
         file = coco_file(name)
         if file is not None:
