@@ -24,18 +24,20 @@ class Model:
         return [{"instances": [0, 0]}]
 
 
-def test_models_take_turns_and_each_is_warmed_up(monkeypatch):
+def test_models_take_turns_each_warmed_up_and_timed_after_a_pause(monkeypatch):
     calls, saved = [], []
     models = {name: Model(name, calls) for name in (STOCK, "a", "b")}
     prepared = exports.Prepared([], models, {"c": "not here"})
     monkeypatch.setattr(exports, "prepare", lambda *_: prepared)
+    monkeypatch.setattr(exports, "sleep", lambda seconds: calls.append("pause"))
 
     class Any:
         image_size = (8, 8)
 
     row = exports.measure("small", Any, 3, lambda row: saved.append(len(row["seconds"][STOCK])))
     names = list(models)
-    assert calls == names + [x for x in names for _ in range(exports.WARM_UP - 1)] + names * 3
+    warm_up = names + [x for x in names for _ in range(exports.WARM_UP - 1)]
+    assert calls == warm_up + [x for name in names for x in ("pause", name)] * 3
     assert saved == [1, 2, 3]
     assert {x: len(y) for x, y in row["seconds"].items()} == dict.fromkeys(models, 3)
     assert row["left_out"] == {"c": "not here"} and row["detections"] == dict.fromkeys(models, 2)

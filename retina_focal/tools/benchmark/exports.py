@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ LITE0 = ("quick_start/trees.yaml", (400, 400))
 # Instructions that decide what a precision is worth, as Linux names them.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 PERCENTILE = 20
+# Seconds before each run: a runtime's threads spin for a while after its own.
+SETTLE = 0.1
 
 Model = Callable[[list[dict]], list[dict]]
 
@@ -69,6 +71,7 @@ def measure(title: str, setting: Setting, rounds: int, save: Callable[[dict], No
                 model(prepared.batch)
         for _ in tqdm(range(rounds), title, unit="round"):
             for name, model in prepared.models.items():
+                sleep(SETTLE)
                 start = perf_counter()
                 model(prepared.batch)
                 row["seconds"].setdefault(name, []).append(perf_counter() - start)
