@@ -16,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 from retina_focal.data.annotations import is_segmentation, polygon_box
 from retina_focal.data.check import check_coco
 from retina_focal.data.findings import Check, Finding
+from retina_focal.data.repeated import loads
 from retina_focal.errors import UserError
 from retina_focal.files import cache_folder, open_regular, write_whole
 
@@ -103,12 +104,12 @@ def coco_file(name: str) -> CocoFile | None:
 def _read(path: str, uri: str | None, data: bytes) -> CocoFile:
     with _without_garbage_collection():
         try:
-            content = json.loads(data)
+            content, repeated = loads(data)
         except RecursionError as error:
             raise UserError(f"{path} is not JSON: it is nested too deeply") from error
         except ValueError as error:  # no JSON, no text, or a number of over 4,300 digits
             raise UserError(f"{path} is not JSON: {error}") from error
-        check = check_coco(content, is_read=uri is not None)
+        check = check_coco(content, is_read=uri is not None, repeated=repeated)
         if json.detect_encoding(data) != "utf-8":
             text = f"the text is {json.detect_encoding(data)}; expected UTF-8 without a mark"
             check.findings.append(Finding("encoding", "mended", text))

@@ -146,8 +146,15 @@ def shortened(value: object, limit: int = TEXT) -> str:
 
 # All kinds but those of pictures and between datasets (`inspection`).
 KINDS = (
-    *("structure", "encoding", "annotations-missing", "boxes-missing", "class-without-boxes"),
-    *("id", "id-huge", "id-twice", "id-zero", "name", "name-twice"),
+    *(
+        "structure",
+        "encoding",
+        "twice",
+        "annotations-missing",
+        "boxes-missing",
+        "class-without-boxes",
+    ),
+    *("id", "id-huge", "id-twice", "id-zero", "name", "name-twice", "name-control"),
     *("file_name", "outside", "width", "height", "image-empty"),
     *("category_id", "category-undeclared", "class-undeclared", "image_id", "image-undeclared"),
     *("bbox", "box-type", "box-infinite", "box-negative", "box-xyxy", "box-subpixel"),

@@ -84,7 +84,7 @@ def measure_on_gpu(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None
         profiles.unlink(missing_ok=True)
     try:
         gpu.measure(todo, report, args.rounds, STEPS_SECONDS, deadline, profiles, save)
-        report["finished"] = not report["left_out"]
+        report["finished"] = not (report["left_out"] or any(map(gpu.has_failed, report["rows"])))
     except KeyboardInterrupt:
         print("\ninterrupted; what was measured before:")
     if report["rows"]:
@@ -92,6 +92,11 @@ def measure_on_gpu(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None
         plot(gpu_report.bars(report["rows"]), args.output / "results.png")
     else:
         print("no row was finished")
+    for row in filter(gpu.has_failed, report["rows"]):
+        raise UserError(
+            f"{row['what']}, batch {row['batch']}, {row['precision']}, {row['model']} failed: "
+            f"{row['error']}; the same command measures what failed again"
+        )
 
 
 def measure_on_cpu(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None:

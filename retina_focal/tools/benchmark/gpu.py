@@ -130,8 +130,9 @@ def measure(
     """Fill `report["rows"]`; a job whose rows are there already is not run.
 
     Args:
-        report: `rows`; gets `copied`, the bytes per second of a copy on the device, and
-            `left_out`, the number of jobs that there was no time for.
+        report: `rows`, of which those that failed are measured anew; gets `copied`, the bytes per
+            second of a copy on the device, and `left_out`, the number of jobs that there was no
+            time for.
         rounds: in each, every model of a job is measured, in turn.
         seconds: of steps between two synchronisations.
         deadline: of `time.monotonic`; no job is begun after it.
@@ -139,6 +140,7 @@ def measure(
         save: called when `report` is up to date.
     """
     device, rows = todo[0].setting.device, report["rows"]
+    rows[:] = [row for row in rows if not has_failed(row)]
     if "copied" not in report:
         report["copied"] = bytes_per_second_copied(device)
     report["left_out"] = 0
@@ -185,7 +187,7 @@ def bytes_per_second_copied(device: str) -> float:
 
 
 def timed(job: Job, rounds: int, seconds: float) -> list[dict]:
-    """A row for each model; one that finds no memory has an `error` in place of numbers.
+    """A row for each model; one that fails has an `error` in place of numbers.
 
     For each round a row has seconds: `step`, of one among others, with several between two
     synchronisations; `latency`, of one alone, by the GPU's clock, and `parts` of it; `host`, until
@@ -198,7 +200,7 @@ def timed(job: Job, rounds: int, seconds: float) -> list[dict]:
         row |= {"tf32": precision.tf32, "half": str(precision.half), "amp": precision.amp}
         row |= {"floor_bytes": job.floor_bytes(), "memory": None}
         row |= {"step": [], "latency": [], "parts": [], "host": []}
-        with _memory_may_lack(row):
+        with _may_fail(row):
             runs[model] = job.make_runs(job.setting, [model])[model]
             warm_up(runs[model], device)
             row["memory"] = memory_of(runs[model], device)
@@ -208,7 +210,7 @@ def timed(job: Job, rounds: int, seconds: float) -> list[dict]:
             row, stopwatch = rows[model], Stopwatch(device)
             if "error" in row:
                 continue
-            with _memory_may_lack(row):
+            with _may_fail(row):
                 step, _ = time_of(run, device, row["steps"])
                 _, host = time_of(run, device, 1)
                 run(stopwatch)
@@ -218,6 +220,11 @@ def timed(job: Job, rounds: int, seconds: float) -> list[dict]:
                 row["latency"].append(sum(parts.values()))
                 row["parts"].append(parts)
     return [*rows.values()]
+
+
+def has_failed(row: dict) -> bool:
+    """Whether a row has an error, other than lack of memory."""
+    return "error" in row and not row["error"].startswith(torch.OutOfMemoryError.__name__)
 
 
 def warm_up(run: Run, device: str) -> None:
@@ -256,11 +263,12 @@ def memory_of(run: Run, device: str) -> int | None:
 
 
 @contextmanager
-def _memory_may_lack(row: dict) -> Iterator[None]:
+def _may_fail(row: dict) -> Iterator[None]:
+    """What torch raises, for lack of memory above all, is told in the row; the others go on."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        row["error"] = str(error).splitlines()[0]
+    except RuntimeError as error:
+        row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def profiled(job: Job, path: Path) -> list[dict]:
@@ -271,7 +279,7 @@ def profiled(job: Job, path: Path) -> list[dict]:
         row = job.names(model)
         rows.append(row)
         for name, title in (("train", "training step"), ("inference", "inference, realistic")):
-            with _memory_may_lack(row):
+            with _may_fail(row):
                 run = TIMED[name][title](job.setting, [model])[model]
                 warm_up(run, device)
                 synchronize(device)
