@@ -53,11 +53,18 @@ class Prepared:
     left_out: dict[str, str]
 
 
-def measure(title: str, setting: Setting, rounds: int, save: Callable[[dict], None]) -> dict:
+def measure(
+    title: str,
+    setting: Setting,
+    prepare: Callable[[Setting, Path], Prepared],
+    rounds: int,
+    save: Callable[[dict], None],
+) -> dict:
     """Time every model once in each round, in turn; the row of the report.
 
     Args:
         title: of the config.
+        prepare: makes the models, into a folder.
         save: called with the row after each round.
     """
     row = {"config": title, "image_size": list(setting.image_size), "seconds": {}, "left_out": {}}
@@ -83,8 +90,8 @@ def prepare(setting: Setting, folder: Path) -> Prepared:
     """Export a network with random weights that detects, in every way there is here."""
     batch = [{"image": x["image"]} for x in pictures(setting)]
     stock = _detecting(setting, batch)
-    ours, half = (_with_weights(setting, x, stock) for x in ("fp32", "bf16"))
-    metadata = _metadata(setting, folder)
+    ours, half = (with_weights(setting, x, stock) for x in ("fp32", "bf16"))
+    metadata = metadata_of(setting, folder)
     prepared = Prepared(batch, {STOCK: stock, "ours, eager, fp32": ours}, {})
     makers = {
         "ours, eager, bf16": partial(_eager_bf16, half),
@@ -96,13 +103,18 @@ def prepare(setting: Setting, folder: Path) -> Prepared:
         },
         "AOTInductor": partial(_aot, ours, metadata, folder),
     }
+    optional_models(makers, prepared)
+    return prepared
+
+
+def optional_models(makers: dict[str, Callable[[], Model]], prepared: Prepared) -> None:
+    """Add what can be made here, and why the others can't."""
     for name, make in (progress := tqdm(makers.items(), unit="model", leave=False)):
         progress.set_description(name)
         try:
             prepared.models[name] = make()
         except UserError as error:
             prepared.left_out[name] = str(error)
-    return prepared
 
 
 def abilities() -> str:
@@ -172,7 +184,7 @@ def _detecting(setting: Setting, batch: list[dict]) -> nn.Module:
     return model
 
 
-def _with_weights(setting: Setting, precision: str, stock: nn.Module) -> nn.Module:
+def with_weights(setting: Setting, precision: str, stock: nn.Module) -> nn.Module:
     cfg = setting.cfg.clone()
     cfg.defrost()
     retina_focal_node(cfg).PRECISION = precision
@@ -181,7 +193,7 @@ def _with_weights(setting: Setting, precision: str, stock: nn.Module) -> nn.Modu
     return model
 
 
-def _metadata(setting: Setting, folder: Path) -> Metadata:
+def metadata_of(setting: Setting, folder: Path) -> Metadata:
     weights = folder / "random.pth"
     weights.touch()
     return Metadata.of_run(setting.cfg, [*map(str, range(setting.classes))], weights)
