@@ -17,7 +17,7 @@ from retina_focal.errors import UserError
 from retina_focal.files import write_whole
 from retina_focal.precision import PRECISIONS
 from retina_focal.tools.arguments import listed, number, tool_parser
-from retina_focal.tools.benchmark import exports, gpu, gpu_report, gpu_timing
+from retina_focal.tools.benchmark import exports, gpu, gpu_report, gpu_timing, sparse
 from retina_focal.tools.benchmark.cases import INDEPENDENT_OF, MEMORY, TIMED
 from retina_focal.tools.benchmark.instruments import Probe, check_fp32, memory_probes, timing_probes
 from retina_focal.tools.benchmark.models import MODELS, Setting, torchvision_has
@@ -125,11 +125,14 @@ def measure_exports(args: argparse.Namespace, cfg: CfgNode, report: dict) -> Non
     """Fill the report with a row for each config, and write it after each round."""
     if len(args.what) > 1 or gpu_timing.on_gpu(cfg.MODEL.DEVICE):
         raise UserError("--what export is measured alone, on a CPU; add: --device cpu")
-    todo = [(args.config_file, settings_of(args, cfg)[0])]
+    setting = settings_of(args, cfg)[0]
+    todo = [(args.config_file, setting, exports.prepare)]
     if (args.config_file, args.image_size) == (DEFAULT_CONFIG, DEFAULT_SIZE):
         name, size = exports.LITE0
         lite0 = load_cfg(name, [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
-        todo.append((name, Setting(lite0, size, 1, args.boxes[0])))
+        objects = f"{args.config_file}, {setting.boxes} objects on grey"
+        todo.append((objects, setting, sparse.prepare_sparse))
+        todo.append((name, Setting(lite0, size, 1, args.boxes[0]), exports.prepare))
     report |= {"abilities": exports.abilities(), "finished": False}
 
     def save(row: dict) -> None:
@@ -138,8 +141,8 @@ def measure_exports(args: argparse.Namespace, cfg: CfgNode, report: dict) -> Non
         write_whole(args.output / "results.json", json.dumps(report, indent=1))
 
     try:
-        for title, setting in todo:
-            exports.measure(title, setting, args.rounds, save)
+        for how in todo:
+            exports.measure(*how, args.rounds, save)
         report["finished"] = True
     except KeyboardInterrupt:
         print("\ninterrupted; what was measured before:")
