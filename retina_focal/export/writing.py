@@ -82,7 +82,7 @@ def export(
         exported = open_exported(path)
         exported.label = str(output / path.name)
         rows = prove(exported, model, pictures)
-        if format == "onnx":
+        if format == "onnx" and metadata.nms == "inside":
             write_runtime(folder)
         if page:
             write_page(path, folder / PAGE)
