@@ -75,3 +75,18 @@ def test_a_command_of_one_process_is_refused_to_launchers(environment, monkeypat
 def test_in_a_job_of_several_tasks_a_command_without_srun_is_meant(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "2")
     assert tool_parser("ablate", "Ablate.")
+
+
+@pytest.mark.parametrize("is_option", [True, False])
+def test_an_option_behind_the_pairs_is_refused_and_not_taken_for_one(is_option, capsys):
+    parser = tool_parser("speed", "Speed.", has_folder=True)
+    name = "--opts" if is_option else "opts"
+    parser.add_argument(name, nargs=argparse.REMAINDER, default=[])
+    before = ["--opts"] if is_option else []
+    pairs = [*before, "SEED", "1"]
+    assert parser.parse_args(["--output", "x", *pairs]).opts == ["SEED", "1"]
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args([*pairs, "--output", "x"])
+    assert stop.value.code == 2
+    message = f"--output comes after {'--opts' if is_option else 'SEED'} ...; put it before them"
+    assert message in capsys.readouterr().err

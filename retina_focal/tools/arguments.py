@@ -52,7 +52,14 @@ def expect_one_process(name: str) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
-        return super().parse_known_args(with_whole_rows(args), namespace)
+        found, rest = super().parse_known_args(with_whole_rows(args), namespace)
+        for action in self._actions:
+            if action.nargs == argparse.REMAINDER:  # which takes options for pairs
+                pairs = getattr(found, action.dest)
+                if flags := [x for x in pairs if x.startswith("--")]:
+                    first = action.option_strings or pairs
+                    self.error(f"{flags[0]} comes after {first[0]} ...; put it before them")
+        return found, rest
 
 
 def _folder(text: str) -> Path:
