@@ -1,7 +1,5 @@
 """Exported files detect what the model detects, or are not written."""
 
-import os
-
 import cv2
 import numpy as np
 import onnx
@@ -21,6 +19,7 @@ from retina_focal.export.runners import open_exported
 from retina_focal.export.torch_formats import write_torch_export, write_torchscript
 from retina_focal.export.writing import whole_folder
 from retina_focal.tools import export
+from retina_focal.tools.export import command
 
 SIZES = [(64, 96), (37, 130), (1, 1)]
 
@@ -202,13 +201,32 @@ def test_flags_that_contradict_each_other_are_wrong_usage(run, tmp_path, capsys,
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_what_a_killed_export_left_is_removed_a_day_later(tmp_path):
-    old, new = tmp_path / ".writing-old", tmp_path / ".writing-new"
-    for folder in (old, new):
-        (folder / "triton").mkdir(parents=True)
-    os.utime(old, (0, 0))
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
+    (tmp_path / ".exporting-old/triton").mkdir(parents=True)
+    (tmp_path / ".writing-other").mkdir()  # of whom else writes here
     with whole_folder(tmp_path) as folder:
         (folder / "triton").mkdir()
         (folder / "triton/a").write_text("a")
-    assert sorted(x.name for x in tmp_path.iterdir()) == [".writing-new", "triton"]
+    assert sorted(x.name for x in tmp_path.iterdir()) == [".writing-other", "triton"]
     assert (tmp_path / "triton/a").read_text() == "a"
+
+
+def test_one_export_at_a_time_writes_into_a_folder(tmp_path):
+    with whole_folder(tmp_path) as folder:
+        (folder / "a").write_text("a")
+        with pytest.raises(UserError, match=r"another export writes into '.*--output DIR"):
+            whole_folder(tmp_path).__enter__()
+        assert (folder / "a").exists()
+    with whole_folder(tmp_path):
+        pass
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(run, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "export", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        export.main(arguments(run, tmp_path / "out"))
+    assert stopped.value.code == 130 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.endswith("export: interrupted; nothing was written\n")

@@ -300,6 +300,10 @@ def test_what_would_change_or_break_the_network_is_refused(tmp_path, small_state
         torch.save({**small_state, name: torch.full((small_state[name].shape[0],), value)}, path)
         with pytest.raises(SystemExit, match=f"{name} {message}"):
             main([str(path), "--output", str(tmp_path / "out")])
+    variance = "backbone.body.layer1.0.bn1.running_var"
+    torch.save({**small_state, variance: -small_state[variance] - 1}, path)
+    with pytest.raises(SystemExit, match=f"{variance} is below 0"):
+        main([str(path), "--output", str(tmp_path / "out")])
     torch.save({}, path)
     with pytest.raises(SystemExit, match="holds no tensor"):
         main([str(path), "--output", str(tmp_path / "out")])

@@ -107,6 +107,16 @@ class Metadata:
         image = {key: content.pop(key) for key in ("format", "dtype")}
         return json.dumps({"version": VERSION, "input": image, **content}, allow_nan=False)
 
+    def _expect_sense(self) -> None:
+        """ValueError: numbers that no export writes, or no class."""
+        edges = [self.resize.get(x, 1) for x in ("min", "max")]
+        if not all(type(x) is int and x > 0 for x in edges):
+            raise ValueError(f"resize is {self.resize!r:.80}")
+        if not self.classes or not self.detections_per_image > 0 <= self.topk_candidates:
+            raise ValueError(
+                f"it names {len(self.classes)} classes, and {self.detections_per_image} detections"
+            )
+
     @classmethod
     def from_json(cls, text: str, source: str) -> "Metadata":
         """
@@ -116,11 +126,11 @@ class Metadata:
             UserError: it is no JSON, of another version, or lacks something.
         """
         try:
-            content = json.loads(text)
+            content = json.loads(text, parse_constant=int)  # which takes no NaN
             version = content.pop("version")
-            if not isinstance(version, int) or version > VERSION:
+            if type(version) is not int or not 1 <= version <= VERSION:
                 raise UserError(
-                    f"'{source}' has metadata of version {version}; this retina_focal reads "
+                    f"'{source}' has metadata of version {version!r:.40}; this retina_focal reads "
                     f"{VERSION}: upgrade it, or {AGAIN}"
                 )
             image = content.pop("input")
@@ -130,10 +140,11 @@ class Metadata:
             metadata = cls(**content)
             for key, choices in CHOICES.items():
                 if getattr(metadata, key) not in choices:
-                    raise ValueError(f"{key} is {getattr(metadata, key)!r}")
+                    raise ValueError(f"{key} is {getattr(metadata, key)!r:.80}")
             for key, kind in KINDS.items():
                 if not isinstance(getattr(metadata, key), kind):
-                    raise ValueError(f"{key} is {getattr(metadata, key)!r}")
+                    raise ValueError(f"{key} is {getattr(metadata, key)!r:.80}")
+            metadata._expect_sense()
             return metadata
         except UserError:
             raise

@@ -79,11 +79,37 @@ function resize(rgb, width, height, newWidth, newHeight) {
   return isDownFirst ? across(down(rgb, width), newHeight) : down(across(rgb, height), newWidth);
 }
 
+/** Width and height that the first bytes of a PNG, GIF, BMP or JPEG tell; null: others. */
+async function sizeOf(file) {
+  const view = new DataView(await file.slice(0, 1 << 20).arrayBuffer());
+  const at = (type, offset, little) => offset + 4 <= view.byteLength ? view[type](offset, little) : 0;
+  const head = at("getUint32", 0);
+  if (head === 0x89504e47) return [at("getUint32", 16), at("getUint32", 20)];
+  if (head === 0x47494638) return [at("getUint16", 6, true), at("getUint16", 8, true)];
+  if (head >>> 16 === 0x424d) return [at("getInt32", 18, true), Math.abs(at("getInt32", 22, true))];
+  if (head >>> 16 !== 0xffd8) return null;
+  for (let i = 2; i + 9 < view.byteLength; i += 2 + at("getUint16", i + 2)) {
+    const marker = at("getUint16", i);
+    if (marker >>> 8 !== 0xff) return null;
+    const isFrame = marker >= 0xffc0 && marker <= 0xffcf && ![0xffc4, 0xffc8, 0xffcc].includes(marker);
+    if (isFrame) return [at("getUint16", i + 7), at("getUint16", i + 5)];
+  }
+  return null;
+}
+
+/** Refuse what would freeze the page: decoding asks for 4 bytes per pixel, several times. */
+function expectFew(width, height) {
+  if (width * height <= 178956970) return;  // as Pillow
+  throw new Error(`its ${width} x ${height} pixels are more than 178 million; make it smaller`);
+}
+
 /** The pixels of a picture file, turned by its EXIF orientation, its colours as they are stored. */
 async function read(file) {
+  expectFew(...(await sizeOf(file) ?? [0, 0]));
   const bitmap = await createImageBitmap(file, {
     imageOrientation: "from-image", colorSpaceConversion: "none", premultiplyAlpha: "none",
   });
+  expectFew(bitmap.width, bitmap.height);
   const canvas = document.createElement("canvas");
   canvas.width = bitmap.width;
   canvas.height = bitmap.height;

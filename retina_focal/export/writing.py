@@ -1,9 +1,9 @@
 """A trained model becomes an exported file: written beside its place, proved, then moved there."""
 
+import fcntl
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from retina_focal.errors import UserError
 from retina_focal.export.beside import write_runtime
 from retina_focal.export.metadata import Metadata
 from retina_focal.export.onnx_format import write_onnx
@@ -24,7 +25,7 @@ from retina_focal.files import write_error
 from retina_focal.retinanet import FocalRetinaNet
 
 PAGE, TRITON = "page.html", "triton"
-WRITING, OLD = ".writing-", 24 * 3600.0  # seconds: no export takes a day
+WRITING = ".exporting-"
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,39 @@ def whole_folder(output: Path) -> Iterator[Path]:
     """A temporary folder whose files move to `output` at the end: all or none.
 
     Raises:
-        UserError: the folder can't be written to, or the disk is full.
+        UserError: the folder can't be written to, the disk is full, or another export holds it.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
+        held = os.open(output, os.O_RDONLY)
+    except OSError as error:
+        raise write_error(output, error) from error
+    try:
+        _hold(output, held)
         for left in output.glob(f"{WRITING}*"):  # by an export that was killed
-            if time.time() - left.stat().st_mtime > OLD:
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(left, ignore_errors=True)
+        with _moved(output) as folder:
+            yield folder
+    finally:
+        os.close(held)
+
+
+def _hold(output: Path, held: int) -> None:
+    """Lock an open folder until it is closed; the system drops the lock of a killed process."""
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"another export writes into '{output}'; wait for its end, or name another folder: "
+            "--output DIR"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+
+
+@contextmanager
+def _moved(output: Path) -> Iterator[Path]:
+    try:
         folder = Path(tempfile.mkdtemp(dir=output, prefix=WRITING))
     except OSError as error:
         raise write_error(output, error) from error

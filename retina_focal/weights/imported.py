@@ -149,6 +149,8 @@ def _tensor(path: str, name: str, value: Tensor | np.ndarray) -> Tensor:
         raise UserError(f"'{path}': {name} is of {tensor.dtype}; expected floating point: {REMEDY}")
     if not tensor.isfinite().all():
         raise UserError(f"'{path}': {name} is not finite, so nothing can be detected: {REMEDY}")
+    if name.endswith("running_var") and tensor.min() < 0:
+        raise UserError(f"'{path}': {name} is below 0, and no variance is: {REMEDY}")
     return (tensor if is_count else tensor.float()).clone().contiguous()
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 from dataclasses import replace
 
 from detectron2.utils.logger import setup_logger
@@ -20,6 +21,7 @@ from retina_focal.tools.common import command, expect_focal_retinanet
 from retina_focal.tools.export.pictures import calibration_images, proof_pictures
 from retina_focal.tools.runs import Run, open_run, run_model
 
+INTERRUPTED = 130  # 128 + SIGINT, as of a shell
 logger = logging.getLogger(__name__)
 EPILOG = """
 Examples:
@@ -30,14 +32,22 @@ Examples:
 Before it is written the file runs in its own runtime, on pictures of the run's validation or test
 dataset or on those of --pictures, and has to detect what the model does.
 
-Exit status: 0; 1 where it detects something else (nothing is written) or the run is wrong; 2 usage.
+Exit status: 0; 1 where it detects something else (nothing is written) or the run is wrong; 2 usage;
+130 after Ctrl-C.
 """
 
 
 @command
 def main(argv: list[str]) -> None:
     """``retina-focal export``: write the model of a run, and print what was compared."""
-    args = parse_args(argv)
+    try:
+        _export(parse_args(argv))
+    except KeyboardInterrupt:
+        print("retina-focal export: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _export(args: argparse.Namespace) -> None:
     setup_logger(name="retina_focal")
     run = open_run(args.run, args.config_file, args.opts)
     if run.exported:
@@ -55,10 +65,7 @@ def main(argv: list[str]) -> None:
         calibration = calibration_images(run, args.calibration, args.uint8)
     model = run_model(run).cpu()
     how = (args.format, args.output, pictures, calibration, args.page, args.triton)
-    try:
-        path, rows = export(model, metadata, *how, args.sparse_boxes)
-    except KeyboardInterrupt as error:
-        raise UserError("interrupted; nothing was written") from error
+    path, rows = export(model, metadata, *how, args.sparse_boxes)
     print(f"{path} against the model, the greatest differences:\n\n{table(rows)}")
     page, repository = args.output / PAGE, args.output / TRITON
     if args.page:
