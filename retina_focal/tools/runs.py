@@ -42,9 +42,9 @@ from retina_focal.weights.load import load_model, local_weights
 
 CONFIG = "config.yaml"  # what a training writes into its folder
 IS_LAZY = (
-    "is of a LazyConfig, code that runs only where you name it: beside the folder (evaluate, report) "
-    "by --config-file FILE.py, or in its place (predict, export) by --config-file FILE.py --opts "
-    "train.init_checkpoint="
+    "is of a LazyConfig, code that runs only where you name it: beside the folder (evaluate, "
+    "report) by --config-file FILE.py, or in its place (predict, export) by --config-file FILE.py "
+    "--opts train.init_checkpoint="
 )
 FIRST = (f"{BEST}.pth", "model_final.pth")
 
