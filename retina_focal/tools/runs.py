@@ -42,9 +42,9 @@ from retina_focal.weights.load import load_model, local_weights
 
 CONFIG = "config.yaml"  # what a training writes into its folder
 IS_LAZY = (
-    "is of a LazyConfig, which is code: it is run only where you name it; type, beside the folder "
-    "(evaluate, report): --config-file FILE.py, or in its place (predict, export): --config-file "
-    "FILE.py --opts train.init_checkpoint="
+    "is of a LazyConfig, code that runs only where you name it: beside the folder (evaluate, "
+    "report) by --config-file FILE.py, or in its place (predict, export) by --config-file FILE.py "
+    "--opts train.init_checkpoint="
 )
 FIRST = (f"{BEST}.pth", "model_final.pth")
 
@@ -69,16 +69,14 @@ def open_run(
     datasets: Sequence[Sequence[str]] = (),
     own: Sequence[str] = (),
 ) -> Run:
-    """A run by its folder, by a config that names weights, or by the weights of a folder with
-    another config.
+    """A run by its folder, by a config that names weights, or by a folder's weights and a config.
 
     Args:
         folder: of a run: its config.yaml, and its model_best.pth, else its model_final.pth, else
             its newest checkpoint; one that is not whole is skipped, with a line, and those of an
             earlier run come last. Or an exported file, or the folder of one.
-        config_file: in place of the folder's; as of `train`. A LazyConfig is run, with KEY=VALUE
-            pairs: that of a folder is not, as whoever names a folder doesn't name its code.
-        opts: KEY VALUE pairs; MODEL.WEIGHTS among them takes the place of the folder's weights.
+        config_file: in place of the folder's; as of `train`. A LazyConfig runs if it stands here.
+        opts: KEY VALUE pairs, of a LazyConfig KEY=VALUE; weights among them go before the folder's.
         datasets: rows of `--dataset`.
         own: KEY VALUE pairs of the command for ``MODEL.RETINA_FOCAL``, before `opts`.
     Raises:
@@ -87,8 +85,7 @@ def open_run(
     """
     if folder is None and config_file is None:
         raise UserError("no run is given; expected its folder, or --config-file FILE")
-    exported = folder is not None and exported_file(folder)
-    if exported:
+    if folder is not None and (exported := exported_file(folder)):
         return _open_exported(exported, [*own, *opts])
     built = None
     if config_file is not None and config_file.endswith(".py"):
