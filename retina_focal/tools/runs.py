@@ -7,7 +7,6 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -30,8 +29,8 @@ from retina_focal.safe_yaml import read_text
 from retina_focal.tools.common import load_cfg, open_lazy
 from retina_focal.training.checkpoint_files import (
     checkpoints_of,
-    is_of_another_run,
     is_regular,
+    own_first,
     peek,
     read_checkpoint,
     run_of,
@@ -116,9 +115,7 @@ def weights_of(folder: Path) -> Path:
         UserError: there is none.
     """
     first = [x for x in (folder / name for name in FIRST) if is_regular(x)]
-    paths, run = first + [x for x in checkpoints_of(folder) if x not in first], run_of(folder)
-    own = (x for x in paths if not is_of_another_run(x, run))
-    for path in chain(own, (x for x in paths if is_of_another_run(x, run))):
+    for path in own_first([*dict.fromkeys(first + checkpoints_of(folder))], run_of(folder)):
         try:
             read_checkpoint(path)
             return path

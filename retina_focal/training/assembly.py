@@ -125,13 +125,12 @@ class Trainer(DefaultTrainer):
             saver = hooks.PeriodicCheckpointer(self.checkpointer, period)
             writer = MetricsHook(self.build_writers(), options.get("log_period", 20))
         periods = (period, cfg.TEST.EVAL_PERIOD)
-        names = cfg.DATASETS.TRAIN
-        self._resume = ExactResume(cfg.SEED, periods, self._draws_seed, names)
+        self._resume = ExactResume(cfg.SEED, periods, self._draws_seed, cfg.DATASETS.TRAIN)
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             self._frozen,
-            FirstStepCheck(names),
+            FirstStepCheck(cfg.DATASETS.TRAIN),
             Trouble(cfg.OUTPUT_DIR, retina_focal_node(cfg).DATA.MAX_BAD_IMAGES),
             self.average,
             self._saved_config,

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -120,6 +120,12 @@ def own_checkpoints(folder: str | Path) -> Iterator[Path]:
     """`checkpoints_of`, without those that an earlier run left in the folder."""
     run = run_of(folder)
     return (path for path in checkpoints_of(folder) if not is_of_another_run(path, run))
+
+
+def own_first(paths: Sequence[Path], run: str | None) -> Iterator[Path]:
+    """Checkpoints of a run, then those of others, each in their order."""
+    yield from (x for x in paths if not is_of_another_run(x, run))
+    yield from (x for x in paths if is_of_another_run(x, run))
 
 
 def _iteration(path: Path) -> int:
