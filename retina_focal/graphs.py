@@ -136,7 +136,10 @@ def _state(network: Network) -> list[tuple]:
 
 def _capture(network: Network, images: Tensor) -> Callable:
     network(images)  # what is remembered of frozen weights must not lie in a graph's memory
-    remembered = [own.remembered() for own in folded_inside(network)]
+    folded = folded_inside(network)
+    for own in folded:
+        own.of_step = None  # its graph lies on this stream, for which no capture may wait
+    remembered = [own.remembered() for own in folded]
     with torch.autocast(images.device.type, enabled=False, cache_enabled=False):
         graphed = torch.cuda.make_graphed_callables(
             network, (images.clone(),), allow_unused_input=True

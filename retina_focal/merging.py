@@ -1,6 +1,7 @@
 """Files and options merged into a config, running nothing of them."""
 
 import difflib
+import logging
 import re
 from collections.abc import Sequence
 
@@ -13,6 +14,8 @@ from retina_focal.safe_yaml import read_yaml_with_bases
 
 # What yacs says of a value of another type.
 MISMATCH = re.compile(r"Type mismatch .* with values \((.*) vs\. (.*)\) for config key: (.*)")
+
+logger = logging.getLogger(__name__)
 
 
 def merge_file(cfg: CfgNode, path: str) -> None:
@@ -42,8 +45,8 @@ def merge_file(cfg: CfgNode, path: str) -> None:
     except KeyError as error:
         key = str(error.args[0]).rpartition(": ")[2]
         is_old = version != cfg.VERSION
-        hint = f" (VERSION {version} names keys otherwise: leave it out)" if is_old else ""
-        raise UserError(f"{path}: {_no_such_key(cfg, key)}{hint}") from error
+        text = f"VERSION {version} names keys otherwise, and has no '{key}'; leave VERSION out"
+        raise UserError(f"{path}: {text if is_old else _no_such_key(cfg, key)}") from error
     except (AssertionError, TypeError, ValueError) as error:  # yacs asserts
         found = MISMATCH.fullmatch(str(error))
         text = f"{found[3]} is {found[2]}; expected, for example, {found[1]}" if found else error
@@ -52,6 +55,8 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         raise UserError(f"{path}: a value is nested too deeply") from error
     if "RETINA_FOCAL" in cfg.MODEL:
         # Whoever wrote the file may have written the dataset: only who types a command decides.
+        if cfg.MODEL.RETINA_FOCAL.DATA.ALLOW_OUTSIDE:
+            logger.warning("%s can't set DATA.ALLOW_OUTSIDE True: type it, if you mean it", path)
         cfg.MODEL.RETINA_FOCAL.DATA.ALLOW_OUTSIDE = False
 
 

@@ -40,7 +40,8 @@ def onnx_bytes(
     """A graph that finds `BOXES` in every image.
 
     Args:
-        network: whether scores come from two convolutions of the normalised image, not `SCORES`.
+        network: whether scores come from three convolutions of the normalised image, the second
+            depthwise, not `SCORES`.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -73,6 +74,7 @@ def onnx_bytes(
             "mean": np.full((1, 3, 1, 1), 128, np.float32),
             "std": np.full((1, 3, 1, 1), 64, np.float32),
             "first_weight": draw(0, 0.3, (8, 3, 3, 3)).astype(np.float32),
+            "depthwise_weight": draw(0, 0.3, (8, 1, 3, 3)).astype(np.float32),
             "second_weight": draw(0, 0.5, (len(BOXES), 8, 3, 3)).astype(np.float32),
             "minus_one": np.array([0, -1]),
         }
@@ -81,7 +83,8 @@ def onnx_bytes(
             helper.make_node("Div", ["centred", "std"], ["normal"]),
             helper.make_node("Conv", ["normal", "first_weight"], ["hidden"]),
             helper.make_node("Relu", ["hidden"], ["positive"]),
-            helper.make_node("Conv", ["positive", "second_weight"], ["map"]),
+            helper.make_node("Conv", ["positive", "depthwise_weight"], ["filtered"], group=8),
+            helper.make_node("Conv", ["filtered", "second_weight"], ["map"]),
             helper.make_node("GlobalAveragePool", ["map"], ["pooled"]),
             helper.make_node("Reshape", ["pooled", "minus_one"], ["logits"]),
             helper.make_node("Sigmoid", ["logits"], ["scores"]),

@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 from conftest import table_rows
-from test_benchmark_cases import SMALL
+from test_benchmark_cases import SMALL, setting_of
 
+from retina_focal.candidates import logit
 from retina_focal.errors import UserError
 from retina_focal.tools import cli
-from retina_focal.tools.benchmark import exports
+from retina_focal.tools.benchmark import exports, sparse
 from retina_focal.tools.benchmark.exports import STOCK
+from retina_focal.tools.benchmark.inputs import pictures
 
 
 class Model:
@@ -24,18 +26,21 @@ class Model:
         return [{"instances": [0, 0]}]
 
 
-def test_models_take_turns_and_each_is_warmed_up(monkeypatch):
+def test_models_take_turns_each_warmed_up_and_timed_after_a_pause(monkeypatch):
     calls, saved = [], []
     models = {name: Model(name, calls) for name in (STOCK, "a", "b")}
     prepared = exports.Prepared([], models, {"c": "not here"})
-    monkeypatch.setattr(exports, "prepare", lambda *_: prepared)
+    monkeypatch.setattr(exports, "sleep", lambda seconds: calls.append("pause"))
 
     class Any:
         image_size = (8, 8)
 
-    row = exports.measure("small", Any, 3, lambda row: saved.append(len(row["seconds"][STOCK])))
+    row = exports.measure(
+        "small", Any, lambda *_: prepared, 3, lambda row: saved.append(len(row["seconds"][STOCK]))
+    )
     names = list(models)
-    assert calls == names + [x for x in names for _ in range(exports.WARM_UP - 1)] + names * 3
+    warm_up = names + [x for x in names for _ in range(exports.WARM_UP - 1)]
+    assert calls == warm_up + [x for name in names for x in ("pause", name)] * 3
     assert saved == [1, 2, 3]
     assert {x: len(y) for x, y in row["seconds"].items()} == dict.fromkeys(models, 3)
     assert row["left_out"] == {"c": "not here"} and row["detections"] == dict.fromkeys(models, 2)
@@ -71,6 +76,37 @@ def test_what_the_processor_lacks_is_said(monkeypatch, tmp_path):
 def test_export_is_measured_alone_and_on_a_cpu():
     with pytest.raises(SystemExit, match="measured alone"):
         cli.main(["benchmark", "--what", "export,loss", "--device", "cpu"])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_candidates_of_sparse_boxes_lie_on_the_objects():
+    setting = setting_of((128, 160), boxes=2)
+    (record,) = pictures(setting)
+    image = sparse._objects(record)
+    on_object = torch.zeros(128, 160, dtype=torch.bool)
+    for x0, y0, x1, y1 in record["instances"].gt_boxes.tensor.round().int().tolist():
+        on_object[y0:y1, x0:x1] = True
+    assert (image[:, ~on_object] == sparse.GREY).all()
+    assert torch.equal(image[:, on_object], record["image"][:, on_object])
+
+    model = sparse._detecting(setting, [{"image": image}])
+    threshold = logit(setting.cfg.MODEL.RETINANET.SCORE_THRESH_TEST)
+    grey = torch.full_like(image, sparse.GREY)
+    for picture, expected in ((image, 2 * sparse.CANDIDATES_PER_OBJECT), (grey, 0)):
+        logits = sparse._logits(model, [{"image": picture}])
+        found = sum(int((x > threshold + 1e-4).sum()) for x in logits)
+        assert abs(found - expected) <= 1  # the last one is at the threshold
+
+
+@pytest.mark.slow
+def test_exports_with_sparse_boxes_are_timed_beside_whole_maps(tmp_path):
+    row = exports.measure("small", setting_of(), sparse.prepare_sparse, 1, lambda _: None)
+    assert list(row["seconds"])[2:4] == [
+        "onnxruntime, fp32, whole maps",
+        "onnxruntime, fp32, sparse boxes",
+    ]
+    assert len(set(row["detections"].values())) == 1
 
 
 @pytest.mark.slow

@@ -110,14 +110,14 @@ def test_half_logits_are_given_as_our_head_gives_them():
     assert loss.floor_bytes() == 6 * 80 * sum(x.numel() for x in sizes)
 
 
-def fake(calls: list[str]):
-    """A case without a network, in which torchvision's model finds no memory."""
+def fake(calls: list[str], error: Exception):
+    """A case without a network, in which torchvision's model raises."""
 
     def case(setting, names):
         def run(name: str, stopwatch: Stopwatch) -> None:
             calls.append(name)
             if name == "torchvision":
-                raise torch.OutOfMemoryError("tried to allocate\nmore")
+                raise error
             stopwatch.start()
             stopwatch.mark("part")
 
@@ -126,10 +126,15 @@ def fake(calls: list[str]):
     return case
 
 
-def run_fake(folder, monkeypatch, what="train,matching", interrupt_in: str = "") -> list[str]:
+NO_MEMORY = torch.OutOfMemoryError("tried to allocate\nmore")
+
+
+def run_fake(
+    folder, monkeypatch, what="train,matching", interrupt_in: str = "", error=NO_MEMORY
+) -> list[str]:
     calls = []
     for name in ("train", "matching"):
-        monkeypatch.setitem(cases.TIMED, name, {name: fake(calls)})
+        monkeypatch.setitem(cases.TIMED, name, {name: fake(calls, error)})
 
     def interrupted(setting, names):
         raise KeyboardInterrupt
@@ -178,10 +183,23 @@ def test_a_model_without_memory_keeps_its_row(tmp_path, monkeypatch):
     rows = {
         row["model"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]
     }
-    assert rows["torchvision"]["error"] == "tried to allocate" and not rows["torchvision"]["step"]
+    error = "OutOfMemoryError: tried to allocate"
+    assert rows["torchvision"]["error"] == error and not rows["torchvision"]["step"]
     assert len(rows["stock"]["step"]) == len(rows["ours"]["latency"]) == 2
     table = table_rows((tmp_path / "results.md").read_text())
     assert [row[5] for row in table if row[4] == "torchvision"][:1] == ["no memory"]
+
+
+def test_a_row_that_fails_leaves_the_others_and_is_measured_again(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="ieee-fp32, torchvision failed: RuntimeError: CUDA error"):
+        run_fake(tmp_path, monkeypatch, error=RuntimeError("CUDA error: capture\nmore"))
+    first = json.loads((tmp_path / "results.json").read_text())
+    assert len(first["rows"]) == 7 and not first["finished"]
+    table = table_rows((tmp_path / "results.md").read_text())
+    assert {row[5] for row in table if row[4] == "torchvision"} == {"failed"}
+    assert "torchvision" in run_fake(tmp_path, monkeypatch)
+    second = json.loads((tmp_path / "results.json").read_text())
+    assert second["finished"] and all("capture" not in x.get("error", "") for x in second["rows"])
 
 
 def test_no_row_is_begun_after_the_last_second(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from retina_focal.data.check import check_coco
 from retina_focal.data.coco import mend, read_coco
+from retina_focal.data.repeated import loads
 from retina_focal.errors import UserError
 
 NUM_IMAGES, NUM_BOXES = 4, 12
@@ -74,6 +75,12 @@ REFUSED = {
     "no images": (of("images", []), r"'images' is \[\]"),
     "annotations text": (of("annotations", "none"), "'annotations' is none"),
     "no categories": (of("categories", []), r"'categories' is \[\]"),
+    "annotations twice": ('{"annotations": [], ' + TEXT[1:], "annotations twice, of which"),
+    "images twice, escaped": ('{"im\\u0061ges": [1], ' + TEXT[1:], "images twice, of which"),
+    "box twice": (
+        TEXT.replace('"bbox": [40,', '"bbox": [1, 2, 3, 4], "bbox": [40,'),
+        rf"1 of 12 annotations have a key twice.*{A7}",
+    ),
     "annotation list": (of("annotations", [[1]]), r"are no objects \(annotations\[0\]\)"),
     "category text": (of("categories", ["cat"]), r"are no objects \(categories\[0\]\)"),
     "category without name": (without("categories", 1, "name"), r"no 'name'.*categories\[1\]"),
@@ -81,6 +88,12 @@ REFUSED = {
         edited("categories", 1, name=3),
         r"categories\[1\].*: name 3",
     ),
+    "category name that moves the cursor": (
+        edited("categories", 1, name="c\x1b[31m\n"),
+        r"categories\[1\] \(id 2\): name c\?\[31m\?\)",
+    ),
+    "category name with NUL": (edited("categories", 1, name="c\0"), "name c[?]"),
+    "category name of a megabyte": (edited("categories", 1, name="c" * 10**6), "name ccc"),
     "category id twice": (edited("categories", 1, id=1), r"categories\[0\] \(id 1\)"),
     "category id text": (edited("categories", 1, id="2"), r"categories\[1\] \(id 2\): id 2"),
     "image without id": (without("images", 2, "id"), r"no 'id'.*images\[2\]"),
@@ -223,10 +236,13 @@ def test_what_has_nothing_to_train_on_is_refused_for_training_alone(tmp_path, te
         (without_boxes_of_image_2(), "image-empty", {"boxes": 9}),
         (all_boxes(category_id=1), "class-without-boxes", {"boxes": 12}),
         (edited("categories", 1, name="cat"), "name-twice", {"boxes": 12}),
+        ('{"info": {"a": 1, "a": 2}, ' + TEXT[1:], "twice", {"boxes": 12}),
+        ('{"info": {"a": 1, "a": 1}, ' + TEXT[1:], None, {"boxes": 12}),
     ],
 )
 def test_what_is_used_with_a_warning_is_counted(text, kind, counts):
-    check = check_coco(json.loads(text))
+    content, repeated = loads(text.encode())
+    check = check_coco(content, repeated=repeated)
     assert [x.kind for x in check.findings] == ([kind] if kind else [])
     assert {k: v for k, v in check.counts.items() if v} == counts
     assert sum(check.counts.values()) == check.num_annotations

@@ -11,6 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from retina_focal.errors import UserError
+from retina_focal.tools.runs import weights_of
 from retina_focal.training import checkpoint_files
 from retina_focal.training.checkpoint_files import hash_file, write_checkpoint
 from retina_focal.training.checkpoints import RunCheckpointer, expect_classes_of_run
@@ -93,6 +94,33 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_from_zero(tmp_path):
         UserError, match=r"no checkpoint in .*model_0000005.pth.*leave out --resume"
     ):
         resumed(tmp_path)
+
+
+def test_checkpoints_of_another_run_are_neither_deleted_nor_gone_on_with(tmp_path, caplog):
+    first = save(tmp_path)
+    for iteration in (1, 2, 9):
+        first.save(f"model_{iteration:07d}", trainer=state_of("first"), iteration=iteration)
+    (tmp_path / "run_id").write_text("second\n")
+    assert resumed(tmp_path) == -1  # begins anew
+    assert "3 checkpoints of an earlier run (model_0000009.pth, model_" in caplog.text
+    second = save(tmp_path, keep=1)
+    for iteration in (3, 4):
+        nn.init.constant_(second.model.weight, iteration)
+        second.save(f"model_{iteration:07d}", trainer=state_of("second"), iteration=iteration)
+    assert [x.stem[-1] for x in sorted(tmp_path.glob("*.pth"))] == ["1", "2", "4", "9"]
+    assert resumed(tmp_path) == 4
+    assert weights_of(tmp_path).name == "model_0000004.pth"
+    (tmp_path / "model_0000004.pth").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint .*\(there: only last_checkpoint\)"):
+        resumed(tmp_path)
+    assert weights_of(tmp_path).name == "model_0000009.pth"
+
+
+def state_of(run: str) -> dict:
+    """Of a trainer."""
+    hook = {"seed": 1, "processes": 1, "buffers": [], "evaluated": -1, "metrics_begin": 0}
+    hooks = {"ExactResume": {**hook, "scalars": {}, "run": run}}
+    return {"iteration": 1, "hooks": hooks, "optimizer": {"param_groups": [], "state": {}}}
 
 
 def test_the_tagged_checkpoint_comes_first(tmp_path):

@@ -14,6 +14,7 @@ from retina_focal.data.decisions import (
     machine_settings,
     method_settings,
     schedule_settings,
+    threshold_settings,
 )
 from retina_focal.data.fingerprint import (
     GRAIN,
@@ -204,10 +205,24 @@ def test_what_nothing_has_shown_to_help_is_as_stock():
         assert setting.value == stock[key] or "AP" in setting.reason
 
 
+def test_anchors_that_reach_nearly_all_boxes_are_positive_from_a_higher_iou_on():
+    thresholds = [
+        threshold_settings(x)["MODEL.RETINANET.IOU_THRESHOLDS"].value for x in (0.84, 0.97, 1.0)
+    ]
+    assert thresholds == [[0.4, 0.5], [0.5, 0.6], [0.5, 0.6]]
+
+
+def test_weights_are_averaged_over_an_eighth_of_the_steps():
+    values = decided()[1]
+    steps, decay = values["SOLVER.MAX_ITER"], values["MODEL.RETINA_FOCAL.TRAIN.EMA"]
+    assert 1 / (1 - decay) == pytest.approx(steps / 8, rel=0.01)
+
+
 def test_every_setting_has_a_reason():
     inputs, sides, _ = input_settings(CELLS, PACE, 8, 320)
     every = {**data_settings(CELLS), **inputs, **machine_settings(CPU)}
     every |= {**schedule_settings(CELLS, CPU, PACE, 8, sides), **method_settings()}
+    every |= threshold_settings(1.0)
     assert all(setting.reason and "\n" not in setting.reason for setting in every.values())
     assert LEAST_SIDE < SMALL_SIDE
     assert enough_steps(replace(CELLS, num_pictures=10), 4) == 250

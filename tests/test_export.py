@@ -9,6 +9,7 @@ from tiny_detector import CLASSES, metadata_of, noise, tiny_cfg, tiny_model
 
 from retina_focal.errors import UserError
 from retina_focal.export import network as network_module
+from retina_focal.export import writing
 from retina_focal.export.metadata import Metadata
 from retina_focal.export.network import ExportedNetwork
 from retina_focal.export.onnx_format import write_onnx
@@ -115,6 +116,17 @@ def test_the_command_writes_a_file_that_says_where_it_comes_from(run, tmp_path, 
     assert Metadata.from_json(metadata.to_json(), "") == metadata
 
 
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+@pytest.mark.parametrize("flags", [[], ["--sparse-boxes"]])
+def test_boxes_are_sparse_where_the_command_says_so(run, tmp_path, monkeypatch, format, flags):
+    def noted(model, metadata, path, sparse_boxes=False):
+        raise UserError(f"sparse boxes: {sparse_boxes}")
+
+    monkeypatch.setattr(writing, "write_onnx", noted)
+    with pytest.raises(SystemExit, match=f"sparse boxes: {bool(flags)}"):
+        export.main([*arguments(run, tmp_path / "out"), "--format", format, *flags])
+
+
 def moved(self, found, limits):
     return found._replace(boxes=found.boxes.clamp(min=0).minimum(limits) * 0.99), limits.new_ones(
         1
@@ -176,6 +188,11 @@ def test_what_detects_nothing_proves_nothing(run, tmp_path):
     [
         (["--precision", "int8"], "--precision int8 needs --format openvino"),
         (["--calibrated", "--nms", "outside"], "--calibrated needs --nms inside"),
+        (["--sparse-boxes"], "--sparse-boxes needs --format onnx, or openvino in"),
+        (
+            ["--sparse-boxes", "--format", "openvino", "--precision", "int8"],
+            "--sparse-boxes needs --format onnx, or openvino in",
+        ),
     ],
 )
 def test_flags_that_contradict_each_other_are_wrong_usage(run, tmp_path, capsys, extra, message):

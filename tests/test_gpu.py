@@ -438,11 +438,12 @@ def test_amp_trains_and_keeps_its_scale():
 
 
 @only_gpu
+@pytest.mark.parametrize("norm", ["GN", "FrozenBN"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_in_cuda_graphs_equals_a_plain_one(precision):
+def test_a_step_in_cuda_graphs_equals_a_plain_one(precision, norm):
     """Also the second and third, which replay, and after the weights have changed."""
     plain, graphed = (
-        model(norm="GN", PRECISION=precision, CUDA_GRAPHS=graphs) for graphs in (False, True)
+        model(norm=norm, PRECISION=precision, CUDA_GRAPHS=graphs) for graphs in (False, True)
     )
     for boxes in ([5, 3], [0, 1], [2, 7]):
         batch = pictures([SIZES[0]] * 2, boxes)

@@ -23,6 +23,8 @@ def stand_in(network, sample_args, allow_unused_input):
     """What `torch.cuda.make_graphed_callables` returns, replayed by calling the network."""
     assert not (torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled())
     captures.append(network)
+    # Else CUDA invalidates the capture: autograd's nodes of another stream would be waited for.
+    assert all(x.folded.of_step is None for x in network.modules() if isinstance(x, FoldedConv2d))
     (static_images,) = sample_args
     network(static_images)  # torch's warm-up
     parameters = tuple(network.parameters())

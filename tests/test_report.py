@@ -22,6 +22,7 @@ from retina_focal import get_cfg
 from retina_focal.errors import UserError
 from retina_focal.tools.anatomy.command import parse_args
 from retina_focal.tools.report import command, main
+from retina_focal.tools.report.content import suspects
 from retina_focal.tools.runs import open_run
 
 pytest.importorskip("jinja2", reason="jinja2 is not installed: make setup")
@@ -54,6 +55,7 @@ def written(tmp_path_factory) -> Path:
     row = ["report_data", str(folder / "a.json"), str(folder)]
     cfg.DATASETS.COCO_JSON = [row]
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("report_data",)
+    cfg.MODEL.RETINA_FOCAL.DATA.VAL = "report_data"
     torch.manual_seed(0)
     model = build_model(cfg)
     nn.init.normal_(model.head.cls_score.weight, std=0.3)
@@ -153,6 +155,20 @@ def browse(page: Path, folder: Path, width: int) -> str:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
+def test_the_command_that_chooses_points_is_the_shortest_that_does(written):
+    text = re.sub("<[^>]*>", "", written.read_text(encoding="utf-8"))
+    assert f"retina-focal evaluate {written.parent} chooses them" in text
+
+
+def test_a_suspected_label_without_area_is_seen(tmp_path):
+    Image.new("RGB", (640, 480), "white").save(tmp_path / "a.png")
+    row = {"image_id": 1, "file_name": "a.png", "bbox": [504, 337, 0, 0], "kind": "spurious"}
+    row |= {"label": "red", "class": None, "suspicion": 1.0}
+    (shown,) = suspects([row], {1: str(tmp_path / "a.png")}, 10**6)
+    ys, xs = (np.asarray(shown.image).min(2) < 200).nonzero()
+    assert np.ptp(xs) >= 6 and np.ptp(ys) >= 6
+
+
 def test_a_browser_shows_it_whole_on_a_phone(written, tmp_path):
     """With the policy taken out and a script put in, which says what it sees."""
     script = """<script>addEventListener("load", () => {

@@ -1,5 +1,6 @@
 """What a run writes about itself, and what a refused command leaves of it."""
 
+import errno
 import io
 import os
 from argparse import Namespace
@@ -14,9 +15,10 @@ from retina_focal.config import config_path
 from retina_focal.errors import UserError
 from retina_focal.tools.train import _check_folder, parse_args, run
 from retina_focal.training.metrics import MetricsWriter
-from retina_focal.training.resume import saved_seed
 from retina_focal.training.run_files import SavedConfig, open_log, seed_of_config
+from retina_focal.training.seeds import saved_seed
 from retina_focal.training.steps import StepTrainer
+from retina_focal.training.words import words_only
 
 ARCHITECTURE = ["MODEL.RETINANET.NUM_CONVS", "2"]
 
@@ -143,8 +145,18 @@ def test_a_file_of_a_run_that_is_no_regular_file_is_refused_and_not_waited_for(n
             open_log(values, Namespace(config_file="", eval_only=False))
 
 
+@pytest.mark.parametrize("path", ["run", "run/metrics.json"])
+def test_a_fault_of_the_folder_itself_is_told_in_words(path, tmp_path):
+    error = FileExistsError(errno.EEXIST, "File exists", str(tmp_path / path))
+    message = r"can't write to .*File exists.*checkpoint is none"
+    with pytest.raises(UserError, match=message), words_only(str(tmp_path / "run"), lambda: ""):
+        raise error
+    with pytest.raises(FileExistsError), words_only(str(tmp_path / "other"), lambda: ""):
+        raise error
+
+
 def test_a_new_run_in_the_folder_of_another_says_so(ran, tmp_path, caplog):
     _check_folder(str(tmp_path))
     assert not caplog.text
     _check_folder(str(ran))
-    assert "holds checkpoints of another run (model_final.pth): until this one" in caplog.text
+    assert "holds checkpoints of another run (model_final.pth" in caplog.text

@@ -74,11 +74,6 @@ def test_what_is_no_run_is_refused_in_words(run, break_it, words):
         open_run(run)
 
 
-def test_a_lazyconfig_is_refused_in_words(run):
-    with pytest.raises(UserError, match=r"1x\.py' is of a LazyConfig.*give a YAML config"):
-        open_run(run, "lazy/retinanet_R_50_FPN_1x.py")
-
-
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"'.*nowhere' is no folder"):
         open_run(tmp_path / "nowhere")

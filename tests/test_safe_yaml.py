@@ -76,10 +76,11 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     assert merged(tmp_path / "mine.yaml").SEED == 3
 
 
-def test_only_a_command_allows_pictures_outside_of_their_folder(tmp_path):
+def test_only_a_command_allows_pictures_outside_of_their_folder(tmp_path, caplog):
     (tmp_path / "mine.yaml").write_text("MODEL: {RETINA_FOCAL: {DATA: {ALLOW_OUTSIDE: True}}}")
     cfg = merged(tmp_path / "mine.yaml")
     assert not cfg.MODEL.RETINA_FOCAL.DATA.ALLOW_OUTSIDE
+    assert "mine.yaml can't set DATA.ALLOW_OUTSIDE True" in caplog.text
     merge_options(cfg, ["MODEL.RETINA_FOCAL.DATA.ALLOW_OUTSIDE", "True"])
     assert cfg.MODEL.RETINA_FOCAL.DATA.ALLOW_OUTSIDE
 

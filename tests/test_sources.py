@@ -13,6 +13,7 @@ from detectron2.data.datasets import load_coco_json
 from PIL import Image
 
 from retina_focal.data import sources
+from retina_focal.data.inspection import inspect
 from retina_focal.data.registration import register, register_datasets
 from retina_focal.data.uri import MAX_CLASSES, parse
 from retina_focal.errors import UserError
@@ -411,6 +412,50 @@ HOSTILE = {
     "encoding": ("<?xml version='1.0' encoding='x-evil'?><annotation/>", "unknown encoding"),
     "another": ("<b/>", "<b> in place of <annotation>"),
 }
+
+
+TWICE = {
+    "name": ("</name>", "</name><name>WBC</name>", "object[0] (line 2): <name>", 1),
+    "bndbox": ("</bndbox>", "</bndbox><bndbox><xmin>5</xmin></bndbox>", "object[0] (line 2): <", 1),
+    "size": ("</size>", "</size><size><width>9</width></size>", "a.xml: <width>", 0),
+    "the same": ("</name>", "</name><name>RBC</name>", None, 0),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_an_element_of_voc_with_two_values_is_refused(name, tmp_path):
+    uri = write_voc(tmp_path)
+    old, new, record, faulty = TWICE[name]
+    path = tmp_path / "Annotations/a.xml"
+    path.write_text(path.read_text().replace(old, new, 1))
+    check = inspect(uri, with_pictures=False).check
+    found = [(x.severity, x.records[0]) for x in check.findings if x.kind == "twice"]
+    assert [record in x for severity, x in found if severity == "error"] == [True] * bool(record)
+    assert check.counts.get("faulty", 0) == faulty
+    assert sum(check.counts.values()) == check.num_annotations == 4
+
+
+HEADER = "image_path,xmin,ymin,xmax,ymax,label\n"
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "words"),
+    [
+        ("image_path,xmin,xmin,ymin,xmax,ymax,label\n", "", "line 1: .* several are xmin"),
+        ("image,path,xmin,ymin,xmax,ymax,class\n", "", "several are image_path"),
+        (HEADER, "a.jpg,1,2,30,40,RBC,7,8\n", r"rows are not image_path.*line 2\)"),
+        (HEADER.replace(",label", ",note,label"), "", "4 rows are not image_path"),
+        (HEADER, "a.jpg,1,2,30,40,RBC,, \n", None),
+        (f"{HEADER[:-1]},note\n", "a.jpg,1,2,30,40,RBC\n", None),
+    ],
+)
+def test_what_a_csv_has_too_much_of_is_refused(header, row, words, tmp_path):
+    uri = write_csv(tmp_path, header=header + row)
+    if words is None:
+        assert len(sources.load(uri).json_file.read_text().split('"bbox"')) == 6
+    else:
+        with pytest.raises(UserError, match=words):
+            sources.load(uri)
 
 
 @pytest.mark.parametrize("name", HOSTILE)

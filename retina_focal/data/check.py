@@ -5,18 +5,28 @@ Nothing is left out in silence: the counts of what becomes of the annotations ad
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 from retina_focal.data.annotations import NUMBERS, check_annotations
-from retina_focal.data.findings import MAX_ID, Check, Finding, Section, shortened
+from retina_focal.data.findings import (
+    MAX_ID,
+    NAME,
+    Check,
+    Finding,
+    Section,
+    is_class_name,
+    shortened,
+)
+from retina_focal.data.repeated import Repeated
 from retina_focal.files import leads_outside
 
 ALLOW_OUTSIDE = "MODEL.RETINA_FOCAL.DATA.ALLOW_OUTSIDE"
 SECTIONS = ("images", "annotations", "categories")
 
 
-def check_coco(content: object, is_read: bool = False) -> Check:
+def check_coco(content: object, is_read: bool = False, repeated: Sequence[Repeated] = ()) -> Check:
     """Check what `json.load` made of an annotation file.
 
     Where the structure or the ids are wrong, what depends on them is not looked at, and is counted
@@ -24,9 +34,10 @@ def check_coco(content: object, is_read: bool = False) -> Check:
 
     Args:
         is_read: whether a reader of ours wrote it, with what it found in "info".
+        repeated: of `repeated.loads`.
     """
     check, unread = Check(), 0
-    sections = _sections(content, check.findings, is_read)
+    sections = _sections(content, check.findings, is_read, repeated)
     if is_read:
         check.findings += [Finding(*x[:3], tuple(x[3])) for x in content["info"]["findings"]]
         unread = content["info"]["unread"]
@@ -54,20 +65,28 @@ def check_coco(content: object, is_read: bool = False) -> Check:
     return check
 
 
-def _sections(content: object, findings: list[Finding], is_read: bool) -> list[Section] | None:
+def _sections(
+    content: object, findings: list[Finding], is_read: bool, repeated: Sequence[Repeated]
+) -> list[Section] | None:
     """Images, annotations and categories; None where they are no lists of records."""
     expected = "expected COCO format, an object with 'images', 'annotations' and 'categories'"
     if not isinstance(content, dict):
         text = f"the file holds a {_noun(content)}; {expected}"
         findings.append(Finding("structure", "error", text))
         return None
-    if "annotations" not in content:
+    keys_of = {id(x.record): x.keys for x in repeated}
+    if twice := [key for key in keys_of.pop(id(content), ()) if key in SECTIONS]:
+        text = f"the file has {' and '.join(twice)} twice, of which the last would count; join them"
+        findings.append(Finding("twice", "error", text))
+    is_pictures = not content.get("annotations") and "categories" not in content
+    if "annotations" not in content or is_pictures:
         text = "there are no 'annotations'; expected them to train on or measure with"
         findings.append(Finding("annotations-missing", "training", text))
     sections = []
     for name in SECTIONS:
-        records = content.get(name, [] if name == "annotations" else None)
-        if not isinstance(records, list) or not (records or name == "annotations"):
+        may_be_empty = name == "annotations" or (name == "categories" and is_pictures)
+        records = content.get(name, [] if may_be_empty else None)
+        if not isinstance(records, list) or not (records or may_be_empty):
             text = f"there are no '{name}'; {expected}"
             if name in content:
                 text = f"'{name}' is {shortened(records)}; {expected}"
@@ -76,14 +95,22 @@ def _sections(content: object, findings: list[Finding], is_read: bool) -> list[S
         section = Section(name, records, findings, is_read)
         wrong = [i for i, x in enumerate(records) if type(x) is not dict]
         section.find("structure", "error", wrong, "are no objects")
+        if keys_of:
+            twice = [i for i, x in enumerate(records) if keys_of.pop(id(x), None)]
+            text = "have a key twice, with different values; delete one"
+            section.find("twice", "error", twice, text)
         sections.append(section)
-    return None if any(x.severity == "error" for x in findings) else sections
+    if keys_of:
+        keys = tuple(f"'{shortened(key)}'" for of_one in keys_of.values() for key in of_one)
+        text = f"{len(keys_of)} other objects have a key twice, of which the last value counts"
+        findings.append(Finding("twice", "warning", text, keys))
+    return None if any(x.kind == "structure" for x in findings) else sections
 
 
 def _check_categories(categories: Section, check: Check) -> None:
     ids, names = categories.column("id"), categories.column("name")
     fit = categories.expect_type("name", names, {str}, 'a text, as in {"id": 1, "name": "cat"}')
-    if categories.ids(ids) and fit.all():
+    if ids and categories.ids(ids) and fit.all():
         check.category_ids, check.classes = map(
             list, zip(*sorted(zip(ids, names, strict=True)), strict=True)
         )
@@ -91,6 +118,9 @@ def _check_categories(categories: Section, check: Check) -> None:
         twice = [i for i, x in enumerate(names) if counts[x] > 1]
         text = "share their name with another; they are told apart by their ids alone"
         categories.find("name-twice", "warning", twice, text, "name")
+        wrong = [i for i, x in enumerate(names) if not is_class_name(x)]
+        text = f"have a name of control characters, or of more than {NAME} letters; rename them"
+        categories.find("name", "error", wrong, text, "name")
 
 
 def _check_images(images: Section) -> tuple[dict[int, int], np.ndarray]:

@@ -16,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 from retina_focal.data.annotations import is_segmentation, polygon_box
 from retina_focal.data.check import check_coco
 from retina_focal.data.findings import Check, Finding
+from retina_focal.data.repeated import loads
 from retina_focal.errors import UserError
 from retina_focal.files import cache_folder, open_regular, write_whole
 
@@ -32,6 +33,7 @@ class CocoFile:
     path: str  # as messages name it
     check: Check
     mended: str  # the file that is to be read: the one itself, or a mended copy of it
+    digest: str  # SHA-256 of its content
 
     def refuse(self, name: str, trained_on: bool, allow_outside: bool = True) -> None:
         """Refuse what can't be used.
@@ -103,22 +105,23 @@ def coco_file(name: str) -> CocoFile | None:
 def _read(path: str, uri: str | None, data: bytes) -> CocoFile:
     with _without_garbage_collection():
         try:
-            content = json.loads(data)
+            content, repeated = loads(data)
         except RecursionError as error:
             raise UserError(f"{path} is not JSON: it is nested too deeply") from error
         except ValueError as error:  # no JSON, no text, or a number of over 4,300 digits
             raise UserError(f"{path} is not JSON: {error}") from error
-        check = check_coco(content, is_read=uri is not None)
+        check = check_coco(content, is_read=uri is not None, repeated=repeated)
         if json.detect_encoding(data) != "utf-8":
             text = f"the text is {json.detect_encoding(data)}; expected UTF-8 without a mark"
             check.findings.append(Finding("encoding", "mended", text))
-        mended = path
+        mended, digest = path, hashlib.sha256(data).hexdigest()
         if check.of("mended") and not check.of("error"):
-            mended = str(_cached(path, data))
+            name = f"{Path(path).stem}-{digest[:24]}-{MENDING}.json"
+            mended = str(cache_folder() / "datasets" / name)
             if not os.path.exists(mended):
                 mend(content)
                 write_whole(Path(mended), json.dumps(content))
-    return CocoFile(uri or path, check, mended)
+    return CocoFile(uri or path, check, mended, digest)
 
 
 def mend(content: dict) -> None:
@@ -135,11 +138,6 @@ def mend(content: dict) -> None:
             annotation["id"] = number
         if annotation.get("segmentation") and not is_segmentation(annotation["segmentation"]):
             del annotation["segmentation"]
-
-
-def _cached(path: str, data: bytes) -> Path:
-    name = hashlib.sha256(data).hexdigest()
-    return cache_folder() / "datasets" / f"{Path(path).stem}-{name[:24]}-{MENDING}.json"
 
 
 @contextmanager

@@ -36,6 +36,10 @@ LEAST_STEPS = 50
 RATE_PER_PICTURE = 0.02 / 4  # configs/quick_start, SGD
 GPU_RATE_PER_PICTURE = 0.01 / 16  # detectron2's
 RARE = 0.1  # of the pictures: classes in fewer of them are shown more often
+THRESHOLDS = (0.4, 0.5)  # of the paper
+STRICTER = (0.5, 0.6)  # where the anchors reach nearly all boxes with the upper one
+NEARLY_ALL = 0.97
+AVERAGED = 8  # the average of the weights is over about this part of the steps
 
 
 # The method, in the minutes that a user of two cores has: as stock, until a table of the same data,
@@ -43,7 +47,6 @@ RARE = 0.1  # of the pictures: classes in fewer of them are shown more often
 METHOD: dict[str, tuple[object, str]] = {
     "MODEL.RETINA_FOCAL.ASSIGNMENT": ("detectron2", "atss instead gains no AP that is measured"),
     "MODEL.RETINA_FOCAL.CLS_LOSS": ("focal", "soft targets gain no AP that is measured"),
-    "MODEL.RETINA_FOCAL.TRAIN.EMA": (0.0, "no average of the weights: no gain is measured"),
     "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.SCALE": ([1.0, 1.0], "MIN_SIZE_TRAIN varies sizes"),
     "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.COLOUR": (0.0, "no gain is measured"),
     "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.MOSAIC": (0.0, "no gain is measured"),
@@ -121,8 +124,20 @@ def anchor_settings(octaves: Octaves, before: Mapping, after: Mapping) -> Settin
     }
 
 
+def threshold_settings(reached: float) -> Settings:
+    """From which IoU on an anchor is positive.
+
+    Args:
+        reached: share of the boxes that the anchors reach with the upper one of `STRICTER`.
+    """
+    thresholds = STRICTER if reached >= NEARLY_ALL else THRESHOLDS
+    why = f"{reached:.1%} of the boxes have an anchor at IoU >= {STRICTER[1]}: "
+    why += "so the better ones" if thresholds == STRICTER else "too few; as in the paper"
+    return {"MODEL.RETINANET.IOU_THRESHOLDS": Setting(list(thresholds), why)}
+
+
 def method_settings() -> Settings:
-    """Assignment, loss, average of the weights, augmentation: `METHOD`."""
+    """Assignment, loss, augmentation: `METHOD`."""
     return {key: Setting(*row) for key, row in METHOD.items()}
 
 
@@ -203,6 +218,10 @@ def schedule_settings(
         "SOLVER.MAX_ITER": Setting(steps, f"{epochs:.3g} epochs: {fits}"),
         "SOLVER.LR_SCHEDULER_NAME": Setting("WarmupMultiStepLR", "as in quick_start/bccd.yaml"),
         "SOLVER.STEPS": Setting([int(steps * 0.8)], "at 80%, as in quick_start/bccd.yaml"),
+        "MODEL.RETINA_FOCAL.TRAIN.EMA": Setting(
+            round(1 - AVERAGED / steps, 4),
+            "weights are averaged over about an eighth of the steps",
+        ),
         "SOLVER.WARMUP_ITERS": Setting(min(500, steps // 8), "an eighth, up to 500"),
         "SOLVER.CHECKPOINT_PERIOD": Setting(
             max(1, min(steps // LEAST_SAVES, round(60 * SAVED_EVERY / pace.step_at(mean)))),

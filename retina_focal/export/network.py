@@ -18,6 +18,7 @@ from retina_focal.export import operators
 from retina_focal.export.calibrated import CalibratedScores
 from retina_focal.export.folded import folded_copy
 from retina_focal.export.metadata import Metadata
+from retina_focal.export.sparse_boxes import Pairs, SparseBoxTower
 from retina_focal.places import places_of_elements
 from retina_focal.retinanet import FocalRetinaNet
 
@@ -60,7 +61,13 @@ def example(dtype: str) -> Tensor:
 class ExportedNetwork(nn.Module):
     """(N, 3, H, W) pixels to (N, D, 4) boxes, (N, D) scores, (N, D) classes."""
 
-    def __init__(self, model: FocalRetinaNet, metadata: Metadata, own_operators: bool = True):
+    def __init__(
+        self,
+        model: FocalRetinaNet,
+        metadata: Metadata,
+        own_operators: bool = True,
+        sparse_boxes: bool = False,
+    ):
         """
         Args:
             model: trained; it is copied, and its norms folded.
@@ -68,13 +75,16 @@ class ExportedNetwork(nn.Module):
                 calibrated.
             own_operators: padding and NMS as `export.operators`, which ONNX translates; otherwise
                 in torch's and torchvision's.
+            sparse_boxes: run the box tower where boxes are read, if those cells are few enough;
+                with `own_operators` alone.
         Raises:
-            UserError: an anchor generator whose anchors can't be computed from their places, or a
-                backbone that pads to a square.
+            UserError: an anchor generator whose anchors can't be computed from their places, a
+                backbone that pads to a square, or see `SparseBoxTower`.
         """
         super().__init__()
         model = folded_copy(model)
         self.backbone, self.head = model.backbone, model.head
+        self.box_tower = SparseBoxTower(self.head) if sparse_boxes else None
         self.in_features = model.head_in_features
         self.stride = _stride(model.padding)
         self.postprocessor = model.postprocessor
@@ -130,23 +140,28 @@ class ExportedNetwork(nn.Module):
         return F.pad(images, (0, -width % self.stride, 0, -height % self.stride))
 
     def _maps(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """(N, A x K, Hi, Wi) logits and (N, A x 4, Hi, Wi) deltas per level."""
+        """(N, A x K, Hi, Wi) logits and (N, A x 4, Hi, Wi) deltas per level; or, with a
+        `SparseBoxTower`, (N, C, Hi, Wi) that it makes deltas of.
+        """
         features = self.backbone(images)
         logits, deltas = self.head([features[name] for name in self.in_features])
         return logits, deltas.maps() if isinstance(deltas, PendingDeltas) else deltas
 
     def _candidates(self, logits: list[Tensor], deltas: list[Tensor]) -> Candidates:
         """The k best pairs of each level, of all levels."""
-        k = self.postprocessor.topk_candidates
-        steps = self._steps([x.shape[-2:] for x in logits])
-        levels = [self._of_level(*x) for x in zip(logits, deltas, steps, strict=True)]
-        deltas, x, y, anchor, values, classes = (
-            torch.cat(of_levels, 1) for of_levels in zip(*levels, strict=True)
-        )
+        pairs = [self._best_pairs(x) for x in logits]
+        if self.box_tower:
+            threshold = self.postprocessor.score_thresh
+            deltas = self.box_tower(deltas, pairs, [x.values.sigmoid() > threshold for x in pairs])
+        else:
+            deltas = torch.cat([x.deltas(y) for x, y in zip(pairs, deltas, strict=True)], 1)
         # Anchors are computed where they are needed.
-        level = torch.arange(len(levels), device=anchor.device).repeat_interleave(k)
-        cells = self.cells[level * (len(self.cells) // len(levels)) + anchor]
-        anchors = torch.stack([x, y, x, y], -1) + cells
+        steps = self._steps([x.shape[-2:] for x in logits])
+        centres = torch.cat([self._centres(*x) for x in zip(pairs, steps, strict=True)], 1)
+        anchor, _, _, values, classes = (torch.cat(x, 1) for x in zip(*pairs, strict=True))
+        k = self.postprocessor.topk_candidates
+        level = torch.arange(len(pairs), device=anchor.device).repeat_interleave(k)
+        anchors = centres + self.cells[level * (len(self.cells) // len(pairs)) + anchor]
         decode = self.postprocessor.box2box_transform.apply_deltas
         boxes = decode(deltas.flatten(0, 1), anchors.flatten(0, 1)).view(anchors.shape)
         return Candidates(boxes, values.sigmoid(), classes)
@@ -158,15 +173,18 @@ class ExportedNetwork(nn.Module):
             return generator.steps(sizes)
         return [(stride, stride) for stride in generator.strides]
 
-    def _of_level(
-        self, logits: Tensor, deltas: Tensor, steps: tuple[int, int]
-    ) -> tuple[Tensor, ...]:
+    def _centres(self, pairs: Pairs, steps: tuple[int, int]) -> Tensor:
+        """(N, k, 4) centres of the anchors as XYXY."""
+        y, x = (
+            (index + self.anchor_generator.offset) * step
+            for index, step in zip((pairs.row, pairs.column), steps, strict=True)
+        )
+        return torch.stack([x, y, x, y], -1)
+
+    def _best_pairs(self, logits: Tensor) -> Pairs:
         """The k best pairs of one level.
 
         A pair among the k best is of an anchor whose best class is among the k best.
-
-        Returns:
-            (N, k, 4) deltas; (N, k) centres x and y, anchor of the cell, logit and class.
         """
         k, num_classes = self.postprocessor.topk_candidates, self.postprocessor.num_classes
         height, width = logits.shape[-2:]
@@ -184,14 +202,7 @@ class ExportedNetwork(nn.Module):
         values, pairs = values.topk(k)
         places = places_of_elements(elements.gather(1, pairs), num_classes, num_cells, width)
         anchor, classes, row, column = places
-        first = anchor * (4 * num_cells) + row * width + column
-        elements = first[..., None] + torch.arange(4, device=deltas.device) * num_cells
-        of_pairs = deltas.flatten(1).gather(1, elements.flatten(1)).unflatten(1, (k, 4))
-        y, x = (
-            (index + self.anchor_generator.offset) * step
-            for index, step in zip((row, column), steps, strict=True)
-        )
-        return of_pairs, x, y, anchor, values, classes
+        return Pairs(anchor, row, column, values, classes)
 
     def _suppress(self, found: Candidates, passing: Tensor) -> Tensor:
         """(N, M) bool: what non-maximum suppression leaves of those that pass."""

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -63,6 +64,7 @@ def quantize(
     """
     nncf = _nncf()
     model = optional("openvino", "openvino").Core().read_model(onnx_path)
+    _fold_constants(model)
     images = list(images)[:MOST_PICTURES]
     if not images:
         raise UserError("int8 needs pictures to be calibrated on; add: --calibration FOLDER")
@@ -97,6 +99,18 @@ def beside_network(model: "openvino.Model") -> list[str]:
             is_before.add(name)
     names = [x.get_friendly_name() for x in operations if x.get_type_name() != "Constant"]
     return [x for x in names if not (x in is_behind and x in is_before)]
+
+
+def _fold_constants(model: "openvino.Model") -> None:
+    """Compute what depends on no input.
+
+    A depthwise convolution's weight is a constant that is reshaped, in which NNCF sees no weight:
+    it would stay in fp32, be rounded at each call, and its convolution be computed in fp32.
+    """
+    passes = import_module("openvino.passes")
+    manager = passes.Manager()
+    manager.register_pass(passes.ConstantFolding())
+    manager.run_passes(model)
 
 
 def _save(model: "openvino.Model", folder: Path, metadata: Metadata) -> Path:

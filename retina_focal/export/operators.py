@@ -1,8 +1,9 @@
-"""Two operators that torch's graphs can't hold for every size, and their ONNX translation.
+"""Operators that torch's graphs can't hold for every size, and their ONNX translation.
 
 torch.export has to know of every length on what it depends. A padded length is a multiple of the
 stride, which the arithmetic of padding does not tell it; how many boxes NMS keeps depends on
-values. As operators of their own both have a shape that is known.
+values. As operators of their own both have a shape that is known. torch's own choice between two
+computations, `torch.cond`, doesn't reach ONNX.
 """
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 # ONNX's NonMaxSuppression keeps none without a limit.
 NO_LIMIT = 2**31 - 1
+# Marks the translation of `either`.
+EITHER = "retina_focal.either"
 
 
 @torch.library.custom_op("retina_focal::pad_to_stride", mutates_args=())
@@ -47,6 +50,20 @@ def nms(boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, iou: flo
 @nms.register_fake
 def _(boxes: Tensor, scores: Tensor, groups: Tensor, num_groups: int, iou: float) -> Tensor:
     return torch.empty_like(scores, dtype=torch.bool)
+
+
+@torch.library.custom_op("retina_focal::either", mutates_args=())
+def either(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The first if the condition, a bool scalar, is true, else the second, of the same shape.
+
+    In ONNX only the one is computed: see `onnx_format`.
+    """
+    return torch.where(condition, first, second)
+
+
+@either.register_fake
+def _(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return torch.empty_like(second)
 
 
 def nms_in_torch(
@@ -100,6 +117,11 @@ def translations() -> dict:
         nowhere = op.ConstantOfShape(op.Shape(scores), value=_int64_zero())
         return op.Cast(op.ScatterND(nowhere, places, ones), to=9)  # BOOL
 
+    def either_in_onnx(condition, first, second):
+        chosen = op.Where(condition, first, second)
+        chosen.producer().metadata_props[EITHER] = "1"
+        return chosen
+
     def divided_in_onnx(dividend, divisor, rounding_mode: str):
         # torch's own translation divides in fp32, which is wrong from 2^24 on: a level of a
         # large image has more elements. Here both are integers, and not negative.
@@ -111,6 +133,7 @@ def translations() -> dict:
         aten.div.Scalar_mode: divided_in_onnx,
         library.pad_to_stride.default: pad_to_stride_in_onnx,
         library.nms.default: nms_in_onnx,
+        library.either.default: either_in_onnx,
     }
 
 

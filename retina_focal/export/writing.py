@@ -53,6 +53,7 @@ def export(
     calibration: Iterable[np.ndarray] = (),
     page: bool = False,
     triton: str | None = None,
+    sparse_boxes: bool = False,
 ) -> tuple[Path, list[Row]]:
     """Write an exported model into a folder, if it detects what the model does.
 
@@ -64,6 +65,7 @@ def export(
         calibration: for int8; see `quantize`.
         page: whether `PAGE` is written too; of onnx.
         triton: name of the model in the repository `TRITON`, which is then written too; of onnx.
+        sparse_boxes: see `ExportedNetwork`; of onnx, and of openvino but in int8.
     Returns:
         The path of the model, and what was compared.
     Raises:
@@ -73,7 +75,9 @@ def export(
     with whole_folder(output) as folder:
         path = folder / FORMATS[format].file
         if format == "openvino":
-            _write_openvino(model, metadata, folder, calibration)
+            _write_openvino(model, metadata, folder, calibration, sparse_boxes)
+        elif format == "onnx":
+            write_onnx(model, metadata, path, sparse_boxes)
         else:
             WRITERS[format](model, metadata, path)
         exported = open_exported(path)
@@ -89,17 +93,20 @@ def export(
 
 
 WRITERS: dict[str, Callable[[FocalRetinaNet, Metadata, Path], None]] = {
-    "onnx": write_onnx,
     "torch-export": write_torch_export,
     "torchscript": write_torchscript,
 }
 
 
 def _write_openvino(
-    model: FocalRetinaNet, metadata: Metadata, folder: Path, calibration: Iterable[np.ndarray]
+    model: FocalRetinaNet,
+    metadata: Metadata,
+    folder: Path,
+    calibration: Iterable[np.ndarray],
+    sparse_boxes: bool,
 ) -> None:
     onnx = folder / "model.onnx"
-    write_onnx(model, replace(metadata, precision="fp32"), onnx)
+    write_onnx(model, replace(metadata, precision="fp32"), onnx, sparse_boxes)
     if metadata.precision == "int8":
         quantize(onnx, folder, calibration, metadata)
     else:

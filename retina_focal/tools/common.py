@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.modeling import ANCHOR_GENERATOR_REGISTRY, BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from retina_focal.config import check_choice, config_path, flatten, get_cfg
 from retina_focal.data.classes import class_names, match_classes
@@ -28,9 +29,10 @@ from retina_focal.errors import UserError
 from retina_focal.limits import check_ranges, check_values
 from retina_focal.merging import merge_file, merge_options
 from retina_focal.training.checkpoints import expect_classes_of_run
+from retina_focal.training.lazy_run import build_lazy_model, values_of_test
 from retina_focal.training.processes import available_device
-from retina_focal.training.resume import saved_seed, with_seed
 from retina_focal.training.run_files import open_log
+from retina_focal.training.seeds import saved_seed, with_seed
 from retina_focal.training.values import LAZY_NAMES, plain_values
 
 UNSET = -(2**31)  # a number of classes that nobody types
@@ -84,6 +86,10 @@ def load_cfg(
         UserError: no such file, an unknown key, device or registered name, a value that can't be
             (`limits.check_values`), a dataset that the config does not use, or files of proposals.
     """
+    if config_file.endswith(".py"):
+        raise UserError(
+            f"'{config_file}' is a LazyConfig; expected a YAML config of the same model"
+        )
     flags = [x for x in opts if str(x).startswith("--")]
     if flags:
         raise UserError(f"{flags[0]} comes after the options {opts[0]} ...; put it before them")
@@ -147,6 +153,19 @@ def load_lazy_cfg(
 
     `train.retina_focal.sources` is what ``DATASETS.SOURCES`` is in YAML.
     """
+    cfg = read_lazy_cfg(config_file, opts)
+    allow = OmegaConf.select(cfg, "train.retina_focal.data.allow_outside", default=False)
+    sources = OmegaConf.select(cfg, "train.retina_focal.sources", default=[])
+    for name, data, folder in [*([*row, ""] for row in sources), *datasets]:
+        if folder:
+            register_coco_json(name, data, folder, allow_outside=allow)
+        else:
+            register(name, data, allow_outside=allow)
+    return cfg
+
+
+def read_lazy_cfg(config_file: str, opts: Sequence[str] = ()) -> DictConfig:
+    """The same without its datasets."""
     path = config_path(config_file)
     try:
         cfg = LazyConfig.load(path)
@@ -166,16 +185,32 @@ def load_lazy_cfg(
         LazyConfig.apply_overrides(cfg, list(opts))
     except Exception as error:  # what hydra and omegaconf raise has no other base in common
         raise UserError(f"{' '.join(opts)}: {str(error).splitlines()[0]}") from error
-    allow = OmegaConf.select(cfg, "train.retina_focal.data.allow_outside", default=False)
     check_ranges(plain_values(cfg), LAZY_NAMES)
-    sources = OmegaConf.select(cfg, "train.retina_focal.sources", default=[])
-    for name, data, folder in [*([*row, ""] for row in sources), *datasets]:
-        if folder:
-            register_coco_json(name, data, folder, allow_outside=allow)
-        else:
-            register(name, data, allow_outside=allow)
     cfg.train.device = available_device(cfg.train.device)
     return cfg
+
+
+def open_lazy(
+    config_file: str,
+    opts: Sequence[str],
+    datasets: Sequence[Sequence[str]] = (),
+    own: Sequence[str] = (),
+) -> tuple[CfgNode, nn.Module]:
+    """What detects with a LazyConfig: values under the names of a YAML config, and the model.
+
+    Args:
+        datasets, own: of `runs.open_run`; no dataset is looked for yet.
+    Raises:
+        UserError: see `read_lazy_cfg`, `build_lazy_model` and `values_of_test`.
+    """
+    pairs = zip(own[::2], own[1::2], strict=True)
+    own = [f"train.{key.removeprefix('MODEL.').lower()}={value}" for key, value in pairs]
+    lazy = read_lazy_cfg(config_file, [*own, *opts])
+    model = build_lazy_model(lazy)
+    cfg = values_of_test(lazy, model)
+    cfg.DATASETS.SOURCES += [[name, uri] for name, uri, folder in datasets if not folder]
+    cfg.DATASETS.COCO_JSON = [[*row] for row in datasets if row[2]]
+    return cfg, model
 
 
 def read_cfg(args: argparse.Namespace) -> CfgNode | DictConfig:

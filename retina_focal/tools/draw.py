@@ -1,10 +1,10 @@
 """Detections beside ground truth, as one picture: `retina-focal draw`."""
 
-from retina_focal.data.registration import use_datasets
+from retina_focal.errors import UserError
 from retina_focal.evaluation.drawing import check_output, draw_detections
 from retina_focal.tools.arguments import add_config_arguments, number, tool_parser
-from retina_focal.tools.common import command, load_cfg
-from retina_focal.weights.load import load_model
+from retina_focal.tools.common import command
+from retina_focal.tools.runs import open_run, run_model, use_data
 
 
 @command
@@ -19,7 +19,9 @@ def main(argv: list[str]) -> None:
     )
     args = parser.parse_args(argv)
     check_output(args.output)
-    cfg = load_cfg(args.config_file, args.opts, args.dataset)
-    use_datasets(cfg, cfg.DATASETS.TEST[:1])
-    draw_detections(cfg, load_model(cfg), args.output, args.num_images, args.score_thresh)
+    run = open_run(None, args.config_file, args.opts, args.dataset)
+    if not run.cfg.DATASETS.TEST:
+        raise UserError("the config names no dataset; add: DATASETS.TEST \"('name',)\"")
+    use_data(run, run.cfg.DATASETS.TEST[0], measured=False)
+    draw_detections(run.cfg, run_model(run), args.output, args.num_images, args.score_thresh)
     print(f"detections beside ground truth: {args.output}")

@@ -15,7 +15,7 @@ from retina_focal.training.assembly import fit
 from retina_focal.training.run_lock import sole_run
 from retina_focal.weights.lite0 import prepare_weights
 
-TEST_IMAGES = {"trees": "held-out tiles", "bccd": "test photographs"}
+TEST_IMAGES = {"trees_test": "held-out tiles", "bccd_test": "test photographs"}
 
 
 @command
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     interrupted, and drawn again.
     """
     parser = tool_parser("quick-start", __doc__)
-    parser.add_argument("name", choices=sorted(TEST_IMAGES))
+    parser.add_argument("name", choices=sorted(PREPARE))
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     args = parser.parse_args(argv)
     PREPARE[args.name](Path("datasets", args.name))
@@ -44,9 +44,11 @@ def main(argv: list[str]) -> None:
     draw_detections(cfg, trainer.model, picture)
     print(f"detections beside ground truth: {picture}")
     # With several test sets the results are keyed by name; the picture shows the first one's too.
-    ap = trainer.results.get(cfg.DATASETS.TEST[0], trainer.results).get("bbox")
+    tested = cfg.DATASETS.TEST[0]
+    ap = trainer.results.get(tested, trainer.results).get("bbox")
     took = f"{minutes} min {seconds} s"
     if trainer.start_iter >= trainer.max_iter:
         took = f"trained before; to train anew: rm -r {cfg.OUTPUT_DIR}"
     if ap:
-        print(f"AP {ap['AP']:.1f}  AP50 {ap['AP50']:.1f}  ({TEST_IMAGES[args.name]}, {took})")
+        images = TEST_IMAGES.get(tested, tested)
+        print(f"AP {ap['AP']:.1f}  AP50 {ap['AP50']:.1f}  ({images}, {took})")

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -26,21 +27,24 @@ from retina_focal.evaluation.tta import with_tta
 from retina_focal.export.metadata import AGAIN, Metadata
 from retina_focal.export.runners import ExportedModel, exported_file, open_exported
 from retina_focal.safe_yaml import read_text
-from retina_focal.tools.common import load_cfg
+from retina_focal.tools.common import load_cfg, open_lazy
 from retina_focal.training.checkpoint_files import (
     checkpoints_of,
+    is_of_another_run,
     is_regular,
     peek,
     read_checkpoint,
+    run_of,
 )
 from retina_focal.training.checkpoints import BEST
 from retina_focal.training.measure import yaml_test_loader
 from retina_focal.weights.load import load_model, local_weights
 
 CONFIG = "config.yaml"  # what a training writes into its folder
-NO_LAZY = (
-    "is of a LazyConfig, which is code, and which train alone takes (train --eval-only measures); "
-    "give a YAML config of the same model"
+IS_LAZY = (
+    "is of a LazyConfig, which is code: it is run only where you name it; type, beside the folder "
+    "(evaluate, report): --config-file FILE.py, or in its place (predict, export): --config-file "
+    "FILE.py --opts train.init_checkpoint="
 )
 FIRST = (f"{BEST}.pth", "model_final.pth")
 
@@ -55,43 +59,57 @@ class Run:
     weights: Path
     classes: tuple[str, ...]  # K names, in the order of the model's scores
     exported: ExportedModel | None = None  # `weights` is an exported file, and this is its model
+    built: nn.Module | None = None  # of a LazyConfig, without weights
 
 
 def open_run(
-    folder: str | Path | None = None, config_file: str | None = None, opts: Sequence[str] = ()
+    folder: str | Path | None = None,
+    config_file: str | None = None,
+    opts: Sequence[str] = (),
+    datasets: Sequence[Sequence[str]] = (),
+    own: Sequence[str] = (),
 ) -> Run:
     """A run by its folder, by a config that names weights, or by the weights of a folder with
     another config.
 
     Args:
         folder: of a run: its config.yaml, and its model_best.pth, else its model_final.pth, else
-            its newest checkpoint; one that is not whole is skipped, with a line. Or an exported
-            file, or the folder of one.
-        config_file: in place of the folder's; as of `train`.
+            its newest checkpoint; one that is not whole is skipped, with a line, and those of an
+            earlier run come last. Or an exported file, or the folder of one.
+        config_file: in place of the folder's; as of `train`. A LazyConfig is run, with KEY=VALUE
+            pairs: that of a folder is not, as whoever names a folder doesn't name its code.
         opts: KEY VALUE pairs; MODEL.WEIGHTS among them takes the place of the folder's weights.
+        datasets: rows of `--dataset`.
+        own: KEY VALUE pairs of the command for ``MODEL.RETINA_FOCAL``, before `opts`.
     Raises:
-        UserError: neither is given; no such folder or config, or the config is a LazyConfig's; no
-            weights, or none that are whole; or they have another number of classes; or see
-            `open_exported`.
+        UserError: neither is given; no such folder or config, or the folder's is a LazyConfig; no
+            whole weights, or of another number of classes; or see `open_exported`, `lazy_run`.
     """
     if folder is None and config_file is None:
         raise UserError("no run is given; expected its folder, or --config-file FILE")
-    if config_file is not None and config_file.endswith(".py"):
-        raise UserError(f"'{config_file}' {NO_LAZY}")
     exported = folder is not None and exported_file(folder)
     if exported:
-        return _open_exported(exported, opts)
-    cfg = load_cfg(config_file or _config_of(Path(folder)), opts).clone()
+        return _open_exported(exported, [*own, *opts])
+    built = None
+    if config_file is not None and config_file.endswith(".py"):
+        cfg, built = open_lazy(config_file, opts, datasets, own)
+        names_weights = any(x.startswith("train.init_checkpoint=") for x in opts)
+    else:
+        cfg = load_cfg(config_file or _config_of(Path(folder)), [*own, *opts], datasets).clone()
+        names_weights = "MODEL.WEIGHTS" in opts[::2]
     cfg.defrost()
     if folder is not None:
         cfg.OUTPUT_DIR = str(folder)
-        if "MODEL.WEIGHTS" not in opts[::2]:
+        if not names_weights:
             cfg.MODEL.WEIGHTS = str(weights_of(Path(folder)))
     cfg.freeze()
     if not cfg.MODEL.WEIGHTS:
-        raise UserError("no weights are given; add: MODEL.WEIGHTS output/model_final.pth")
+        raise UserError(
+            "no weights are given; add: MODEL.WEIGHTS output/model_final.pth (in a LazyConfig: "
+            "train.init_checkpoint=output/model_final.pth)"
+        )
     weights = local_weights(cfg.MODEL.WEIGHTS)
-    return Run(cfg, weights, _classes(cfg, weights))
+    return Run(cfg, weights, _classes(cfg, weights), built=built)
 
 
 def weights_of(folder: Path) -> Path:
@@ -101,7 +119,9 @@ def weights_of(folder: Path) -> Path:
         UserError: there is none.
     """
     first = [x for x in (folder / name for name in FIRST) if is_regular(x)]
-    for path in first + [x for x in checkpoints_of(folder) if x not in first]:
+    paths, run = first + [x for x in checkpoints_of(folder) if x not in first], run_of(folder)
+    own = (x for x in paths if not is_of_another_run(x, run))
+    for path in chain(own, (x for x in paths if is_of_another_run(x, run))):
         try:
             read_checkpoint(path)
             return path
@@ -113,18 +133,19 @@ def weights_of(folder: Path) -> Path:
     )
 
 
-def use_data(run: Run, data: str) -> str:
+def use_data(run: Run, data: str, measured: bool = True) -> str:
     """Register a dataset that a command names, with the classes of a run; its name.
 
     Args:
         data: a name that the run's config or detectron2 has, a URI or a path.
+        measured: see `use_datasets`.
     Raises:
         UserError: it is not there, can't be used, or has other classes.
     """
     rows = (*run.cfg.DATASETS.get("SOURCES", ()), *run.cfg.DATASETS.get("COCO_JSON", ()))
     if data not in DatasetCatalog and data not in [name for name, *_ in rows]:
         register(data, data, allow_outside=retina_focal_node(run.cfg).DATA.ALLOW_OUTSIDE)
-    use_datasets(run.cfg, [data])
+    use_datasets(run.cfg, [data], measured=measured)
     match_classes([data], run.classes, f"'{run.weights}'")
     return data
 
@@ -136,7 +157,7 @@ def run_model(run: Run) -> nn.Module:
     cfg = run.cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TEST = ()  # whose classes are compared where they are read: `use_data`
-    return load_model(cfg)
+    return load_model(cfg, run.built)
 
 
 def detections(run: Run, model: nn.Module, dataset: str) -> list[dict]:
@@ -250,7 +271,8 @@ def _config_of(folder: Path) -> str:
             "training, or a config in its place: --config-file FILE"
         )
     if re.search(r"^dataloader:", read_text(path), re.MULTILINE):
-        raise UserError(f"'{path}' {NO_LAZY}: --config-file FILE")
+        weights = next((folder / x for x in FIRST if is_regular(folder / x)), "WEIGHTS")
+        raise UserError(f"'{path}' {IS_LAZY}{weights}")
     return str(path)
 
 

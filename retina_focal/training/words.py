@@ -54,7 +54,7 @@ def words_only(folder: str, last_checkpoint: Callable[[], str]) -> Iterator[None
 
     def is_of_folder(error: BaseException) -> bool:
         return isinstance(error, OSError) and (
-            error.errno in FULL_OR_CLOSED or _is_inside(error.filename, folder)
+            error.errno in FULL_OR_CLOSED or _is_in(error.filename, folder)
         )
 
     def without_traceback(record: logging.LogRecord) -> bool:
@@ -82,7 +82,8 @@ def words_only(folder: str, last_checkpoint: Callable[[], str]) -> Iterator[None
         logger.removeFilter(without_traceback)
 
 
-def _is_inside(path: str | bytes | int | None, folder: str) -> bool:
+def _is_in(path: str | bytes | int | None, folder: str) -> bool:
     if not isinstance(path, (str, bytes)):
         return False
-    return os.path.abspath(os.fsdecode(path)).startswith(os.path.abspath(folder) + os.sep)
+    path, folder = os.path.abspath(os.fsdecode(path)), os.path.abspath(folder)
+    return path == folder or path.startswith(folder + os.sep)

@@ -127,18 +127,20 @@ def local_weights(path: str) -> Path:
     return Path(fetch(file, OTHER_FILE) if "://" in file else file)
 
 
-def load_model(cfg: CfgNode) -> nn.Module:
+def load_model(cfg: CfgNode, model: nn.Module | None = None) -> nn.Module:
     """The config's model with the trained weights that ``MODEL.WEIGHTS`` names.
 
     Before the records of the first test set are read: its classes are numbered as the checkpoint's.
 
+    Args:
+        model: in place of what the config builds.
     Raises:
         UserError: none are named or found, some are missing, or they are of other classes.
     """
     if not cfg.MODEL.WEIGHTS:
         raise UserError("no weights are given; add: MODEL.WEIGHTS output/model_final.pth")
     check_weights_file(cfg.MODEL.WEIGHTS)
-    model = build_model(cfg)
+    model = model or build_model(cfg)
     with missing_parameters(model) as missing:
         checkpoint = Checkpointer(model).load(cfg.MODEL.WEIGHTS)
     expect_trained(model, missing, cfg.MODEL.WEIGHTS)

@@ -23,7 +23,7 @@ from retina_focal.data.uri import Location
 from retina_focal.errors import UserError
 from retina_focal.files import decoded, leads_outside
 
-VERSION = 1  # of the rules of this reader
+VERSION = 2  # of the rules of this reader
 MAX_ROWS = 2_000_000  # about 1 GB while they are read
 FIELDS = ("image_path", "xmin", "ymin", "xmax", "ymax", "label")
 # Names that exporters give the same columns.
@@ -90,28 +90,42 @@ def _name(text: str, root: Path) -> str:
 
 
 def _rows(path: Path, inputs: Inputs) -> Iterator[tuple[int, list[str]]]:
-    """(line, [picture, xmin, ymin, xmax, ymax, label]); a row of another length as it stands."""
+    """(line, [picture, xmin, ymin, xmax, ymax, label]); fewer or more where a row is wrong."""
     rows = csv.reader(io.StringIO(decoded(inputs.read(path, MAX_LIST), path), newline=""))
-    order = None
+    order, width = None, 0
     try:
         for fields in rows:
             if not any(x.strip() for x in fields):
                 continue
             if order is None:
-                order = _columns(fields, path)
+                order, width = _columns(fields, path), len(fields)
                 if order:
                     continue
-            if order and len(fields) > max(order):
-                fields = [fields[i] for i in order]
+            if order and len(fields) > 1:
+                fields = _in_order(fields, order, width)
             yield rows.line_num, fields
     except csv.Error as error:
         raise UserError(f"'{path}', line {rows.line_num}: {error}") from error
+
+
+def _in_order(fields: list[str], order: list[int], width: int) -> list[str]:
+    """A row's `FIELDS`; its picture and all the rest as one where it has more or fewer values."""
+    if len(fields) > max(order) and not any(x.strip() for x in fields[width:]):
+        return [fields[i] for i in order]
+    picture = fields.pop(order[0]) if order[0] < len(fields) else ""
+    return [picture, "".join(fields)]
 
 
 def _columns(fields: list[str], path: Path) -> list[int]:
     """Where `FIELDS` stand in a header; empty where the first row is none."""
     names = [ALIASES.get(x.strip().lower(), x.strip().lower()) for x in fields]
     if all(name in names for name in FIELDS):
+        twice = [name for name in FIELDS if names.count(name) > 1]
+        if twice:
+            raise UserError(
+                f"'{path}', line 1: of the columns {shortened(','.join(fields))} several are "
+                f"{twice[0]}; delete all but one"
+            )
         return [names.index(name) for name in FIELDS]
     if len(fields) == len(FIELDS) and not {*FIELDS} & {*names}:
         return []

@@ -26,7 +26,7 @@ from retina_focal.data.uri import Location
 from retina_focal.errors import UserError
 from retina_focal.files import leads_outside
 
-VERSION = 1  # of the rules of this reader
+VERSION = 2  # of the rules of this reader
 MAX_DEPTH = 50  # of elements
 MAX_LETTERS = 10_000  # of one text
 SPLITS = Path("ImageSets", "Main")
@@ -158,6 +158,9 @@ def add(item: Item, location: Location, reading: Reading) -> None:
     if not item.in_split:
         reading.met.update(x["name"].strip() for x in found["objects"] if x.get("name", "").strip())
         return
+    if "twice" in found:
+        text = "annotation files have an element twice, with different values; delete one"
+        reading.fault("twice", "error", text, f"{item.source}: <{found['twice']}>")
     file_name = item.picture
     if file_name is None:
         given = found.get("filename", "").strip()
@@ -188,6 +191,10 @@ def _add_object(
     fields: dict, record: str, location: Location, reading: Reading, boxes: list[dict]
 ) -> None:
     name = fields.get("name", "").strip()
+    if "twice" in fields:
+        text = "objects have an element twice, with different values; delete one"
+        reading.fault("twice", "error", text, f"{record}: <{fields['twice']}>", True)
+        return
     missing = [key for key in ("name", *CORNERS) if not fields.get(key, "").strip()]
     if missing:
         text = f"objects lack one of <name>, {', '.join(f'<{x}>' for x in CORNERS)}"
@@ -220,7 +227,7 @@ def _add_object(
 
 def _parse(content: bytes) -> dict:
     """{"filename", "width", "height", "objects": [{"line", "name", "difficult", "xmin", ...}]}, all
-    as text, and only what is there.
+    as text, and only what is there; "twice" is an element that is there with two values.
 
     Raises:
         ExpatError, LookupError (of an encoding), UserError, ValueError: it is no such XML.
@@ -248,7 +255,8 @@ def _parse(content: bytes) -> dict:
             if len(value) > MAX_LETTERS:
                 raise UserError(f"<{tag}> has more than {MAX_LETTERS:,} letters")
             into = found["objects"][-1] if path[1] == "object" else found
-            into.setdefault(key, value)
+            if into.setdefault(key, value) != value:
+                into.setdefault("twice", tag)
         path.pop()
         text.clear()
 

@@ -17,7 +17,7 @@ from retina_focal.errors import UserError
 from retina_focal.files import write_whole
 from retina_focal.precision import PRECISIONS
 from retina_focal.tools.arguments import listed, number, tool_parser
-from retina_focal.tools.benchmark import exports, gpu, gpu_report
+from retina_focal.tools.benchmark import exports, gpu, gpu_report, gpu_timing, sparse
 from retina_focal.tools.benchmark.cases import INDEPENDENT_OF, MEMORY, TIMED
 from retina_focal.tools.benchmark.instruments import Probe, check_fp32, memory_probes, timing_probes
 from retina_focal.tools.benchmark.models import MODELS, Setting, torchvision_has
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     report = {**origin("benchmark", argv, device), "rounds": args.rounds, "rows": []}
     if args.what and EXPORT in args.what:
         measure_exports(args, cfg, report)
-    elif args.gpu_rows or gpu.on_gpu(device):
+    elif args.gpu_rows or gpu_timing.on_gpu(device):
         measure_on_gpu(args, cfg, report)
     else:
         measure_on_cpu(args, cfg, report)
@@ -84,7 +84,7 @@ def measure_on_gpu(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None
         profiles.unlink(missing_ok=True)
     try:
         gpu.measure(todo, report, args.rounds, STEPS_SECONDS, deadline, profiles, save)
-        report["finished"] = not report["left_out"]
+        report["finished"] = not (report["left_out"] or any(map(gpu.has_failed, report["rows"])))
     except KeyboardInterrupt:
         print("\ninterrupted; what was measured before:")
     if report["rows"]:
@@ -92,6 +92,11 @@ def measure_on_gpu(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None
         plot(gpu_report.bars(report["rows"]), args.output / "results.png")
     else:
         print("no row was finished")
+    for row in filter(gpu.has_failed, report["rows"]):
+        raise UserError(
+            f"{row['what']}, batch {row['batch']}, {row['precision']}, {row['model']} failed: "
+            f"{row['error']}; the same command measures what failed again"
+        )
 
 
 def measure_on_cpu(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None:
@@ -118,13 +123,16 @@ def measure_on_cpu(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None
 
 def measure_exports(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None:
     """Fill the report with a row for each config, and write it after each round."""
-    if len(args.what) > 1 or gpu.on_gpu(cfg.MODEL.DEVICE):
+    if len(args.what) > 1 or gpu_timing.on_gpu(cfg.MODEL.DEVICE):
         raise UserError("--what export is measured alone, on a CPU; add: --device cpu")
-    todo = [(args.config_file, settings_of(args, cfg)[0])]
+    setting = settings_of(args, cfg)[0]
+    todo = [(args.config_file, setting, exports.prepare)]
     if (args.config_file, args.image_size) == (DEFAULT_CONFIG, DEFAULT_SIZE):
         name, size = exports.LITE0
         lite0 = load_cfg(name, [*args.opts, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
-        todo.append((name, Setting(lite0, size, 1, args.boxes[0])))
+        objects = f"{args.config_file}, {setting.boxes} objects on grey"
+        todo.append((objects, setting, sparse.prepare_sparse))
+        todo.append((name, Setting(lite0, size, 1, args.boxes[0]), exports.prepare))
     report |= {"abilities": exports.abilities(), "finished": False}
 
     def save(row: dict) -> None:
@@ -133,8 +141,8 @@ def measure_exports(args: argparse.Namespace, cfg: CfgNode, report: dict) -> Non
         write_whole(args.output / "results.json", json.dumps(report, indent=1))
 
     try:
-        for title, setting in todo:
-            exports.measure(title, setting, args.rounds, save)
+        for how in todo:
+            exports.measure(*how, args.rounds, save)
         report["finished"] = True
     except KeyboardInterrupt:
         print("\ninterrupted; what was measured before:")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ LITE0 = ("quick_start/trees.yaml", (400, 400))
 # Instructions that decide what a precision is worth, as Linux names them.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 PERCENTILE = 20
+# Seconds before each run: a runtime's threads spin for a while after its own.
+SETTLE = 0.1
 
 Model = Callable[[list[dict]], list[dict]]
 
@@ -51,11 +53,18 @@ class Prepared:
     left_out: dict[str, str]
 
 
-def measure(title: str, setting: Setting, rounds: int, save: Callable[[dict], None]) -> dict:
+def measure(
+    title: str,
+    setting: Setting,
+    prepare: Callable[[Setting, Path], Prepared],
+    rounds: int,
+    save: Callable[[dict], None],
+) -> dict:
     """Time every model once in each round, in turn; the row of the report.
 
     Args:
         title: of the config.
+        prepare: makes the models, into a folder.
         save: called with the row after each round.
     """
     row = {"config": title, "image_size": list(setting.image_size), "seconds": {}, "left_out": {}}
@@ -69,6 +78,7 @@ def measure(title: str, setting: Setting, rounds: int, save: Callable[[dict], No
                 model(prepared.batch)
         for _ in tqdm(range(rounds), title, unit="round"):
             for name, model in prepared.models.items():
+                sleep(SETTLE)
                 start = perf_counter()
                 model(prepared.batch)
                 row["seconds"].setdefault(name, []).append(perf_counter() - start)
@@ -80,8 +90,8 @@ def prepare(setting: Setting, folder: Path) -> Prepared:
     """Export a network with random weights that detects, in every way there is here."""
     batch = [{"image": x["image"]} for x in pictures(setting)]
     stock = _detecting(setting, batch)
-    ours, half = (_with_weights(setting, x, stock) for x in ("fp32", "bf16"))
-    metadata = _metadata(setting, folder)
+    ours, half = (with_weights(setting, x, stock) for x in ("fp32", "bf16"))
+    metadata = metadata_of(setting, folder)
     prepared = Prepared(batch, {STOCK: stock, "ours, eager, fp32": ours}, {})
     makers = {
         "ours, eager, bf16": partial(_eager_bf16, half),
@@ -93,13 +103,18 @@ def prepare(setting: Setting, folder: Path) -> Prepared:
         },
         "AOTInductor": partial(_aot, ours, metadata, folder),
     }
+    optional_models(makers, prepared)
+    return prepared
+
+
+def optional_models(makers: dict[str, Callable[[], Model]], prepared: Prepared) -> None:
+    """Add what can be made here, and why the others can't."""
     for name, make in (progress := tqdm(makers.items(), unit="model", leave=False)):
         progress.set_description(name)
         try:
             prepared.models[name] = make()
         except UserError as error:
             prepared.left_out[name] = str(error)
-    return prepared
 
 
 def abilities() -> str:
@@ -169,7 +184,7 @@ def _detecting(setting: Setting, batch: list[dict]) -> nn.Module:
     return model
 
 
-def _with_weights(setting: Setting, precision: str, stock: nn.Module) -> nn.Module:
+def with_weights(setting: Setting, precision: str, stock: nn.Module) -> nn.Module:
     cfg = setting.cfg.clone()
     cfg.defrost()
     retina_focal_node(cfg).PRECISION = precision
@@ -178,7 +193,7 @@ def _with_weights(setting: Setting, precision: str, stock: nn.Module) -> nn.Modu
     return model
 
 
-def _metadata(setting: Setting, folder: Path) -> Metadata:
+def metadata_of(setting: Setting, folder: Path) -> Metadata:
     weights = folder / "random.pth"
     weights.touch()
     return Metadata.of_run(setting.cfg, [*map(str, range(setting.classes))], weights)

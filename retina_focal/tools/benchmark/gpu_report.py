@@ -8,7 +8,7 @@ from pathlib import Path
 
 import retina_focal
 from retina_focal.files import write_whole
-from retina_focal.tools.benchmark.gpu import COUNTED, PROFILE
+from retina_focal.tools.benchmark.gpu import COUNTED, PROFILE, has_failed
 from retina_focal.tools.benchmark.report import WHOLE, quantity
 from retina_focal.tools.reports import table
 
@@ -73,7 +73,7 @@ def _cells(row: dict, rows: list[dict], copied: float) -> list[object]:
     """One line of the table of times."""
     names = [row[key] for key in ("what", "batch", "boxes", "precision", "model")]
     if not row["step"]:
-        return [*names, "no memory", *["-"] * 7]
+        return [*names, "failed" if has_failed(row) else "no memory", *["-"] * 7]
     own, in_fp32 = (
         _same(rows, row, model="stock", precision=x) for x in (row["precision"], IN_FP32)
     )

@@ -12,6 +12,8 @@ from retina_focal.config import config_path, flatten, get_cfg, package_config
 from retina_focal.data.anchor_search import search
 from retina_focal.data.coverage import BoxTable, anchors_of, box_table, cover
 from retina_focal.data.decisions import (
+    STRICTER,
+    THRESHOLDS,
     Setting,
     Settings,
     anchor_settings,
@@ -20,6 +22,7 @@ from retina_focal.data.decisions import (
     machine_settings,
     method_settings,
     schedule_settings,
+    threshold_settings,
 )
 from retina_focal.data.fingerprint import (
     GRAIN,
@@ -192,10 +195,11 @@ def decide(
         shorter = affordable
     inputs, sides, longer = input_settings(found, pace, minutes, affordable)
     _, layout = anchors_of(config_of({**settings, **inputs}))
-    octaves = search(table, layout, sides, longer, upper=0.5, max_per_cell=layout.num_per_cell)
-    shares = (cover(table, x, sides, longer) for x in (layout, octaves.layout(layout)))
-    before, after = (x.shares((0.4, 0.5)) for x in shares)
-    anchors = anchor_settings(octaves, before, after)
+    most = layout.num_per_cell
+    octaves = search(table, layout, sides, longer, upper=THRESHOLDS[1], max_per_cell=most)
+    before, after = (cover(table, x, sides, longer) for x in (layout, octaves.layout(layout)))
+    anchors = anchor_settings(octaves, before.shares(THRESHOLDS), after.shares(THRESHOLDS))
+    anchors |= threshold_settings(after.shares(STRICTER)["at_least_upper"])
     return {**inputs, **anchors, **schedule_settings(found, machine, pace, minutes, sides)}
 
 

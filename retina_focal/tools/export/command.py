@@ -65,7 +65,7 @@ def _export(args: argparse.Namespace) -> None:
         calibration = calibration_images(run, args.calibration, args.uint8)
     model = run_model(run).cpu()
     how = (args.format, args.output, pictures, calibration, args.page, args.triton)
-    path, rows = export(model, metadata, *how)
+    path, rows = export(model, metadata, *how, args.sparse_boxes)
     print(f"{path} against the model, the greatest differences:\n\n{table(rows)}")
     page, repository = args.output / PAGE, args.output / TRITON
     if args.page:
@@ -104,6 +104,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         f"{operating_points.FILE}; default: the model's own"
     )  # fmt: skip
     parser.add_argument(
+        "--sparse-boxes", action="store_true", help="compute boxes where detections may be, alone, "
+        "if those places are few: faster on a processor; for a head without norms"
+    )  # fmt: skip
+    parser.add_argument(
         "--pictures", nargs="+", metavar="FILE", help="to compare on: pictures, folders, patterns "
         "in quotes; default: of the run's validation or test dataset"
     )  # fmt: skip
@@ -128,6 +132,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--precision {args.precision} needs --format openvino")
     if args.format != "onnx" and (args.page or args.triton is not None):
         parser.error("--page and --triton need --format onnx")
+    if args.sparse_boxes and (args.format not in ("onnx", "openvino") or args.precision == "int8"):
+        parser.error("--sparse-boxes needs --format onnx, or openvino in fp32 or bf16")
     if args.calibrated and args.nms == "outside":
         parser.error("--calibrated needs --nms inside: calibration may change which box is best")
     return args

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     setup_logger(name="retina_focal")
     inputs = find_inputs(args.inputs, leave_out=args.output / Drawings.FOLDER)
-    run = open_run(args.run, args.config_file, _options(args))
+    run = open_run(args.run, args.config_file, args.opts, own=_own_options(args))
     points = _points(run) if args.threshold is None else None
     thresholds = _thresholds(run.classes, points, args.threshold)
     predictor = _predictor(run, args, float(thresholds.min()))
@@ -114,12 +114,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _options(args: argparse.Namespace) -> list[str]:
-    """KEY VALUE pairs for the config; what was typed last counts."""
+def _own_options(args: argparse.Namespace) -> list[str]:
+    """KEY VALUE pairs for the config; what is typed as such counts more."""
     options = ["MODEL.RETINA_FOCAL.DATA.MAX_PIXELS", str(MAX_PIXELS)]
     if args.tile:
         options += ["MODEL.RETINA_FOCAL.TEST.TILE", str(args.tile)]
-    return [*options, *args.opts]
+    return options
 
 
 def _points(run: Run) -> OperatingPoints | None:

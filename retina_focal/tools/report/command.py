@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
         **origin("report", argv, run.cfg.MODEL.DEVICE),
         "run": args.run,
         "weights": run.weights.name,
+        "val": retina_focal_node(run.cfg).DATA.VAL,
         **_measured(run, data, args.worst),
         **_of_training(run, args, data),
     }
@@ -108,7 +109,7 @@ def _of_training(run: Run, args: argparse.Namespace, tested: str) -> dict:
     names = [name for name in dict.fromkeys(names) if name]
     data, no_data = content.or_reason(lambda: content.data_findings(cfg, names))
     name = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else tested
-    anchors, no_anchors = content.or_reason(lambda: content.anchor_coverage(cfg, name))
+    anchors, no_anchors = content.or_reason(lambda: _anchor_coverage(run, name))
     anatomy, no_anatomy = content.or_reason(lambda: _anatomy(run, args, tested))
     if anatomy and anatomy["figure"].is_file():
         anatomy["figure"] = figures.png(anatomy["figure"])
@@ -121,6 +122,12 @@ def _of_training(run: Run, args: argparse.Namespace, tested: str) -> dict:
     }
 
 
+def _anchor_coverage(run: Run, name: str) -> dict:
+    if run.built is not None:
+        raise UserError("the config is a LazyConfig, which retina-focal anchors does not take")
+    return content.anchor_coverage(run.cfg, name)
+
+
 def _anatomy(run: Run, args: argparse.Namespace, tested: str) -> dict:
     """Of the run's folder; where it has none `retina-focal anatomy` makes it, of a few images.
 
@@ -131,6 +138,8 @@ def _anatomy(run: Run, args: argparse.Namespace, tested: str) -> dict:
     found = content.anatomy(folder)
     if found is not None:
         return found
+    if run.built is not None:
+        raise UserError("the config is a LazyConfig, which retina-focal anatomy does not take")
     if run.exported is not None:
         raise UserError("an exported file gives boxes, and not the scores of all anchors")
     command = [sys.executable, "-W", "ignore", "-m", "retina_focal.tools.cli", "anatomy"]

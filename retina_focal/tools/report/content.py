@@ -25,6 +25,7 @@ SIZES = {"APs": "up to 32 px", "APm": "32 to 96 px", "APl": "from 96 px"}
 COLOURS = {"right": (0, 158, 115), "wrong": (213, 94, 0), "missed": (86, 180, 233)}
 WIDTH = 480  # pixels of a picture's longer side on the page
 CROP = 160  # of a suspected label's
+LEAST = 6  # pixels of a box's side that is seen there
 MAX_INSPECTED = 5000  # pictures; of more only the annotations are looked at
 
 
@@ -95,10 +96,11 @@ def suspects(rows: Sequence[dict], paths: dict, pixels: int) -> list[Shown]:
         crop = image.crop((*corner, *np.clip(high, corner + 1, image.size).round()))
         scale = CROP / max(crop.size)
         crop = crop.resize([max(round(a * scale), 1) for a in crop.size])
-        box = np.array([[x, y, x + width, y + height]]) - np.tile(corner, 2)
+        box = scale * (np.array([[x, y, x + width, y + height]]) - np.tile(corner, 2))
+        box[0, 2:] = np.maximum(box[0, 2:], box[0, :2] + LEAST)  # also of a box without area
         colour = COLOURS["wrong" if row["class"] else "missed"]
         text = SUSPECTS[row["kind"]].format(**row)
-        drawn = draw_boxes(crop, box * scale, [colour], [""])
+        drawn = draw_boxes(crop, box, [colour], [""])
         shown.append(Shown(row["file_name"], f"{text} ({row['suspicion']:.2f})", drawn))
     return shown
 
