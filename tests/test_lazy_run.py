@@ -66,7 +66,8 @@ def run(tmp_path_factory) -> Path:
     for name in ("lazy_data", "lazy_classes"):
         if name in DatasetCatalog:
             DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+        if name in MetadataCatalog.list():
+            MetadataCatalog.remove(name)
 
 
 def expected(run: Path) -> dict[str, np.ndarray]:
