@@ -192,9 +192,11 @@ def _default_node() -> CfgNode:
     node.TRAIN.FREEZE = []
     # Augmentations beyond INPUT. SCALE: the least and the most that objects are scaled by. COLOUR
     # c: brightness, contrast and saturation are multiplied by 1 - c to 1 + c. GREY: the probability
-    # of a picture without colours. MOSAIC: the probability of four pictures in one; there are none
-    # in the last part MOSAIC_OFF of the iterations.
+    # of a picture without colours. VERTICAL_FLIP: that of one upside down, beside what
+    # INPUT.RANDOM_FLIP does. MOSAIC: that of four pictures in one; there are none in the last part
+    # MOSAIC_OFF of the iterations.
     node.TRAIN.AUGMENT = CfgNode({"SCALE": [1.0, 1.0], "COLOUR": 0.0, "GREY": 0.0})
+    node.TRAIN.AUGMENT.VERTICAL_FLIP = 0.0
     node.TRAIN.AUGMENT.MOSAIC = 0.0
     node.TRAIN.AUGMENT.MOSAIC_OFF = 0.2
     # True: a training's pictures stay in memory once they are read, in up to half of what is free.

@@ -30,6 +30,7 @@ def batches(cfg, count: int = 6, **options) -> list[dict]:
     [
         {"SCALE": [0.6, 1.6]},
         {"MOSAIC": 1.0},
+        {"SCALE": [0.6, 1.6], "VERTICAL_FLIP": 0.5},
         {"SCALE": [0.6, 1.6], "MOSAIC": 0.5},
     ],
     ids=str,
@@ -49,6 +50,19 @@ def test_boxes_stay_on_their_objects(keys, toy, tmp_path):
             sizes.add(round(x1 - x0))
     assert len(sizes) > 4
     assert ("MOSAIC" in keys) == (max(num_boxes) > 2)
+
+
+def test_pictures_are_upside_down_as_often_as_asked(toy, tmp_path):
+    def images(probability):
+        return [
+            x["image"] for x in batches(small(tmp_path, **{AUGMENT + "VERTICAL_FLIP": probability}))
+        ]
+
+    upright, turned, half = map(images, (0.0, 1.0, 0.5))
+    flips = [torch.equal(x.flip(1), y) for x, y in zip(upright, turned, strict=True)]
+    assert all(flips) and not any(map(torch.equal, upright, turned))
+    some = list(map(torch.equal, upright, half))
+    assert any(some) and not all(some)
 
 
 def test_every_pixel_and_box_of_a_mosaic_is_that_of_a_picture():

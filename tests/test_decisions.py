@@ -218,6 +218,30 @@ def test_weights_are_averaged_over_an_eighth_of_the_steps():
     assert 1 / (1 - decay) == pytest.approx(steps / 8, rel=0.01)
 
 
+def boxes_of(ratio=1.0, shift=0.0, growth=0.0) -> BoxTable:
+    """400 boxes of a class, by width over height, place and growth from the top to the bottom."""
+    random = np.random.default_rng(0)
+    x, y = random.uniform(60, 340, (2, 400))
+    size = 20 * np.exp(random.normal(0, 0.3, 400) + growth * (y / 400 - 0.5))
+    half = np.stack([size * ratio**0.5, size / ratio**0.5], 1) / 2
+    centres = np.stack([x, y + shift * 400], 1)
+    sizes = np.full((400, 2), 400)
+    return BoxTable(
+        np.hstack([centres - half, centres + half]),
+        np.zeros(400, int), np.arange(400), sizes, ("",) * 400,
+    )  # fmt: skip
+
+
+def test_pictures_without_an_up_are_turned_upside_down_too():
+    key = "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.VERTICAL_FLIP"
+    flips = {}
+    changes = {"ratio": 0.7, "shift": 0.05, "growth": 1.0}
+    for name, change in [("", 0), *changes.items()]:
+        found = fingerprint(boxes_of(**{name: change} if name else {}), ("x",), 5)
+        flips[name] = data_settings(found)[key].value
+    assert flips == {"": 0.5, "ratio": 0.0, "shift": 0.0, "growth": 0.0}
+
+
 def test_every_setting_has_a_reason():
     inputs, sides, _ = input_settings(CELLS, PACE, 8, 320)
     every = {**data_settings(CELLS), **inputs, **machine_settings(CPU)}

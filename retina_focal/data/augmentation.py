@@ -19,22 +19,25 @@ MIN_VISIBLE = 0.25  # share of a box's area; a smaller rest is left out of a mos
 
 
 def add_augmentations(mapper: DatasetMapper, augment: CfgNode) -> None:
-    """Add scale jitter before the augmentations of a mapper, and colours after them, in place.
+    """Add scale jitter before the augmentations of a mapper, the others after them, in place.
 
     Raises:
         UserError: a value out of its range.
     """
     low, high = augment.SCALE
-    ranges = 0 < low <= high, 0 <= augment.COLOUR < 1, 0 <= augment.GREY <= 1
-    if not all(ranges):
+    upside_down = augment.VERTICAL_FLIP
+    probabilities = 0 <= augment.GREY <= 1 and 0 <= upside_down <= 1
+    if not (0 < low <= high and 0 <= augment.COLOUR < 1 and probabilities):
         raise UserError(
             f"TRAIN.AUGMENT has SCALE {list(augment.SCALE)}, COLOUR {augment.COLOUR}, GREY "
-            f"{augment.GREY}; expected SCALE [low, high] above 0, COLOUR from 0 to below 1, GREY "
-            "from 0 to 1"
+            f"{augment.GREY}, VERTICAL_FLIP {upside_down}; expected SCALE [low, high] above 0, "
+            "COLOUR from 0 to below 1, GREY and VERTICAL_FLIP from 0 to 1"
         )
     augmentations = list(mapper.augmentations.augs)
     if (low, high) != (1, 1):
         augmentations.insert(0, T.RandomExtent((1 / high, 1 / low), (SHIFT, SHIFT)))
+    if upside_down:
+        augmentations.append(T.RandomFlip(upside_down, horizontal=False, vertical=True))
     if augment.COLOUR:
         around = 1 - augment.COLOUR, 1 + augment.COLOUR
         kinds = T.RandomBrightness, T.RandomContrast, T.RandomSaturation
@@ -46,10 +49,10 @@ def add_augmentations(mapper: DatasetMapper, augment: CfgNode) -> None:
 
 def refuse_for_lazy(augment: CfgNode) -> None:
     """Refuse (UserError) the keys of augmentations that a LazyConfig has in its mapper."""
-    if list(augment.SCALE) != [1, 1] or augment.COLOUR or augment.GREY:
+    if list(augment.SCALE) != [1, 1] or augment.COLOUR or augment.GREY or augment.VERTICAL_FLIP:
         raise UserError(
-            "train.retina_focal.train.augment has scale, colour or grey; a LazyConfig has its "
-            "augmentations in dataloader.train.mapper.augmentations, all but mosaic"
+            "train.retina_focal.train.augment has scale, colour, grey or vertical_flip; a "
+            "LazyConfig has its augmentations in dataloader.train.mapper.augmentations, all but mosaic"
         )
 
 

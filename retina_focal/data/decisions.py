@@ -146,7 +146,11 @@ def data_settings(found: Fingerprint) -> Settings:
     counts = ", ".join(
         f"{name} {count:,}" for name, count in zip(found.classes, found.boxes_of_class, strict=True)
     )
+    up = "boxes are as tall as wide, and alike above and below: pictures have no up"
+    if found.has_up:
+        up = "boxes are taller or wider, or others above than below: pictures have an up"
     settings = {
+        "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.VERTICAL_FLIP": Setting(0.0 if found.has_up else 0.5, up),
         "MODEL.RETINANET.NUM_CLASSES": Setting(len(found.classes), f"boxes: {_short(counts)}"),
         "DATALOADER.FILTER_EMPTY_ANNOTATIONS": Setting(
             False,

@@ -20,6 +20,11 @@ SHORTEST, LONGEST = 224, 1333  # px of a shorter side, of a longer side
 MAX_ENLARGEMENT = 1.5  # of a picture: beyond it there is nothing more to see
 TILE = 640  # px of the network's input where pictures are cut
 
+# What the boxes of pictures without an up and a down stay within: mean distance of their centres
+# from the middle, in heights of the picture; mean logarithm of width over height; correlation of
+# height in the picture and area.
+MOST_SHIFT, MOST_LOG_RATIO, MOST_CORRELATION = 0.025, 0.15, 0.15
+
 ENOUGH_EPOCHS, ENOUGH_STEPS = 13, 250  # what a training gets before its pictures become larger
 SPENT = 0.95  # of the minutes: machines are not even
 EVALUATIONS, SHARE_OF_EVALUATIONS = 3, 0.06  # before the last; of the time
@@ -41,6 +46,7 @@ class Fingerprint:
     small: float  # px, square root of the area: the class's quantile `SMALL` that is the least
     most_boxes: int  # of one picture
     overlap: float  # IoU that 1% of the boxes exceed with another one of their class
+    has_up: bool = True  # whether anything in the boxes tells up from down
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,34 @@ def fingerprint(table: BoxTable, classes: Sequence[str], num_val: int) -> Finger
         min(float(np.quantile(x, SMALL)) for x in of_class),
         int(per_picture.max()),
         _overlap(table),
+        bool(_has_up(table)),
+    )
+
+
+def _has_up(table: BoxTable) -> bool:
+    """Whether the boxes tell up from down.
+
+    Seen from above, or through a microscope, the objects of each class are as wide as high in the
+    mean, and lie as often and as large in the upper half as in the lower. Things that stand on the
+    ground don't. The brightness of pictures does not tell: a microscope's light has a gradient too.
+    """
+    sides = table.boxes[:, 2:] - table.boxes[:, :2]
+    kept = (sides > 0).all(1)
+    sides, classes = sides[kept], table.classes[kept]
+    middle = table.boxes[kept][:, 1::2].mean(1)
+    place = middle / table.sizes[table.pictures[kept], 0] - 0.5
+    ratio, area = np.log(sides[:, 0] / sides[:, 1]), np.log(sides.prod(1))
+    of_class = [
+        ratio[classes == x].mean()
+        for x in np.unique(classes)
+        if (classes == x).sum() >= LEAST_BOXES
+    ]
+    varies = place.std() > 0 and area.std() > 0
+    correlation = np.corrcoef(place, area)[0, 1] if varies else 0.0
+    return (
+        abs(place.mean()) > MOST_SHIFT
+        or abs(correlation) > MOST_CORRELATION
+        or max(map(abs, of_class), default=1.0) > MOST_LOG_RATIO
     )
 
 

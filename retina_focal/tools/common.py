@@ -66,10 +66,10 @@ def _harmless(text: str) -> str:
 
 
 def ignore_deprecations() -> None:
-    """Silence those of the libraries below, which no user of this package can mend."""
+    """Silence what the libraries below warn of and no user of this package can mend."""
     for module in ("torch", "detectron2", "fvcore", "pkg_resources"):
         for category in (DeprecationWarning, FutureWarning, UserWarning):
-            message = ".*(deprecated|in an upcoming release)"
+            message = ".*(deprecated|in an upcoming release|NumPy array is not writable)"
             warnings.filterwarnings("ignore", message, category, rf"{module}\b")
 
 
