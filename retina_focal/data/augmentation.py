@@ -51,8 +51,8 @@ def refuse_for_lazy(augment: CfgNode) -> None:
     """Refuse (UserError) the keys of augmentations that a LazyConfig has in its mapper."""
     if list(augment.SCALE) != [1, 1] or augment.COLOUR or augment.GREY or augment.VERTICAL_FLIP:
         raise UserError(
-            "train.retina_focal.train.augment has scale, colour, grey or vertical_flip; a "
-            "LazyConfig has its augmentations in dataloader.train.mapper.augmentations, all but mosaic"
+            "train.retina_focal.train.augment has scale, colour, grey or vertical_flip; in a "
+            "LazyConfig all but mosaic are in dataloader.train.mapper.augmentations"
         )
 
 
