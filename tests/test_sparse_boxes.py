@@ -82,8 +82,8 @@ def test_deltas_at_cells_are_those_of_whole_maps(seed, num_convs, images, sizes,
 
 
 def test_whole_maps_are_computed_where_most_cells_are_needed():
-    """Of a map of 20 x 20 one cell needs 1 + 9 + 25 = 35 of 3 x 400, the 169 in a corner 169 + 196 +
-    225 = 590; all need all. At 1.5 of a cell's cost in a map 800 would cost as much as whole maps."""
+    """Of a map of 20 x 20 one cell needs 1 + 9 + 25 = 35 of 3 x 400, the 169 in a corner need
+    169 + 196 + 225 = 590, and all need all. 800 would cost as much as whole maps, at 1.5 each."""
     own, chosen = head(), []
     tower = SparseBoxTower(own)
     inputs = [torch.zeros(1, CHANNELS, 20, 20)] * 2
