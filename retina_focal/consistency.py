@@ -1,5 +1,7 @@
 """What the values of a config must be to fit together, and to fit into memory."""
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 
 from detectron2.config import CfgNode
@@ -99,15 +101,30 @@ def _backbone(cfg: CfgNode) -> Misfits:
 
 def _head(cfg: CfgNode) -> Misfits:
     model, channels = cfg.MODEL, cfg.MODEL.FPN.OUT_CHANNELS
-    for key in ("FPN", "RETINANET"):
-        # With one channel each, GN's 32 groups have no variance on a level of one cell.
-        if model[key].NORM == "GN" and (channels % 32 or channels < 64):
+    # The pyramid's norms end at res5, the head's at its coarsest level.
+    strides = [2 ** int(x[1]) for x in model.RETINANET.IN_FEATURES if re.match("p[3-7]", str(x))]
+    for key, stride in {"FPN": 32, "RETINANET": max(strides, default=128)}.items():
+        if model[key].NORM != "GN":
+            continue
+        but = f"another one with FPN.OUT_CHANNELS {channels}"
+        if channels % 32:
+            yield f"MODEL.{key}.NORM", f"{but}; GN needs 32, 64, 96, ..."
+        if channels == 32 and _least_longer_side(cfg.INPUT, cfg.SOLVER.IMS_PER_BATCH) <= stride:
             yield (
                 f"MODEL.{key}.NORM",
-                f"another one with FPN.OUT_CHANNELS {channels}; GN needs 64, 96, 128, ...",
+                f"{but} and pictures of up to {stride} px (INPUT.MIN_SIZE_TEST), whose coarsest "
+                "level has one cell, so that GN's groups have one value; or OUT_CHANNELS 64",
             )
     if model.META_ARCHITECTURE == "FocalRetinaNet" and "Rotated" in model.ANCHOR_GENERATOR.NAME:
         yield "MODEL.ANCHOR_GENERATOR.NAME", "boxes of four numbers: OctaveAnchorGenerator"
+
+
+def _least_longer_side(node: CfgNode, images: int) -> float:
+    """px that the longer side of a picture which is alone in its batch has at least."""
+    sizes = [(node.MIN_SIZE_TEST, node.MAX_SIZE_TEST)]
+    if images == 1:
+        sizes += [(x, node.MAX_SIZE_TRAIN) for x in node.MIN_SIZE_TRAIN]
+    return min((min(pair) for pair in sizes if pair[0]), default=math.inf)  # 0: not resized
 
 
 def _check_size(cfg: CfgNode) -> None:

@@ -129,8 +129,8 @@ class Postprocessor:
         else:
             candidates = top_candidates(logits, self.num_classes, topk)
         places, number, scores, classes = candidates
-        boxes = self.box2box_transform.apply_deltas(
-            deltas_at(deltas, places), torch.cat(anchors)[number]
+        boxes = decoded(
+            self.box2box_transform, deltas_at(deltas, places), torch.cat(anchors)[number]
         )
         image = torch.cat([place.image for place in places])
         found = Detections(image, boxes, scores, classes)
@@ -197,6 +197,21 @@ class Resizing(NamedTuple):
 
     scale: Tensor  # (N, 4) factors of XYXY
     size: Tensor  # (N, 4) width, height, width, height to clip to, pixels
+
+
+def decoded(transform: Box2BoxTransform, deltas: Tensor, anchors: Tensor) -> Tensor:
+    """(M, 4) boxes of (M, 4) deltas and anchors, in fp32 at least.
+
+    detectron2's `apply_deltas` cuts fp64 to fp32, which moves the sides of a box that leaves the
+    image far by more than 1e-3 px.
+    """
+    if deltas.dtype != torch.float64:
+        return transform.apply_deltas(deltas, anchors)
+    size = anchors[:, 2:] - anchors[:, :2]
+    shift, scale = (deltas / deltas.new_tensor(transform.weights)).split(2, 1)
+    centre = anchors[:, :2] + size / 2 + shift * size
+    half = scale.clamp(max=transform.scale_clamp).exp() * size / 2
+    return torch.cat([centre - half, centre + half], 1)
 
 
 def suppress(

@@ -58,7 +58,7 @@ def _files() -> dict[str, tuple[Callable[[Path], object], str]]:
         "text": (lambda path: path.write_text("no image"), "it is no whole picture"),
         "script": (lambda path: path.write_text("#!/bin/sh\necho"), "it is no whole picture"),
         "SVG": (lambda path: path.write_text("<svg width='9'/>"), "it is no whole picture"),
-        "PostScript": (save(colour, "b.eps"), "EPS, a program that would be run"),
+        "PostScript": (save(colour, "b.eps"), "PostScript, a program that would be run"),
         "half a JPEG": (save(colour, "b.jpg", slice(-200)), "it can't be decoded"),
         "half a PNG": (save(colour, "b.png", slice(-100)), "it is no whole picture"),
         "head of a JPEG": (save(colour, "b.jpg", slice(25)), "it is no whole picture"),

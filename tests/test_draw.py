@@ -120,6 +120,15 @@ def test_a_record_without_annotations_has_no_ground_truth():
     assert len(boxes) == len(classes) == 0
 
 
+def test_pictures_alone_are_drawn(cfg, tmp_path):
+    content = json.loads((tmp_path / "a.json").read_text())
+    (tmp_path / "b.json").write_text(json.dumps({"images": content["images"]}))
+    register_coco_json("pictures_alone", str(tmp_path / "b.json"), str(tmp_path))
+    cfg.DATASETS.TEST = ("pictures_alone",)
+    draw.draw_detections(cfg, Detector(), str(tmp_path / "p.png"))
+    assert (tmp_path / "p.png").stat().st_size
+
+
 def test_drawing_without_weights_is_refused(cfg, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text(cfg.dump())

@@ -12,7 +12,8 @@ from hostile import COLOUR, PICTURES
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from retina_focal.data.images import BadPicture, map_record, naming
+from retina_focal.data.images import BadPicture, check_head, map_record, naming
+from retina_focal.data.readers.base import picture_size
 from retina_focal.errors import UserError
 
 
@@ -39,6 +40,24 @@ def test_a_picture_that_can_not_be_used_is_named_with_what_to_do(tmp_path, kind)
         map_record(MAPPER, record)
     assert caught.value.file_name == str(path)
     assert str(caught.value).endswith("take the image out of the dataset's annotations")
+
+
+@pytest.mark.parametrize("head", [b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xc5\xd0\xd3\xc6\x1e\0\0\0"])
+def test_postscript_is_known_by_its_first_bytes_alone(head, tmp_path, monkeypatch):
+    """Pillow reads it byte by byte, for up to a minute."""
+    (tmp_path / "a.png").write_bytes(head)
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(BadPicture, match="a program that would be run"):
+        check_head(str(tmp_path / "a.png"), 100)
+    with pytest.raises(UserError, match="is PostScript"):
+        picture_size(tmp_path / "a.png")
+
+
+def test_a_name_in_a_message_is_one_short_line(tmp_path):
+    name = "\x1b[31mred\n" + "x" * 5000
+    with pytest.raises(BadPicture) as caught:
+        map_record(MAPPER, {"file_name": str(tmp_path / name), "height": 20, "width": 30})
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1500
 
 
 def test_the_largest_picture_is_a_number_of_pixels(record):

@@ -177,7 +177,7 @@ def test_classes_that_only_val_has_are_found(tmp_path):
     voc = write_voc(tmp_path / "c", scene).partition("&")[0]  # has only the classes that it names
     (finding,) = compare([inspect(uri, False), inspect(voc, False)])
     assert (finding.kind, finding.severity) == ("split-classes", "error")
-    assert "missing: Platelets, RBC" in finding.text
+    assert "missing: RBC, Platelets" in finding.text
 
 
 def test_a_dataset_that_can_not_be_read_is_a_finding_beside_the_others(tmp_path, capsys):

@@ -1,13 +1,16 @@
 """Values that no training can have are refused by their key, before anything is built."""
 
 import math
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
 import detectron2.model_zoo
 import pytest
+import torch
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as detectron2_get_cfg
+from detectron2.modeling import build_model
 from test_train import SMALL
 
 from retina_focal.config import config_path, flatten, get_cfg
@@ -120,7 +123,6 @@ def test_an_unknown_name_is_refused_with_those_there_are(key):
         {"MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False]},
         {"MODEL.RESNETS.NORM": "nope"},
         {"MODEL.RETINANET.NORM": "GN"},  # of 16 channels
-        {"MODEL.FPN.NORM": "GN", "MODEL.FPN.OUT_CHANNELS": 32},
         {"MODEL.FPN.NORM": "GN", "MODEL.FPN.OUT_CHANNELS": 80},
         {"MODEL.RETINANET.BBOX_REG_WEIGHTS": [1.0]},
         {"MODEL.RETINANET.IN_FEATURES": [3]},
@@ -176,5 +178,25 @@ def test_values_of_a_lazy_config_are_refused_by_their_own_names(override, name):
         load_lazy_cfg("lazy/retinanet_R_50_FPN_1x.py", [override])
 
 
-def test_groups_of_several_channels_are_taken():
-    check_values(cfg_with(**{"MODEL.FPN.NORM": "GN", "MODEL.FPN.OUT_CHANNELS": 64}))
+@pytest.mark.parametrize("key", ["FPN", "RETINANET"])
+@pytest.mark.parametrize("side", [32, 33, 128, 129])
+@pytest.mark.parametrize("channels", [32, 64])
+def test_groups_of_one_value_are_refused_where_the_model_fails_alone(key, side, channels):
+    cfg = cfg_with(
+        **{f"MODEL.{key}.NORM": "GN", "MODEL.FPN.OUT_CHANNELS": channels},
+        **{"INPUT.MIN_SIZE_TEST": side, "MODEL.WEIGHTS": ""},
+    )
+    fails = channels == 32 and side <= {"FPN": 32, "RETINANET": 128}[key]
+    model = build_model(cfg).eval()
+    with torch.no_grad(), pytest.raises(ValueError) if fails else nullcontext():
+        model([{"image": torch.zeros(3, side, side)}])
+    with pytest.raises(UserError, match="one cell") if fails else nullcontext():
+        check_values(cfg)
+
+
+def test_a_training_of_one_picture_per_step_is_looked_at_too():
+    keys = {"MODEL.RETINANET.NORM": "GN", "MODEL.FPN.OUT_CHANNELS": 32, "INPUT.MIN_SIZE_TEST": 200}
+    keys["INPUT.MIN_SIZE_TRAIN"] = [64, 200]
+    check_values(cfg_with(**keys, **{"SOLVER.IMS_PER_BATCH": 2}))
+    with pytest.raises(UserError, match="one cell"):
+        check_values(cfg_with(**keys, **{"SOLVER.IMS_PER_BATCH": 1}))

@@ -179,6 +179,20 @@ def test_half_precision_loses_no_score_above_the_threshold():
     assert result.pred_classes.tolist() == [0]
 
 
+def test_a_network_of_fp64_has_its_boxes_in_fp64():
+    """A box of 25,000 px that begins in the image: fp32 has steps of 1/512 px there."""
+    transform = Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
+    anchors = torch.tensor([[0.0, 0.0, 400.0, 200.0], [10.0, 20.0, 30.0, 60.0]])
+    deltas = torch.tensor([[312.3, 0.1, 20.67, 90.0], [1.0, -2.0, 3.0, -4.0]], dtype=torch.float64)
+    found = postprocess.decoded(transform, deltas, anchors)
+    expected = transform.apply_deltas(deltas, anchors)
+    assert found.dtype == torch.float64 and expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-2)
+    width = 400 * math.exp(20.67 / 5)
+    assert found[0, 0] == pytest.approx(200 + 400 * 31.23 - width / 2, abs=1e-9)
+    assert abs(found[0, 0] - expected[0, 0]) > 1e-4
+
+
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["CPU", "as on a device"])
 def test_boxes_are_clipped_before_nms_and_empty_ones_kept_where_that_is_asked_for(
     monkeypatch, on_cpu

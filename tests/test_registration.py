@@ -10,7 +10,7 @@ from detectron2.data.datasets import register_coco_instances
 from pycocotools.coco import COCO
 
 from retina_focal import get_cfg, register_datasets
-from retina_focal.data.classes import match_checkpoint, match_classes
+from retina_focal.data.classes import difference, match_checkpoint, match_classes
 from retina_focal.data.registration import (
     check_datasets,
     check_num_classes,
@@ -134,6 +134,33 @@ def test_what_can_be_measured_with_but_not_trained_on_is_refused_for_training_al
         check_datasets([row[0]], trained_on=[row[0]])
 
 
+def test_pictures_alone_are_read_and_neither_trained_on_nor_measured_with(row):
+    Path(row[1]).write_text(json.dumps({"images": CONTENT["images"]}))
+    cfg = get_cfg()
+    cfg.DATASETS.COCO_JSON, cfg.DATASETS.TEST = [row], (row[0],)
+    use_datasets(cfg, [row[0]], measured=False)
+    match_checkpoint([row[0]], {"classes": ["first"]}, "a.pth")
+    (record,) = DatasetCatalog.get(row[0])
+    assert record["annotations"] == []
+    with pytest.raises(UserError, match="has no classes to measure by"):
+        use_datasets(cfg, [row[0]])
+    with pytest.raises(UserError, match="there are no 'annotations'"):
+        use_datasets(cfg, [row[0]], trained_on=[row[0]])
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (["a", "a"], "missing: b; only there: a"),
+        (["a", "b", "b"], "only there: b"),
+        (["a"], "missing: b"),
+        (["\x1b[31m", "b"], "missing: a; only there: ?[31m"),
+    ],
+)
+def test_names_that_differ_are_named_as_often_as_they_are_there(own, words):
+    assert difference(own, ["a", "b"]) == words
+
+
 def test_what_is_mended_is_what_every_reader_sees(row, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     annotation = {"id": 0, "image_id": 1, "category_id": 9, "bbox": [1, 2, 10, 8]}
@@ -214,7 +241,7 @@ def test_the_classes_of_a_checkpoint_number_those_of_the_datasets(row, caplog):
     assert "first, second, are matched by name to those of 'a.pth': second, first" in caplog.text
     with pytest.raises(UserError, match=r"differs from that of 'a\.pth'"):
         match_checkpoint([row[0]], {"classes": ["first", "second"]}, "b.pth")
-    with pytest.raises(UserError, match=r"and 'b\.pth' has first: missing"):
+    with pytest.raises(UserError, match=r"and 'b\.pth' has first: only there: second;"):
         match_checkpoint([row[0]], {"classes": ["first"]}, "b.pth")
     caplog.clear()
     match_checkpoint([row[0]], {}, "c.pth")

@@ -30,10 +30,12 @@ def test_the_config_takes_the_kinds_that_there_are():
 def test_torchvision(size):
     image = picture(*size)
     transform = GeneralizedRCNNTransform(100, 160, [0.0] * 3, [1.0] * 3, 1).eval()
-    (expected,) = transform([torch.from_numpy(image).permute(2, 0, 1).float()])[0].tensors
+    (expected,) = transform([torch.from_numpy(image).permute(2, 0, 1).double()])[0].tensors
     found = resized("torchvision", image, 100, 160)
-    assert found.dtype == np.float32
-    torch.testing.assert_close(torch.from_numpy(found).permute(2, 0, 1), expected)
+    # For a network of fp64 too: fp32 would be off by 1e-5.
+    torch.testing.assert_close(
+        torch.from_numpy(found).permute(2, 0, 1), expected, rtol=0, atol=1e-9
+    )
 
 
 def test_mmdetection_and_detectron_by_opencv():

@@ -1,5 +1,6 @@
 """An interrupted run ends with the weights and the metrics of one that never stopped."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -21,9 +22,12 @@ from torch import nn
 
 from retina_focal.config import get_cfg
 from retina_focal.data.registration import register_coco_json
+from retina_focal.errors import UserError
 from retina_focal.training.assembly import Trainer
+from retina_focal.training.checkpoint_files import write_checkpoint
 from retina_focal.training.metrics import cut_metrics, results_in_metrics
-from retina_focal.training.resume import CLOCK, saved_seed
+from retina_focal.training.resume import CLOCK
+from retina_focal.training.seeds import saved_seed
 from retina_focal.training.signals import Stop
 
 SMALL = {
@@ -300,6 +304,73 @@ def test_a_loader_of_another_kind_starts_anew_and_says_so(whole, toy, tmp_path, 
     trainer = train(cfg, resume=True, kind=Mine)
     assert trainer.start_iter == 4
     assert "the data loader is a _SingleProcess" in caplog.text and "starts anew" in caplog.text
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {x.name: x.read_bytes() for x in folder.glob("model_*.pth")}
+
+
+def test_a_new_run_in_the_folder_of_another_is_resumed_without_it(whole, toy, tmp_path, caplog):
+    """It is killed before its first checkpoint, which is made again."""
+    folder, alone = tmp_path / "run", tmp_path / "alone"
+    shutil.copytree(whole, folder)
+    before, keys = bytes_of(folder), {"SEED": 7, "SOLVER.CHECKPOINT_PERIOD": 4}
+    train(small(folder, **keys), kill=2)
+    assert bytes_of(folder) == before
+    assert (folder / "metrics-1.json").read_bytes() == (whole / "metrics.json").read_bytes()
+    assert train(small(folder, **keys), kill=4, resume=True).start_iter == 0
+    assert "4 checkpoints of an earlier run (model_final.pth, model_0000005.pth, " in caplog.text
+    assert train(small(folder, **keys), resume=True, seed=9).start_iter == 4
+    train(small(alone, **keys))
+    expect_equal(alone, folder)
+    assert bytes_of(folder)["model_0000005.pth"] == before["model_0000005.pth"]
+
+
+def test_a_torn_checkpoint_of_a_run_does_not_lead_to_those_of_another(whole, toy, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    seed_all_rng(1)
+    trainer = DroppingTrainer(small(folder))
+    trainer._trainer.register_hooks([interrupt := Interrupt(0, "signal")])
+    trainer.register_hooks([interrupt])
+    with pytest.raises(Stop):
+        trainer.train()
+    path = folder / "model_0000000.pth"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"can be used \(there: model_0000000.pth; .*not whole"):
+        train(small(folder), resume=True)
+    (folder / "run_id").unlink()  # as the warning says
+    assert train(small(folder), resume=True).start_iter == 6
+
+
+def test_a_run_of_an_earlier_version_has_no_id_and_is_resumed(whole, toy, tmp_path):
+    folder = interrupted(whole, tmp_path / "run")
+    for path in folder.glob("*.pth"):
+        content = torch.load(path)
+        for name in ("run", "data"):
+            del content["trainer"]["hooks"]["ExactResume"][name]
+        write_checkpoint(path, content)
+    assert train(small(folder), resume=True, seed=9, kill=4).start_iter == 4
+    assert not (folder / "run_id").exists()
+    assert train(small(folder), resume=True, seed=9).start_iter == 4
+    found = [torch.load(x / "model_final.pth")["model"] for x in (whole, folder)]
+    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
+    train(small(folder, SEED=7), kill=0)
+    assert train(small(folder), resume=True, kill=0).start_iter == 0
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_annotations_that_changed_since_are_told(is_changed, whole, toy, data, tmp_path, caplog):
+    folder = interrupted(whole, tmp_path / "run")
+    path = folder / "model_0000003.pth"
+    content = torch.load(path)
+    saved = content["trainer"]["hooks"]["ExactResume"]["data"]
+    assert saved == {toy: hashlib.sha256((data / "a.json").read_bytes()).hexdigest()}
+    if is_changed:
+        saved[toy] = hashlib.sha256(b"another").hexdigest()
+        write_checkpoint(path, content)
+    train(small(folder, **{"TEST.EVAL_PERIOD": 0}), resume=True, kill=4)
+    assert is_changed == ("not trained on these annotations so far: toy; from" in caplog.text)
 
 
 class ScriptedTrainer(DroppingTrainer):

@@ -14,8 +14,8 @@ from retina_focal.config import config_path
 from retina_focal.errors import UserError
 from retina_focal.tools.train import _check_folder, parse_args, run
 from retina_focal.training.metrics import MetricsWriter
-from retina_focal.training.resume import saved_seed
 from retina_focal.training.run_files import SavedConfig, open_log, seed_of_config
+from retina_focal.training.seeds import saved_seed
 from retina_focal.training.steps import StepTrainer
 
 ARCHITECTURE = ["MODEL.RETINANET.NUM_CONVS", "2"]
@@ -147,4 +147,4 @@ def test_a_new_run_in_the_folder_of_another_says_so(ran, tmp_path, caplog):
     _check_folder(str(tmp_path))
     assert not caplog.text
     _check_folder(str(ran))
-    assert "holds checkpoints of another run (model_final.pth): until this one" in caplog.text
+    assert "holds checkpoints of another run (model_final.pth" in caplog.text

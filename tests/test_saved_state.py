@@ -14,7 +14,7 @@ from retina_focal.errors import UserError
 from retina_focal.training.assembly import Trainer
 from retina_focal.training.checkpoint_files import read_checkpoint, write_checkpoint
 from retina_focal.training.checkpoints import RunCheckpointer, expect_classes_of_run
-from retina_focal.training.resume import saved_seed
+from retina_focal.training.seeds import saved_seed
 
 KEYS = {"SOLVER.MAX_ITER": 4, "SOLVER.STEPS": (2,), "MODEL.RETINA_FOCAL.TRAIN.BEST": "bbox/AP"}
 KEYS["MODEL.RETINA_FOCAL.DATA.VAL"] = "toy"

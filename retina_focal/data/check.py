@@ -10,7 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from retina_focal.data.annotations import NUMBERS, check_annotations
-from retina_focal.data.findings import MAX_ID, Check, Finding, Section, shortened
+from retina_focal.data.findings import (
+    MAX_ID,
+    NAME,
+    Check,
+    Finding,
+    Section,
+    is_class_name,
+    shortened,
+)
 from retina_focal.data.repeated import Repeated
 from retina_focal.files import leads_outside
 
@@ -70,13 +78,15 @@ def _sections(
     if twice := [key for key in keys_of.pop(id(content), ()) if key in SECTIONS]:
         text = f"the file has {' and '.join(twice)} twice, of which the last would count; join them"
         findings.append(Finding("twice", "error", text))
-    if "annotations" not in content:
+    is_pictures = not content.get("annotations") and "categories" not in content
+    if "annotations" not in content or is_pictures:
         text = "there are no 'annotations'; expected them to train on or measure with"
         findings.append(Finding("annotations-missing", "training", text))
     sections = []
     for name in SECTIONS:
-        records = content.get(name, [] if name == "annotations" else None)
-        if not isinstance(records, list) or not (records or name == "annotations"):
+        may_be_empty = name == "annotations" or (name == "categories" and is_pictures)
+        records = content.get(name, [] if may_be_empty else None)
+        if not isinstance(records, list) or not (records or may_be_empty):
             text = f"there are no '{name}'; {expected}"
             if name in content:
                 text = f"'{name}' is {shortened(records)}; {expected}"
@@ -100,7 +110,7 @@ def _sections(
 def _check_categories(categories: Section, check: Check) -> None:
     ids, names = categories.column("id"), categories.column("name")
     fit = categories.expect_type("name", names, {str}, 'a text, as in {"id": 1, "name": "cat"}')
-    if categories.ids(ids) and fit.all():
+    if ids and categories.ids(ids) and fit.all():
         check.category_ids, check.classes = map(
             list, zip(*sorted(zip(ids, names, strict=True)), strict=True)
         )
@@ -108,9 +118,9 @@ def _check_categories(categories: Section, check: Check) -> None:
         twice = [i for i, x in enumerate(names) if counts[x] > 1]
         text = "share their name with another; they are told apart by their ids alone"
         categories.find("name-twice", "warning", twice, text, "name")
-        unprintable = [i for i, x in enumerate(names) if not x.isprintable()]
-        text = "have control characters in their name, which messages show as '?'; rename them"
-        categories.find("name-control", "warning", unprintable, text, "name")
+        wrong = [i for i, x in enumerate(names) if not is_class_name(x)]
+        text = f"have a name of control characters, or of more than {NAME} letters; rename them"
+        categories.find("name", "error", wrong, text, "name")
 
 
 def _check_images(images: Section) -> tuple[dict[int, int], np.ndarray]:

@@ -1,11 +1,13 @@
 """Class lists, which are compared by their names: of datasets and of a checkpoint."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from detectron2.data import MetadataCatalog
 
 from retina_focal.data.coco import coco_file
+from retina_focal.data.findings import RECORD, shortened
 from retina_focal.errors import UserError
 
 SHOWN = 8  # names that a line shows
@@ -23,7 +25,7 @@ def _classes(dataset: str) -> list[str] | None:
     if names is None:  # detectron2 sets them when it reads the records
         file = coco_file(dataset)
         names = None if file is None else file.check.classes
-    return None if names is None else list(names)
+    return list(names) if names else None  # of pictures alone there are none
 
 
 def match_classes(
@@ -49,12 +51,7 @@ def match_classes(
             continue
         reason = ""
         if sorted(own) != sorted(classes):
-            missing = [x for x in classes if x not in own]
-            extra = [x for x in own if x not in classes]
-            reason = (
-                f"missing: {listed(missing)}; only there: {listed(extra)}; give the same classes "
-                "the same names"
-            )
+            reason = f"{difference(own, classes)}; give the same classes the same names"
         elif len(set(own)) < len(own):
             reason = "two classes of one name are told apart by their order alone; rename one"
         elif metadata.get("source_file") is None:
@@ -95,10 +92,20 @@ def match_checkpoint(datasets: Sequence[str], checkpoint: Mapping[str, object], 
         )
 
 
+def difference(own: Sequence[str], classes: Sequence[str]) -> str:
+    """Which names are missing among `own`, and which are there alone; one may be there twice."""
+    parts = {
+        "missing": (Counter(classes) - Counter(own)).elements(),
+        "only there": (Counter(own) - Counter(classes)).elements(),
+    }
+    found = {words: list(names) for words, names in parts.items()}
+    return "; ".join(f"{words}: {listed(names)}" for words, names in found.items() if names)
+
+
 def listed(names: Sequence[str]) -> str:
-    """The first names, for a line."""
-    more = len(names) - SHOWN
-    return ", ".join(map(str, names[:SHOWN])) + (f", ... ({more} more)" if more > 0 else "")
+    """The first names, of classes or files, for a line."""
+    shown, more = (shortened(x, RECORD) for x in names[:SHOWN]), len(names) - SHOWN
+    return ", ".join(shown) + (f", ... ({more} more)" if more > 0 else "")
 
 
 def _renumber(name: str, classes: list[str], whose: str) -> None:

@@ -33,6 +33,7 @@ class CocoFile:
     path: str  # as messages name it
     check: Check
     mended: str  # the file that is to be read: the one itself, or a mended copy of it
+    digest: str  # SHA-256 of its content
 
     def refuse(self, name: str, trained_on: bool, allow_outside: bool = True) -> None:
         """Refuse what can't be used.
@@ -113,13 +114,14 @@ def _read(path: str, uri: str | None, data: bytes) -> CocoFile:
         if json.detect_encoding(data) != "utf-8":
             text = f"the text is {json.detect_encoding(data)}; expected UTF-8 without a mark"
             check.findings.append(Finding("encoding", "mended", text))
-        mended = path
+        mended, digest = path, hashlib.sha256(data).hexdigest()
         if check.of("mended") and not check.of("error"):
-            mended = str(_cached(path, data))
+            name = f"{Path(path).stem}-{digest[:24]}-{MENDING}.json"
+            mended = str(cache_folder() / "datasets" / name)
             if not os.path.exists(mended):
                 mend(content)
                 write_whole(Path(mended), json.dumps(content))
-    return CocoFile(uri or path, check, mended)
+    return CocoFile(uri or path, check, mended, digest)
 
 
 def mend(content: dict) -> None:
@@ -136,11 +138,6 @@ def mend(content: dict) -> None:
             annotation["id"] = number
         if annotation.get("segmentation") and not is_segmentation(annotation["segmentation"]):
             del annotation["segmentation"]
-
-
-def _cached(path: str, data: bytes) -> Path:
-    name = hashlib.sha256(data).hexdigest()
-    return cache_folder() / "datasets" / f"{Path(path).stem}-{name[:24]}-{MENDING}.json"
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What is found in an annotation file, as data: commands print it, and training refuses by it."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ Severity = Literal["error", "training", "outside", "picture", "warning", "mended
 SHOWN = 3  # records of a finding that its line shows
 MAX_ID = 2**53  # the evaluator keeps ids as float64
 SOURCE = "from"  # the key under which a reader keeps the file and record that it read
+NAME = 200  # letters of the name of a class
 TEXT = 60  # characters of a value that a line shows
 RECORD = 400  # characters of a record, the path of a file and the reason included
 
@@ -134,13 +136,23 @@ class Section:
         return label
 
 
+def is_class_name(text: str) -> bool:
+    """Whether a text can stand in tables and messages."""
+    return len(text) <= NAME and all(map(_is_shown, text))
+
+
+def _is_shown(letter: str) -> bool:
+    """Not a control character, the half of one (surrogate), or the end of a line."""
+    return unicodedata.category(letter) not in ("Cc", "Cs", "Zl", "Zp")
+
+
 def shortened(value: object, limit: int = TEXT) -> str:
     """One line of at most `limit` characters, of a value of any size."""
     try:
         text = value if isinstance(value, str) else str(value)
     except (RecursionError, ValueError):  # nested too deeply, or an int of over 4,300 digits
         text = f"a {type(value).__name__}"
-    text = "".join(x if x.isprintable() else "?" for x in text[: limit + 1])
+    text = "".join(x if _is_shown(x) else "?" for x in text[: limit + 1])
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
@@ -154,7 +166,7 @@ KINDS = (
         "boxes-missing",
         "class-without-boxes",
     ),
-    *("id", "id-huge", "id-twice", "id-zero", "name", "name-twice", "name-control"),
+    *("id", "id-huge", "id-twice", "id-zero", "name", "name-twice"),
     *("file_name", "outside", "width", "height", "image-empty"),
     *("category_id", "category-undeclared", "class-undeclared", "image_id", "image-undeclared"),
     *("bbox", "box-type", "box-infinite", "box-negative", "box-xyxy", "box-subpixel"),

@@ -7,6 +7,7 @@ orientation, without transparency; CMYK, palettes and 16-bit colour are converte
 import logging
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from traceback import walk_tb
 
 from detectron2.data.detection_utils import SizeMismatchError
@@ -15,14 +16,15 @@ from detectron2.utils.logger import log_first_n
 from PIL import Image
 from PIL.ExifTags import Base
 
+from retina_focal.data.findings import RECORD, shortened
 from retina_focal.errors import UserError
-from retina_focal.files import check_regular
+from retina_focal.files import open_regular
 
 MAX_PIXELS = 50_000_000  # as DATA.MAX_PIXELS
 # Pillow cuts these off at 255, so that they would be white.
 WIDE_MODES = ("I", "F")
-# Pillow has another program run them.
-PROGRAMS = ("EPS",)
+# Pillow has another program run PostScript, whose head alone it may read for a minute.
+POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 REMEDY = "mend the file, or take the image out of the dataset's annotations"
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,8 @@ def map_record(
         if isinstance(error, OSError) or "read_image" in frames:  # Pillow may raise anything
             reason = str(error).strip() or type(error).__name__
             raise _bad(name, "picture-broken", f"it can't be decoded: {reason}") from error
-        logger.error("the mapper failed at image '%s' (id %s)", name, record.get("image_id"))
+        name, image_id = shortened(name, RECORD), record.get("image_id")
+        logger.error("the mapper failed at image '%s' (id %s)", name, image_id)
         raise
 
 
@@ -89,13 +92,17 @@ def check_head(name: str, max_pixels: int) -> None:
     fault = None
     try:
         path = PathManager.get_local_path(name)
-        check_regular(path)
+        if is_postscript(path):
+            reason = "it is PostScript, a program that would be run; convert it to PNG"
+            raise _bad(name, "picture-program", reason)
         with Image.open(path) as image:
             fault = _fault(image, max_pixels)
             if image.format == "PNG" and not fault:
                 # By its checksums: detectron2 looks for EXIF in a way that decodes a PNG, swallows
                 # the error, and goes on with what was decoded till then.
                 image.verify()
+    except BadPicture:
+        raise
     except UserError as error:
         raise _bad(name, "picture-missing", str(error)) from error
     except Image.DecompressionBombError as error:
@@ -116,18 +123,22 @@ def _fault(image: Image.Image, max_pixels: int) -> tuple[str, str] | None:
             f"it has {width} x {height} pixels, more than MODEL.RETINA_FOCAL.DATA.MAX_PIXELS "
             f"{max_pixels}; cut it into tiles, or raise that key"
         )
-    if image.format in PROGRAMS:
-        reason = f"it is {image.format}, a program that would be run; convert it to PNG"
-        return "picture-program", reason
     if image.mode.partition(";")[0] in WIDE_MODES:
         return "picture-wide", (
             f"its pixels have more than 8 bits (Pillow's mode {image.mode}) and would be cut off "
             "at 255, white; scale them to 8 bits"
         )
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a camera's previews
-        text = f"image '{image.filename}' has {image.n_frames} frames; of such, the first is used"
+        name = shortened(image.filename, RECORD)
+        text = f"image '{name}' has {image.n_frames} frames; of such, the first is used"
         log_first_n(logging.WARNING, text, name=__name__)
     return None
+
+
+def is_postscript(path: str | Path) -> bool:
+    """By the first bytes of a regular file (UserError: it is none)."""
+    with open_regular(path) as file:
+        return file.read(4) in POSTSCRIPT
 
 
 def _is_turned(name: str) -> bool:
@@ -145,5 +156,6 @@ def _is_empty(name: str) -> bool:
 
 
 def _bad(name: str, kind: str, reason: str) -> BadPicture:
-    message = f"image '{name}' can't be used: {reason}; {REMEDY}"
+    reason = shortened(reason, 2 * RECORD)
+    message = f"image '{shortened(name, RECORD)}' can't be used: {reason}; {REMEDY}"
     return BadPicture(message, name, kind, reason)

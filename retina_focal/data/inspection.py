@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from retina_focal.data.classes import listed
+from retina_focal.data.classes import difference
 from retina_focal.data.duplicates import near_pairs
 from retina_focal.data.findings import RECORD, Check, Finding, Severity, shortened
 from retina_focal.data.images import MAX_PIXELS
@@ -203,10 +203,9 @@ def compare(datasets: Sequence[Inspected]) -> list[Finding]:
 def _compare_classes(train: Inspected, other: Inspected) -> list[Finding]:
     own, others = train.check.classes, other.check.classes
     if sorted(own) != sorted(others):
-        missing, extra = sorted(set(own) - set(others)), sorted(set(others) - set(own))
         text = (
-            f"'{other.data}' has other classes than '{train.data}': missing: {listed(missing)}; "
-            f"only there: {listed(extra)}; name all in both, for VOC and CSV with &classes=A,B"
+            f"'{other.data}' has other classes than '{train.data}': {difference(others, own)}; "
+            "name all in both, for VOC and CSV with &classes=A,B"
         )
         return [Finding("split-classes", "error", text)]
     unseen = [x for x, n in other.boxes_per_class.items() if n and not train.boxes_per_class.get(x)]

@@ -133,21 +133,26 @@ class _Samples(Dataset):
 
     def __getitem__(self, place: tuple[int, int]) -> dict:
         position, index = place
-        skipped: list[tuple[str, str]] = []
+        skipped: dict[str, str] = {}  # names and reasons; such a picture isn't tried again
+        tried = set()
         for attempt in range(MAX_REPLACEMENTS):
             with seeded(SAMPLE, self.seed, position, attempt):
                 if attempt:
                     index = int(torch.randint(len(self.dataset), ()))
+                tried.add(index)
+                if self.dataset[index].get("file_name") in skipped:
+                    continue
                 try:
                     sample = self._sample(position, index)
                 except BadPicture as error:
-                    skipped.append((error.file_name, str(error)))
+                    skipped[error.file_name] = str(error)
                     continue
             if sample is not None:
-                return {**sample, "skipped": skipped} if skipped else sample
+                return {**sample, "skipped": [*skipped.items()]} if skipped else sample
+        reason = list(skipped.values())[-1] if skipped else "the mapper returned None"
         raise UserError(
-            f"none of {MAX_REPLACEMENTS} images that were tried for one place of a batch can be "
-            f"used; the last: {skipped[-1][1] if skipped else 'the mapper returned None'}"
+            f"none of {len(tried)} images that were tried for one place of a batch can be used; "
+            f"the last: {reason}"
         )
 
     def _sample(self, position: int, index: int) -> dict | None:

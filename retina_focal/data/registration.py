@@ -20,11 +20,14 @@ from retina_focal.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def use_datasets(cfg: CfgNode, names: Sequence[str], trained_on: Sequence[str] = ()) -> None:
+def use_datasets(
+    cfg: CfgNode, names: Sequence[str], trained_on: Sequence[str] = (), measured: bool = True
+) -> None:
     """Register, check and compare with the model the datasets that a command reads.
 
     Args:
         trained_on: the names among `names` that are trained on.
+        measured: else only the pictures count, and there may be no class.
     Raises:
         UserError: there is no name, or one is not registered; files are missing or can't be used;
             the model has another number of classes, or the datasets have other classes.
@@ -32,7 +35,7 @@ def use_datasets(cfg: CfgNode, names: Sequence[str], trained_on: Sequence[str] =
     if not names:
         raise UserError("the config names no dataset; add: DATASETS.TEST \"('name',)\"")
     register_datasets(cfg, names)
-    check_datasets(names, trained_on)
+    check_datasets(names, trained_on, measured)
     if cfg.MODEL.META_ARCHITECTURE == "FocalRetinaNet":
         check_num_classes(names, cfg.MODEL.RETINANET.NUM_CLASSES)
     match_classes(names)
@@ -79,7 +82,8 @@ def set_num_classes(cfg: CfgNode) -> None:
     first = next((x for x in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if x in uris), None)
     if first is not None:
         classes = data.CLASSES or load(uris[first], data.ALLOW_OUTSIDE).classes
-        cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
+        if classes:
+            cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
 
 
 def _rows(cfg: CfgNode) -> list[list[str]]:
@@ -165,18 +169,21 @@ def _register(
         registered=registered or (json_file, image_root),
         image_root=image_root,
         evaluator_type="coco",
-        thing_classes=file.check.classes,
+        **({"thing_classes": file.check.classes} if file.check.classes else {}),
         thing_dataset_id_to_contiguous_id={x: i for i, x in enumerate(file.check.category_ids)},
     )
     DatasetCatalog.register(name, lambda: _load(name))
 
 
-def check_datasets(names: Sequence[str], trained_on: Sequence[str] = ()) -> None:
+def check_datasets(
+    names: Sequence[str], trained_on: Sequence[str] = (), measured: bool = True
+) -> None:
     """Look for the datasets, and check their annotations, before anything is built.
 
     Args:
         names: of those that are read.
-        trained_on: of those among them that are trained on; the others are measured with.
+        trained_on: of those among them that are trained on.
+        measured: whether the others are measured with.
     Raises:
         UserError: a name is not registered, or its annotation file is missing or can't be used.
     """
@@ -197,7 +204,11 @@ def check_datasets(names: Sequence[str], trained_on: Sequence[str] = ()) -> None
         file = coco_file(name)
         if file is not None:
             file.refuse(name, name in trained_on)
-            if name not in trained_on and MetadataCatalog.get(name).get("source_file") is None:
+            if name in trained_on or not measured:
+                continue
+            if not file.check.classes:
+                raise UserError(f"dataset '{name}': {file.path} has no classes to measure by")
+            if MetadataCatalog.get(name).get("source_file") is None:
                 file.refuse_unmended(name)
 
 

@@ -31,8 +31,8 @@ from retina_focal.merging import merge_file, merge_options
 from retina_focal.training.checkpoints import expect_classes_of_run
 from retina_focal.training.lazy_run import build_lazy_model, values_of_test
 from retina_focal.training.processes import available_device
-from retina_focal.training.resume import saved_seed, with_seed
 from retina_focal.training.run_files import open_log
+from retina_focal.training.seeds import saved_seed, with_seed
 from retina_focal.training.values import LAZY_NAMES, plain_values
 
 UNSET = -(2**31)  # a number of classes that nobody types

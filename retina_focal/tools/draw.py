@@ -22,6 +22,6 @@ def main(argv: list[str]) -> None:
     run = open_run(None, args.config_file, args.opts, args.dataset)
     if not run.cfg.DATASETS.TEST:
         raise UserError("the config names no dataset; add: DATASETS.TEST \"('name',)\"")
-    use_data(run, run.cfg.DATASETS.TEST[0])
+    use_data(run, run.cfg.DATASETS.TEST[0], measured=False)
     draw_detections(run.cfg, run_model(run), args.output, args.num_images, args.score_thresh)
     print(f"detections beside ground truth: {args.output}")

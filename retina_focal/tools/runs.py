@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -29,9 +30,11 @@ from retina_focal.safe_yaml import read_text
 from retina_focal.tools.common import load_cfg, open_lazy
 from retina_focal.training.checkpoint_files import (
     checkpoints_of,
+    is_of_another_run,
     is_regular,
     peek,
     read_checkpoint,
+    run_of,
 )
 from retina_focal.training.checkpoints import BEST
 from retina_focal.training.measure import yaml_test_loader
@@ -71,8 +74,8 @@ def open_run(
 
     Args:
         folder: of a run: its config.yaml, and its model_best.pth, else its model_final.pth, else
-            its newest checkpoint; one that is not whole is skipped, with a line. Or an exported
-            file, or the folder of one.
+            its newest checkpoint; one that is not whole is skipped, with a line, and those of an
+            earlier run come last. Or an exported file, or the folder of one.
         config_file: in place of the folder's; as of `train`. A LazyConfig is run, with KEY=VALUE
             pairs: that of a folder is not, as whoever names a folder doesn't name its code.
         opts: KEY VALUE pairs; MODEL.WEIGHTS among them takes the place of the folder's weights.
@@ -80,8 +83,7 @@ def open_run(
         own: KEY VALUE pairs of the command for ``MODEL.RETINA_FOCAL``, before `opts`.
     Raises:
         UserError: neither is given; no such folder or config, or the folder's is a LazyConfig; no
-            weights, or none that are whole; or they have another number of classes; or see
-            `open_exported` and `lazy_run`.
+            whole weights, or of another number of classes; or see `open_exported`, `lazy_run`.
     """
     if folder is None and config_file is None:
         raise UserError("no run is given; expected its folder, or --config-file FILE")
@@ -117,7 +119,9 @@ def weights_of(folder: Path) -> Path:
         UserError: there is none.
     """
     first = [x for x in (folder / name for name in FIRST) if is_regular(x)]
-    for path in first + [x for x in checkpoints_of(folder) if x not in first]:
+    paths, run = first + [x for x in checkpoints_of(folder) if x not in first], run_of(folder)
+    own = (x for x in paths if not is_of_another_run(x, run))
+    for path in chain(own, (x for x in paths if is_of_another_run(x, run))):
         try:
             read_checkpoint(path)
             return path
@@ -129,18 +133,19 @@ def weights_of(folder: Path) -> Path:
     )
 
 
-def use_data(run: Run, data: str) -> str:
+def use_data(run: Run, data: str, measured: bool = True) -> str:
     """Register a dataset that a command names, with the classes of a run; its name.
 
     Args:
         data: a name that the run's config or detectron2 has, a URI or a path.
+        measured: see `use_datasets`.
     Raises:
         UserError: it is not there, can't be used, or has other classes.
     """
     rows = (*run.cfg.DATASETS.get("SOURCES", ()), *run.cfg.DATASETS.get("COCO_JSON", ()))
     if data not in DatasetCatalog and data not in [name for name, *_ in rows]:
         register(data, data, allow_outside=retina_focal_node(run.cfg).DATA.ALLOW_OUTSIDE)
-    use_datasets(run.cfg, [data])
+    use_datasets(run.cfg, [data], measured=measured)
     match_classes([data], run.classes, f"'{run.weights}'")
     return data
 

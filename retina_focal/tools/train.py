@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from retina_focal.config import config_path, retina_focal_node
+from retina_focal.data.classes import listed
 from retina_focal.data.uri import with_whole_rows
 from retina_focal.errors import UserError
 from retina_focal.tools.arguments import add_dataset_argument
@@ -165,18 +166,18 @@ def run(
 
 def _check_folder(folder: str) -> None:
     """Say that another run is there; refuse where torchrun, starting again, would go on with it."""
-    if may_restart(os.environ) and checkpoints_of(folder):
+    found = checkpoints_of(folder)
+    if may_restart(os.environ) and found:
         raise UserError(
             f"torchrun would start this run again from its last checkpoint, but '{folder}' holds "
             "those of another run; go on with that (--resume), or name another OUTPUT_DIR"
         )
-    found = checkpoints_of(folder)
     if found and comm.is_main_process():
         logger.warning(
-            "'%s' holds checkpoints of another run (%s): until this one has saved its first, "
-            "--resume would go on with them; to keep runs apart name another OUTPUT_DIR",
-            folder,
-            found[0].name,
+            "'%s' holds checkpoints of another run (%s): from the first step on --resume goes on "
+            "with this one, which overwrites those of the same name; to keep all of them name "
+            "another OUTPUT_DIR",
+            *(folder, listed([x.name for x in found])),
         )
 
 

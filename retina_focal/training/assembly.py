@@ -32,7 +32,7 @@ from retina_focal.evaluation.expected import unexpected_results
 from retina_focal.evaluation.tta import with_tta
 from retina_focal.training.average import averaged_weights, weight_average
 from retina_focal.training.best import EarlyStop, best_checkpoint, has_ended
-from retina_focal.training.checkpoint_files import checkpoints_of
+from retina_focal.training.checkpoint_files import own_checkpoints
 from retina_focal.training.checkpoints import RunCheckpointer
 from retina_focal.training.first_step import FirstStepCheck
 from retina_focal.training.freezing import freeze
@@ -49,9 +49,10 @@ from retina_focal.training.processes import (
     keep_freed_memory,
     raised_in_all,
 )
-from retina_focal.training.resume import ExactResume, options_of_the_config, with_seed
+from retina_focal.training.resume import ExactResume, options_of_the_config
 from retina_focal.training.run_files import SETTINGS, SavedConfig
 from retina_focal.training.same_run import AnotherRun
+from retina_focal.training.seeds import with_seed
 from retina_focal.training.signals import Stop, StopOnSignal, StoppableLoader, handled_signals
 from retina_focal.training.steps import training_steps
 from retina_focal.training.trouble import Trouble
@@ -124,12 +125,13 @@ class Trainer(DefaultTrainer):
             saver = hooks.PeriodicCheckpointer(self.checkpointer, period)
             writer = MetricsHook(self.build_writers(), options.get("log_period", 20))
         periods = (period, cfg.TEST.EVAL_PERIOD)
-        self._resume = ExactResume(cfg.SEED, periods, self._draws_seed)
+        names = cfg.DATASETS.TRAIN
+        self._resume = ExactResume(cfg.SEED, periods, self._draws_seed, names)
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             self._frozen,
-            FirstStepCheck(cfg.DATASETS.TRAIN),
+            FirstStepCheck(names),
             Trouble(cfg.OUTPUT_DIR, retina_focal_node(cfg).DATA.MAX_BAD_IMAGES),
             self.average,
             self._saved_config,
@@ -267,7 +269,7 @@ class Trainer(DefaultTrainer):
 def fit(cfg: CfgNode | DictConfig, resume: bool) -> Trainer:
     """Train to the last iteration; with `resume`, from the last checkpoint where there is one."""
     folder = plain_values(cfg).OUTPUT_DIR
-    with handled_signals(), words_only(folder, lambda: next(map(str, checkpoints_of(folder)), "")):
+    with handled_signals(), words_only(folder, lambda: next(map(str, own_checkpoints(folder)), "")):
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume)
         trainer.train()

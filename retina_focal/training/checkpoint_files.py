@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 
 from retina_focal.errors import UserError
 from retina_focal.files import whole_file, write_error
-from retina_focal.training.saved_state import check_labels, check_state, tensors_of
+from retina_focal.training.saved_state import RESUME_HOOK, check_labels, check_state, tensors_of
 from retina_focal.weights.formats import read_weights
 
 TAG = "last_checkpoint"
+RUN = "run_id"  # the file that names the run that the folder is of
 PERIODIC = re.compile(r"model_(\d{7})\.pth")
 BLOCK = 2**22
 
@@ -98,6 +99,27 @@ def tagged_checkpoint(folder: str | Path) -> Path | None:
     path = os.path.abspath(os.path.join(folder, name))  # some write the whole path
     is_inside = os.path.dirname(path) == os.path.abspath(folder) and name.endswith(".pth")
     return tag.with_name(os.path.basename(path)) if is_inside and "\0" not in name else None
+
+
+def run_of(folder: str | Path) -> str | None:
+    """The id of the run that the folder is of; None: it isn't known, as of earlier versions."""
+    path = Path(folder, RUN)
+    if not is_regular(path):
+        return None
+    with path.open("rb") as file:
+        return file.read(64).decode(errors="replace").strip() or None
+
+
+def is_of_another_run(path: Path, run: str | None) -> bool:
+    """Whether a checkpoint that can be read is of another run than this one; None: not known."""
+    trainer = peek(path).get("trainer") if run is not None else None
+    return trainer is not None and trainer.get("hooks", {}).get(RESUME_HOOK, {}).get("run") != run
+
+
+def own_checkpoints(folder: str | Path) -> Iterator[Path]:
+    """`checkpoints_of`, without those that an earlier run left in the folder."""
+    run = run_of(folder)
+    return (path for path in checkpoints_of(folder) if not is_of_another_run(path, run))
 
 
 def _iteration(path: Path) -> int:

@@ -9,17 +9,22 @@ from detectron2.utils import comm
 from torch import nn
 from torch.optim import Optimizer
 
+from retina_focal.data.classes import listed
 from retina_focal.errors import UserError
 from retina_focal.training.average import WeightAverage
 from retina_focal.training.checkpoint_files import (
+    RUN,
     TAG,
     checkpoints_of,
     durable_file,
     hash_file,
+    is_of_another_run,
     not_finite,
     number_of,
+    own_checkpoints,
     peek,
     read_checkpoint,
+    run_of,
     tagged_checkpoint,
     write_checkpoint,
 )
@@ -68,6 +73,7 @@ class RunCheckpointer(Checkpointer):
         self.keep, self.classes, self.average = keep, classes, average
         self._last: str | None = None
         self._read: dict[str, dict] = {}
+        self._is_own: dict[Path, bool] = {}  # of this run, of those that were looked at
         self._resumes = False
 
     def save(self, name: str, **extra: object) -> None:
@@ -101,7 +107,7 @@ class RunCheckpointer(Checkpointer):
                 self.tag_last_checkpoint(path.name)
         except UserError as error:
             raise UserError(f"{error}; {self._whole_one()}") from error
-        self._last = str(path)
+        self._last, self._is_own[path] = str(path), True
         self._discard(extra.get("iteration", -1))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -114,11 +120,12 @@ class RunCheckpointer(Checkpointer):
     def get_checkpoint_file(self) -> str:
         """The checkpoint that was saved or resumed from last, else the folder's newest, or ""."""
         if self._last is None:
-            return next((str(path) for path in checkpoints_of(self.save_dir)), "")
+            return next(map(str, own_checkpoints(self.save_dir)), "")
         return self._last
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
-        """With `resume`, from the newest whole checkpoint, where the folder holds any; else `path`.
+        """With `resume`, from the newest whole checkpoint of the folder's run, where there is one;
+        else `path`.
 
         Raises:
             UserError: the folder holds checkpoints but none is whole and finite; or the one found
@@ -150,8 +157,11 @@ class RunCheckpointer(Checkpointer):
             wrong = f"names {tagged}, which isn't there" if tagged else "names no .pth beside it"
             self.logger.warning("%s %s", tag, wrong)
         optimizer = getattr(self.checkpointables.get("trainer"), "optimizer", None)
-        reasons = []
+        reasons, others, run = [], [], run_of(self.save_dir)
         for path in paths:
+            if is_of_another_run(path, run):
+                others.append(path.name)
+                continue
             try:
                 content = read_checkpoint(path)
                 if optimizer is not None:
@@ -166,8 +176,14 @@ class RunCheckpointer(Checkpointer):
             except UserError as error:
                 reasons.append(f"; {error}")
                 self.logger.warning("%s; it is skipped", error)
-        if paths or os.path.lexists(tag):
-            names = ", ".join(path.name for path in paths) or f"only {TAG}"
+        if others:
+            self.logger.warning(
+                "%s holds %d checkpoints of an earlier run (%s), which are left alone; to go on "
+                "with one, write its name into %s and delete %s",
+                *(self.save_dir, len(others), listed(others), TAG, RUN),
+            )
+        if reasons or (os.path.lexists(tag) and tagged not in paths):
+            names = listed([x.name for x in paths if x.name not in others]) or f"only {TAG}"
             raise UserError(
                 f"no checkpoint in '{self.save_dir}' can be used (there: {names}"
                 f"{reasons[0] if reasons else ''}); to start again, "
@@ -207,10 +223,15 @@ class RunCheckpointer(Checkpointer):
         return f"the last checkpoint is {path}" if path else "there is no checkpoint before it"
 
     def _discard(self, iteration: int) -> None:
-        """Delete what `keep` leaves over; later iterations are of a run that was given up."""
+        """Delete what `keep` leaves over of this run; later iterations were given up."""
+        if not self.keep:
+            return
         found = {path: number_of(path) for path in Path(self.save_dir).glob("model_*.pth")}
         old = sorted((n, path) for path, n in found.items() if n is not None and n <= iteration)
-        for _, path in old[: -self.keep] if self.keep else ():
+        run = run_of(self.save_dir)
+        for _, path in old:
+            self._is_own.setdefault(path, not is_of_another_run(path, run))
+        for path in [path for _, path in old if self._is_own[path]][: -self.keep]:
             for file in (path, hash_file(path)):
                 with suppress(OSError):
                     file.unlink()
@@ -218,6 +239,6 @@ class RunCheckpointer(Checkpointer):
 
 def expect_classes_of_run(folder: str, classes: list[str] | None) -> None:
     """Refuse (UserError) other classes than those of the checkpoint that a run would go on from."""
-    contents = ((path, peek(path)) for path in checkpoints_of(folder))
+    contents = ((path, peek(path)) for path in own_checkpoints(folder))
     path, content = next(((path, x) for path, x in contents if x), (folder, {}))
     expect_same_classes(path, content.get("classes"), classes)

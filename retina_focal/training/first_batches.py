@@ -9,6 +9,7 @@ from detectron2.engine import TrainerBase
 from detectron2.structures import Boxes, Instances
 
 from retina_focal.data.coverage import AnchorLayout, box_table, cover, policy_of
+from retina_focal.data.findings import RECORD, shortened
 from retina_focal.retinanet import FocalRetinaNet
 
 BLANK = 0.99  # share of a picture's values that are all white, or all black
@@ -94,7 +95,8 @@ def blank_pictures(batch: Sequence[Mapping]) -> str | None:
         elif image.min() == image.max():
             kind = f"of one value, {image.min().item():g}"
         if kind:
-            found.setdefault(kind, []).append(str(sample.get("file_name", "a picture")))
+            name = shortened(sample.get("file_name", "a picture"), RECORD)
+            found.setdefault(kind, []).append(name)
     if not found:
         return None
     kinds = (

@@ -1,5 +1,6 @@
 """The file metrics.json: each iteration once and in order, also of a run that is resumed."""
 
+import itertools
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from detectron2.engine import hooks
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 
-from retina_focal.files import check_regular
+from retina_focal.files import check_regular, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,15 @@ def cut_metrics(path: Path, iteration: int, begin: int = 0) -> int:
     if end < len(content):
         os.truncate(path, end)
     return last
+
+
+def set_aside(path: Path) -> None:
+    """Move the lines of an earlier run to `metrics-<n>.json`, with the first free number."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
+    write_whole(next(x for x in names if not os.path.lexists(x)), path.read_bytes())
+    os.truncate(path, 0)  # a writer has it open
 
 
 def _iteration(line: bytes) -> int | None:

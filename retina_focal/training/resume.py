@@ -1,28 +1,28 @@
 """What makes an interrupted run end with the weights of one that never stopped."""
 
 import logging
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from retina_focal.data.classes import listed
+from retina_focal.data.coco import coco_file
 from retina_focal.data.loading import TrainLoader
 from retina_focal.data.sampler import seed_everything
-from retina_focal.training.checkpoint_files import checkpoints_of, peek
-from retina_focal.training.metrics import cut_metrics
-from retina_focal.training.run_files import seed_of_config
+from retina_focal.training.checkpoint_files import RUN, durable_file, run_of
+from retina_focal.training.metrics import cut_metrics, set_aside
 from retina_focal.training.same_run import training_of
-from retina_focal.training.saved_state import RESUME_HOOK
+from retina_focal.training.seeds import with_seed
 
 # What is drawn, beside the seed and the iteration; the loader has 0 and 1.
 STEP = 2
@@ -40,30 +40,38 @@ class ExactResume(HookBase):
     A checkpoint is made within an iteration: `catch_up` does again what came after it. The random
     numbers of a step depend on the seed, the iteration and the process alone. It stands before the
     hook that saves, in every process.
+
+    A run has an id, which its first step writes into the folder: from then on the folder is this
+    run's, and what an earlier one left there is not gone on with. A run that was begun by an
+    earlier version has none.
     """
 
-    def __init__(self, seed: int, periods: Sequence[int], draws_seed: bool = False):
+    def __init__(
+        self,
+        seed: int,
+        periods: Sequence[int],
+        draws_seed: bool = False,
+        datasets: Sequence[str] = (),
+    ):
         """
         Args:
             seed: not negative.
             periods: iterations between checkpoints, and between evaluations, in which a signal may
                 ask for one; 0: none.
             draws_seed: the seed of a checkpoint takes the place of this one.
+            datasets: names of those that are trained on.
         """
+        self.run: str | None = secrets.token_hex(8)
+        self.hashes = {name: x.digest for name in datasets if (x := coco_file(name))}
         self.seed, self.draws_seed = seed, draws_seed
         self.periods = [period for period in periods if period > 0]
         self._buffers: tuple[int, list[dict]] = (-1, [])  # of which iteration, by process
-        self._metrics_begin = 0  # bytes of earlier runs in the same folder
+        self._metrics_begin = 0  # bytes of earlier runs, which earlier versions kept in it
         self._loaded: dict | None = None
 
     @property
     def _metrics(self) -> Path:
         return Path(self.trainer.cfg.OUTPUT_DIR, "metrics.json")
-
-    def before_train(self) -> None:
-        path = self._metrics
-        if self.trainer.start_iter == 0 and path.is_file():
-            self._metrics_begin = path.stat().st_size
 
     def before_step(self) -> None:
         seed_everything(STEP, self.seed, self.trainer.iter, comm.get_rank())
@@ -71,9 +79,19 @@ class ExactResume(HookBase):
     def after_step(self) -> None:
         # Moving averages, of positives and of batch norms, are each process's own.
         trainer, done = self.trainer, self.trainer.iter + 1
+        if trainer.iter == trainer.start_iter and comm.is_main_process():
+            self._take_folder()
         is_last = done == trainer.max_iter or trainer._trainer.stop_signal
         if is_last or any(done % period == 0 for period in self.periods):
             self._buffers = (trainer.iter, _differing(comm.gather(_saved_buffers(trainer.model))))
+
+    def _take_folder(self) -> None:
+        folder = self.trainer.cfg.OUTPUT_DIR
+        if self.trainer.start_iter == 0:
+            set_aside(self._metrics)
+        if self.run not in (None, run_of(folder)):
+            with durable_file(Path(folder, RUN)) as file:
+                file.write(f"{self.run}\n".encode())
 
     def state_dict(self) -> dict:
         trainer, loader = self.trainer, self.trainer.data_loader
@@ -86,7 +104,10 @@ class ExactResume(HookBase):
             "metrics_begin": self._metrics_begin,
             "scalars": _recent_scalars(trainer.storage),
             **training_of(_undistributed(trainer.model), trainer.optimizer),
+            "data": self.hashes,
         }
+        if self.run is not None:
+            state["run"] = self.run
         if isinstance(loader, TrainLoader):
             batches = loader.first_batch + trainer.iter + 1 - trainer.start_iter
             state |= {"seen": batches * loader.total_batch_size, "images": loader.num_images}
@@ -103,6 +124,7 @@ class ExactResume(HookBase):
     def go_on(self) -> None:
         """Set loaders and criterion to where the loaded checkpoint was made."""
         trainer, state = self.trainer, self._loaded
+        self.run = state and state.get("run")
         if state is None:
             logger.warning("the checkpoint is not of this package: the order of images starts anew")
             return
@@ -112,6 +134,13 @@ class ExactResume(HookBase):
             trainer._trainer.reset_data_loader(lambda: trainer.build_train_loader(parts))
         elif state["seed"] != self.seed:
             logger.warning("SEED was %d and is %d from here on", state["seed"], self.seed)
+        was = state.get("data", self.hashes)
+        changed = [x for x in {**was, **self.hashes} if was.get(x) != self.hashes.get(x)]
+        if changed:
+            logger.warning(
+                "the run was not trained on these annotations so far: %s; from here on they count",
+                listed(changed),
+            )
         loader = trainer.data_loader
         if not isinstance(loader, TrainLoader):
             logger.warning(
@@ -206,41 +235,6 @@ def _recent_scalars(storage: EventStorage) -> dict[str, tuple[bool, list[tuple[f
         for name, history in storage.histories().items()
         if name not in CLOCK
     }
-
-
-def with_seed(cfg: CfgNode | DictConfig, seed: int | None = None) -> CfgNode | DictConfig:
-    """The config with this seed; by default with its own, or one that is drawn where it has none.
-
-    The seed is the same in all processes. A LazyConfig is changed in place.
-    """
-    is_lazy = isinstance(cfg, DictConfig)
-    if seed is None:
-        seed = OmegaConf.select(cfg, "train.seed", default=-1) if is_lazy else cfg.SEED
-        if seed >= 0:
-            return cfg
-        seed = comm.shared_random_seed()
-    if is_lazy:
-        OmegaConf.update(cfg, "train.seed", seed, force_add=True)
-        return cfg
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SEED = seed
-    cfg.freeze()
-    return cfg
-
-
-def saved_seed(folder: str) -> int | None:
-    """The seed that a run in the folder has drawn, in all processes; None where it is not known.
-
-    It is in the newest checkpoint; before the first one, in the run's config.
-    """
-    seed = None
-    if comm.is_main_process():
-        content = next(filter(None, map(peek, checkpoints_of(folder))), {})
-        hooks_state = content.get("trainer", {}).get("hooks", {})
-        seed = hooks_state.get(RESUME_HOOK, {}).get("seed")
-        seed = seed_of_config(folder) if seed is None else seed
-    return comm.all_gather(seed)[0]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from retina_focal.data.findings import is_class_name
 from retina_focal.errors import UserError
 
 RESUME_HOOK = "ExactResume"  # whose state a run reads before the others'
@@ -160,6 +161,10 @@ def _is_text(value: object) -> bool:
     return type(value) is str
 
 
+def _is_class(value: object) -> bool:
+    return _is_text(value) and is_class_name(value)
+
+
 def _is_dict(value: object) -> bool:
     return isinstance(value, Mapping)
 
@@ -199,18 +204,20 @@ def _is_between(low: float, high: float) -> Callable[[object], bool]:
 
 
 LABELS = {
-    "classes": (_list_of(_is_text), "a list of names"),
+    "classes": (_list_of(_is_class), "a list of names"),
     "raw_model": (_is_dict_of(str, Tensor), "names and tensors"),
     "iteration": (_is_count, "a number of iterations"),
 }
 COUNT = (_is_count, "a number from 0 on")
 LAST = (_is_count_or_none, "an iteration, or -1")
 OPTIONAL = ("seen", "images")  # of a loader of ours
-OPTIONAL += ("optimizer", "trained")  # not in those of earlier versions
+OPTIONAL += ("optimizer", "trained", "run", "data")  # not in those of earlier versions
 # Fields of each hook that reads them on resuming: whether a value fits, and what does.
 HOOKS: dict[str, dict[str, tuple[Callable[[object], bool], str]]] = {
     "LRScheduler": {"last_epoch": COUNT},
     RESUME_HOOK: {
+        "run": (_is_text, "an id"),
+        "data": (_is_dict_of(str, str), "names of datasets and hashes"),
         "seed": (_is_64_bits, "a seed"),
         "processes": COUNT,
         "buffers": (_list_of(_is_dict_of(str, Tensor)), "the buffers of each process"),

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from retina_focal.data.findings import RECORD, shortened
 from retina_focal.errors import UserError
 from retina_focal.files import whole_file
 
@@ -189,7 +190,7 @@ def _single(model: nn.Module) -> nn.Module:
 
 def _of_batch(batch: Sequence[Mapping]) -> str:
     """The files of a batch, and what is wrong with their pixels or boxes."""
-    names = [str(sample.get("file_name", sample.get("image_id"))) for sample in batch]
+    names = [shortened(x.get("file_name", x.get("image_id")), RECORD) for x in batch]
     wrong = [
         name
         for name, sample in zip(names, batch, strict=True)

@@ -10,6 +10,7 @@ from PIL import Image
 from PIL.ExifTags import Base
 
 from retina_focal.data.findings import RECORD, SOURCE, Finding, Severity, shortened
+from retina_focal.data.images import is_postscript
 from retina_focal.errors import UserError
 from retina_focal.files import decoded, leads_outside, open_regular, read_bounded
 
@@ -174,6 +175,8 @@ def picture_size(path: Path) -> tuple[int, int]:
     Raises:
         UserError: it is no picture.
     """
+    if is_postscript(path):
+        raise UserError(f"'{path}' is PostScript, and no picture")
     try:
         with open_regular(path) as file, Image.open(file) as image:
             width, height = image.size

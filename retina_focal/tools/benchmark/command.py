@@ -17,7 +17,7 @@ from retina_focal.errors import UserError
 from retina_focal.files import write_whole
 from retina_focal.precision import PRECISIONS
 from retina_focal.tools.arguments import listed, number, tool_parser
-from retina_focal.tools.benchmark import exports, gpu, gpu_report, sparse
+from retina_focal.tools.benchmark import exports, gpu, gpu_report, gpu_timing, sparse
 from retina_focal.tools.benchmark.cases import INDEPENDENT_OF, MEMORY, TIMED
 from retina_focal.tools.benchmark.instruments import Probe, check_fp32, memory_probes, timing_probes
 from retina_focal.tools.benchmark.models import MODELS, Setting, torchvision_has
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     report = {**origin("benchmark", argv, device), "rounds": args.rounds, "rows": []}
     if args.what and EXPORT in args.what:
         measure_exports(args, cfg, report)
-    elif args.gpu_rows or gpu.on_gpu(device):
+    elif args.gpu_rows or gpu_timing.on_gpu(device):
         measure_on_gpu(args, cfg, report)
     else:
         measure_on_cpu(args, cfg, report)
@@ -123,7 +123,7 @@ def measure_on_cpu(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None
 
 def measure_exports(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None:
     """Fill the report with a row for each config, and write it after each round."""
-    if len(args.what) > 1 or gpu.on_gpu(cfg.MODEL.DEVICE):
+    if len(args.what) > 1 or gpu_timing.on_gpu(cfg.MODEL.DEVICE):
         raise UserError("--what export is measured alone, on a CPU; add: --device cpu")
     setting = settings_of(args, cfg)[0]
     todo = [(args.config_file, setting, exports.prepare)]

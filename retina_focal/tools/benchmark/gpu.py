@@ -16,14 +16,19 @@ from tqdm import tqdm
 
 from retina_focal.config import retina_focal_node
 from retina_focal.tools.benchmark.cases import DENSE_SUM, DENSE_SUM_GRAPHED, TIMED
+from retina_focal.tools.benchmark.gpu_timing import (
+    bytes_per_second_copied,
+    memory_of,
+    on_gpu,
+    steps_in,
+    synchronize,
+    time_of,
+    warm_up,
+)
 from retina_focal.tools.benchmark.inputs import anchors_per_level
 from retina_focal.tools.benchmark.instruments import Run, Stopwatch, Unwatched, tf32
 from retina_focal.tools.benchmark.models import MODELS, OURS_GRAPHED, Setting, torchvision_has
 
-# Untimed runs: cuDNN and Triton choose and compile in the first, torch.jit in its second.
-WARM_UP = 3
-MAX_STEPS = 100  # between two synchronisations
-COPIED = 1 << 30  # bytes, far more than a cache holds
 # Names of what the host asks of the GPU, as CUDA has them.
 COUNTED = {
     "launches": ("LaunchKernel",),
@@ -163,29 +168,6 @@ def measure(
                 torch.cuda.empty_cache()
 
 
-def on_gpu(device: str) -> bool:
-    return torch.device(device).type == "cuda"
-
-
-def synchronize(device: str) -> None:
-    if on_gpu(device):
-        torch.cuda.synchronize()
-
-
-def bytes_per_second_copied(device: str) -> float:
-    """Read and written by a large copy on the device: the bandwidth that a floor is made of."""
-    size = COPIED if on_gpu(device) else COPIED >> 6
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    stopwatch, fastest = Stopwatch(device), float("inf")
-    for _ in range(10):
-        stopwatch.start()
-        target.copy_(source)
-        stopwatch.mark("copy")
-        fastest = min(fastest, stopwatch.seconds()["copy"])
-    return 2 * size / fastest
-
-
 def timed(job: Job, rounds: int, seconds: float) -> list[dict]:
     """A row for each model; one that fails has an `error` in place of numbers.
 
@@ -225,41 +207,6 @@ def timed(job: Job, rounds: int, seconds: float) -> list[dict]:
 def has_failed(row: dict) -> bool:
     """Whether a row has an error, other than lack of memory."""
     return "error" in row and not row["error"].startswith(torch.OutOfMemoryError.__name__)
-
-
-def warm_up(run: Run, device: str) -> None:
-    for _ in range(WARM_UP if on_gpu(device) else 1):
-        run(Unwatched(device))
-
-
-def steps_in(seconds: float, run: Run, device: str) -> int:
-    """Steps between two synchronisations; on a CPU, which only tries the rows, two."""
-    if not on_gpu(device):
-        return 2
-    step, _ = time_of(run, device, 1)
-    return max(1, min(MAX_STEPS, int(seconds / step)))
-
-
-def time_of(run: Run, device: str, steps: int) -> tuple[float, float]:
-    """Seconds of a step, and until the host has launched it, by the host's clock."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(steps):
-        run(Unwatched(device))
-    launched = time.perf_counter()
-    synchronize(device)
-    return (time.perf_counter() - start) / steps, (launched - start) / steps
-
-
-def memory_of(run: Run, device: str) -> int | None:
-    """Bytes that a run allocates at its peak; None on a CPU."""
-    if not on_gpu(device):
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run(Unwatched(device))
-    return torch.cuda.max_memory_allocated() - before
 
 
 @contextmanager
