@@ -82,7 +82,8 @@ def test_deltas_at_cells_are_those_of_whole_maps(seed, num_convs, images, sizes,
 
 
 def test_whole_maps_are_computed_where_most_cells_are_needed():
-    """Of a map of 20 x 20 one cell needs 1 + 9 + 25 = 35 of 3 x 400; all need all."""
+    """Of a map of 20 x 20 one cell needs 1 + 9 + 25 = 35 of 3 x 400, the 169 in a corner need
+    169 + 196 + 225 = 590, and all need all. 800 would cost as much as whole maps, at 1.5 each."""
     own, chosen = head(), []
     tower = SparseBoxTower(own)
     inputs = [torch.zeros(1, CHANNELS, 20, 20)] * 2
@@ -90,9 +91,10 @@ def test_whole_maps_are_computed_where_most_cells_are_needed():
     everywhere = Pairs(*[torch.zeros_like(index), index // 20, index % 20], *[index] * 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(operators, "either", lambda condition, *_: chosen.append(bool(condition)))
-        for needed in (index == 210, index >= 0):
+        corner = (index // 20 < 13) & (index % 20 < 13)
+        for needed in (index == 210, corner, index >= 0):
             tower(inputs, [everywhere] * 2, [needed] * 2)
-    assert chosen == [True, False]
+    assert chosen == [True, True, False]
 
 
 @pytest.mark.parametrize("made", [head(norm="GN", conv_dims=[32]), nn.Identity()])
