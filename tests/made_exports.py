@@ -35,11 +35,15 @@ def onnx_bytes(
     opset: int = 17,
     dtype: str = "float32",
     classes: list[int] = CLASSES,
+    class_dtype: type = np.int64,
+    outside: str | None = None,
     network: bool = False,
 ) -> bytes:
     """A graph that finds `BOXES` in every image.
 
     Args:
+        class_dtype: of the output.
+        outside: a file that holds the scores.
         network: whether scores come from three convolutions of the normalised image, the second
             depthwise, not `SCORES`.
     """
@@ -50,7 +54,7 @@ def onnx_bytes(
     constants = {
         "shares": np.array([BOXES], np.float32),
         "all_scores": np.array([SCORES], np.float32),
-        "all_classes": np.array([classes], np.int64),
+        "all_classes": np.array([classes], class_dtype),
         "width_height": np.array([at_height + 1, at_height] * 2),
         "first": np.array([0]),
         "rows": np.array([len(BOXES)]),
@@ -90,6 +94,7 @@ def onnx_bytes(
             helper.make_node("Sigmoid", ["logits"], ["scores"]),
         ]
     kind = TensorProto.UINT8 if dtype == "uint8" else TensorProto.FLOAT
+    class_kind = helper.np_dtype_to_tensor_dtype(np.dtype(class_dtype))
     graph = helper.make_graph(
         nodes,
         "made",
@@ -97,10 +102,16 @@ def onnx_bytes(
         [
             helper.make_tensor_value_info("boxes", TensorProto.FLOAT, ["N", "D", 4]),
             helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", "D"]),
-            helper.make_tensor_value_info("classes", TensorProto.INT64, ["N", "D"]),
+            helper.make_tensor_value_info("classes", class_kind, ["N", "D"]),
         ],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
+    for tensor in graph.initializer:
+        if outside is not None and tensor.name == "all_scores":
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in {"location": outside, "offset": "0", "length": "16"}.items():
+                tensor.external_data.add(key=key, value=value)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     model.ir_version = ir_version
     if metadata is not None:

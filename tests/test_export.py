@@ -1,5 +1,7 @@
 """Exported files detect what the model detects, or are not written."""
 
+import signal
+
 import cv2
 import numpy as np
 import onnx
@@ -189,6 +191,7 @@ def test_what_detects_nothing_proves_nothing(run, tmp_path):
         (["--precision", "int8"], "--precision int8 needs --format openvino"),
         (["--calibrated", "--nms", "outside"], "--calibrated needs --nms inside"),
         (["--sparse-boxes"], "--sparse-boxes needs --format onnx, or openvino in"),
+        (["MODEL.WEIGHTS", "w.pth"], "MODEL.WEIGHTS looks like a key of the config; put KEY VALUE"),
         (
             ["--sparse-boxes", "--format", "openvino", "--precision", "int8"],
             "--sparse-boxes needs --format onnx, or openvino in",
@@ -199,6 +202,13 @@ def test_flags_that_contradict_each_other_are_wrong_usage(run, tmp_path, capsys,
     with pytest.raises(SystemExit) as error:
         export.main([*arguments(run, tmp_path / "out"), *extra])
     assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_norm_of_the_head_is_named_before_weights_are_read(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "run_model", None)
+    with pytest.raises(SystemExit, match=r"MODEL.RETINANET.NORM is 'GN'.* leave out: --sparse"):
+        flags = ["--format", "onnx", "--sparse-boxes", "--opts", "MODEL.RETINANET.NORM", "GN"]
+        export.main([*arguments(run, tmp_path / "out"), *flags])
 
 
 def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
@@ -221,12 +231,16 @@ def test_one_export_at_a_time_writes_into_a_folder(tmp_path):
         pass
 
 
-def test_ctrl_c_is_one_line_and_leaves_nothing(run, tmp_path, capsys, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line_and_leaves_nothing(run, tmp_path, capsys, monkeypatch, number):
+    def interrupted(*args):
+        with whole_folder(args[3]):
+            signal.raise_signal(number)
 
+    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(command, "export", interrupted)
     with pytest.raises(SystemExit) as stopped:
         export.main(arguments(run, tmp_path / "out"))
-    assert stopped.value.code == 130 and not (tmp_path / "out").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert stopped.value.code == 128 + number and not (tmp_path / "out").exists()
     assert capsys.readouterr().err.endswith("export: interrupted; nothing was written\n")

@@ -311,9 +311,10 @@ def test_what_would_change_or_break_the_network_is_refused(tmp_path, small_state
 
 
 def test_no_name_of_a_file_or_a_class_gets_into_the_config(tmp_path, small_state, capsys):
-    path = tmp_path / "w\nOUTPUT_DIR: evil\n.pth"
+    path = tmp_path / "w\nOUTPUT_DIR: evil\n\x1b[31m.pth"
     torch.save(small_state, path)
     main([str(path), "--output", str(tmp_path / "out")])
+    assert r"w\nOUTPUT_DIR: evil\n\x1b[31m.pth: " in capsys.readouterr().out
     assert "OUTPUT_DIR" not in yaml.safe_load((tmp_path / "out/config.yaml").read_text())
     (tmp_path / "names.txt").write_bytes(b"\xff")
     for names, message in (

@@ -136,7 +136,7 @@ def cut(path: Path) -> None:
         ),
         (
             lambda xml: xml.write_text(xml.read_text().replace("float32", "uint8")),
-            "takes .*float32.* but its metadata says uint8",
+            "image is .*float32.*, expected uint8",
         ),
     ],
 )

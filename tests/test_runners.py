@@ -100,6 +100,8 @@ def of(**changes) -> bytes:
         (lambda: onnx_bytes(metadata=None), "has no metadata 'retina_focal'"),
         (lambda: onnx_bytes(metadata="{"), "metadata"),
         (lambda: onnx_bytes(metadata="[]"), "metadata"),
+        (lambda: onnx_bytes(outside="model.onnx"), "keeps weights in another file"),
+        (lambda: onnx_bytes(class_dtype=np.float32), "classes is .*tensor.float., expected int64"),
         (lambda: of(version=2), "version"),
         (lambda: of(nms_thresh="high"), "wrong metadata .nms_thresh is 'high'"),
         (lambda: of(resize=800), "wrong metadata .resize is 800"),
@@ -111,11 +113,17 @@ def of(**changes) -> bytes:
         (lambda: of(version="A" * 10**6), r"version 'A{39};"),
         (lambda: of(nms_thresh=float("nan")), "wrong metadata .*NaN"),
         (lambda: of(precision="int4"), "wrong metadata .precision is 'int4'"),
-        (lambda: of(input={"format": "BGR", "dtype": "uint8"}), "takes .*float.* says uint8"),
+        (
+            lambda: of(input={"format": "BGR", "dtype": "uint8"}),
+            "image is .*float.*, expected uint8",
+        ),
         (lambda: onnx_bytes(classes=[0, 0, 2, -1]), "a class 2 but its metadata names 2 classes"),
     ],
 )
-def test_a_file_that_is_no_export_of_ours_is_refused_in_words(tmp_path, content, words):
+def test_a_file_that_is_no_export_of_ours_is_refused_in_words(
+    tmp_path, monkeypatch, content, words
+):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "model.onnx"
     path.write_bytes(content())
     with pytest.raises(UserError, match=words) as refused:

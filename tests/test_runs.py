@@ -85,6 +85,8 @@ def test_a_checkpoint_without_names_takes_those_of_the_datasets_or_numbers(run):
     write_checkpoint(run / NAMES[0], {"model": {"x": torch.ones(2)}})
     assert open_run(run).classes == ("0", "1")
     cfg = run / "config.yaml"
+    with pytest.raises(UserError, match=r"names none, and .*coco_2017_val.* has 80 classes but"):
+        open_run(run, opts=["DATASETS.TEST", "('coco_2017_val',)"])
     cfg.write_text(cfg.read_text().replace("NUM_CLASSES: 2", "NUM_CLASSES: 80"))
     opened = open_run(run, opts=["DATASETS.TEST", "('coco_2017_val',)"])
     assert opened.classes[:2] == ("person", "bicycle") and len(opened.classes) == 80

@@ -26,6 +26,7 @@ from retina_focal.files import check_regular
 OUTPUTS = ("boxes", "scores", "classes")
 IR_VERSIONS = (10, 11)  # of OpenVINO's .xml
 METADATA_BYTES = 10**7  # more is no metadata
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # onnxruntime's
 STRIDE = 32  # an exported program takes images that are padded to multiples of it
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -63,16 +64,18 @@ def open_onnx(path: Path, threads: int) -> Session:
     options.log_severity_level = 4  # errors are raised
     # Its threads would go on to spin for 40 ms after each run, which slows what is run next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # A stranger's model might name another file as its weights; below a file there is none.
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(path))
     try:
-        # Of bytes it can't read weights in another file, which a stranger's model might name.
-        model = path.read_bytes()
+        model = path.read_bytes()  # given the path it would look beside the model
         session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no other base in common
         raise UserError(_why_no_onnx(path, str(error), onnxruntime.__version__)) from error
     metadata = _metadata(path, session.get_modelmeta().custom_metadata_map.get(KEY))
-    _expect_names(path, [x.name for x in session.get_inputs()], ("image",))
-    _expect_names(path, [x.name for x in session.get_outputs()], OUTPUTS)
-    _expect_dtype(path, metadata, session.get_inputs()[0].type)
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    _expect_names(path, [x.name for x in inputs], ("image",))
+    _expect_names(path, [x.name for x in outputs], OUTPUTS)
+    _expect_types(path, metadata, {x.name: x.type for x in (*inputs, *outputs)})
     return Session(metadata, lambda images: session.run(OUTPUTS, {"image": images}))
 
 
@@ -90,7 +93,8 @@ def open_openvino(path: Path, threads: int) -> Session:
     _expect_names(path, [x for y in model.inputs for x in y.names], ("image",))
     names = [x for y in model.outputs for x in y.names if x in OUTPUTS]
     _expect_names(path, names, OUTPUTS)
-    _expect_dtype(path, metadata, str(model.inputs[0].element_type))
+    ends = {"image": model.inputs[0], **{x: model.output(x) for x in OUTPUTS}}
+    _expect_types(path, metadata, {name: str(x.element_type) for name, x in ends.items()})
     is_bf16 = metadata.precision == "bf16"
     if is_bf16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         logger.warning("'%s' is for bf16, which this processor lacks; it runs in fp32", path)
@@ -216,6 +220,8 @@ def _why_no_onnx(path: Path, reason: str, version: str) -> str:
             f"'{path}' is of a newer version of ONNX than onnxruntime {version} knows "
             f"({newer[0]}): upgrade it (pip install -U onnxruntime), or {AGAIN}"
         )
+    if re.search("External data|should be stored in", reason):
+        return f"'{path}' keeps weights in another file, which is not read; {AGAIN}"
     reason = reason.rpartition("failed:")[2].strip() or reason
     with path.open("rb") as file:
         begins_as_onnx = file.read(1) == b"\x08"  # the field that a writer puts first
@@ -274,10 +280,13 @@ def _expect_names(path: Path, found: Sequence[str], expected: Sequence[str]) -> 
         )
 
 
-def _expect_dtype(path: Path, metadata: Metadata, found: str) -> None:
-    """`found` is as the runtime writes it: "tensor(float)", "<Type: 'uint8_t'>"."""
-    if ("uint8" in found) != (metadata.dtype == "uint8"):
-        raise UserError(
-            f"'{path}' takes {found} but its metadata says {metadata.dtype}: it is of another "
-            f"model; {AGAIN}"
-        )
+def _expect_types(path: Path, metadata: Metadata, found: dict[str, str]) -> None:
+    """`found` is as the runtime writes them: "tensor(float)", "<Type: 'uint8_t'>"."""
+    image = "uint8" if metadata.dtype == "uint8" else "float"
+    expected = {"image": image, "boxes": "float", "scores": "float", "classes": "int64"}
+    for name, kind in expected.items():
+        if not re.search(rf"\b{kind}(32|_t)?\b", found[name]):
+            raise UserError(
+                f"'{path}' is of another model than its metadata: its {name} is of the type "
+                f"{found[name]}, expected {kind}; {AGAIN}"
+            )

@@ -16,6 +16,19 @@ from retina_focal.export import operators
 from retina_focal.head import FocalRetinaNetHead
 
 
+def expect_no_norm(norm: str) -> None:
+    """Refuse (UserError) a head whose convolutions have norms, before it is built.
+
+    Args:
+        norm: ``MODEL.RETINANET.NORM``.
+    """
+    if norm:
+        raise UserError(
+            f"MODEL.RETINANET.NORM is '{norm}': a norm of the head needs whole maps, so that boxes "
+            "can't be computed at single cells; leave out: --sparse-boxes"
+        )
+
+
 class Pairs(NamedTuple):
     """k (anchor, class) pairs of one level, of N images; (N, k) each."""
 
@@ -53,9 +66,11 @@ class SparseBoxTower(nn.Module):
         self.layers = nn.ModuleList(later)
         self.num_convs = sum(isinstance(x, Conv3x3) for x in later)
         if self.num_convs < 2:
+            is_ours = type(head) is FocalRetinaNetHead
+            cause = "has a norm or one layer" if is_ours else f"is a {type(head).__name__}"
             raise UserError(
-                "a norm in the head (MODEL.RETINANET.NORM), or a head of another kind, needs whole "
-                "maps, so that boxes can't be computed at single cells; leave out: --sparse-boxes"
+                f"the head {cause}: boxes can't be computed at single cells; leave out: "
+                "--sparse-boxes"
             )
         head.bbox_subnet, head.bbox_pred = nn.Sequential(*layers), nn.Identity()
 

@@ -127,17 +127,21 @@ def whole_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise write_error(output, error) from error
     try:
-        _hold(output, held)
-        for left in output.glob(f"{WRITING}*"):  # by an export that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        if _hold(output, held):
+            for left in output.glob(f"{WRITING}*"):  # by an export that was killed
+                shutil.rmtree(left, ignore_errors=True)
         with _moved(output) as folder:
             yield folder
     finally:
         os.close(held)
 
 
-def _hold(output: Path, held: int) -> None:
-    """Lock an open folder until it is closed; the system drops the lock of a killed process."""
+def _hold(output: Path, held: int) -> bool:
+    """Lock an open folder until it is closed; the system drops the lock of a killed process.
+
+    Returns:
+        False: its file system has no locks, so that another export may write into it.
+    """
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -145,8 +149,9 @@ def _hold(output: Path, held: int) -> None:
             f"another export writes into '{output}'; wait for its end, or name another folder: "
             "--output DIR"
         ) from error
-    except OSError:  # a file system without locks
-        pass
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

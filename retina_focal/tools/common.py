@@ -54,12 +54,12 @@ def command(main: Callable[..., object]) -> Callable[..., object]:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            sys.exit(f"{Path(sys.argv[0]).name}: {_harmless(str(error))}")
+            sys.exit(f"{Path(sys.argv[0]).name}: {harmless(str(error))}")
 
     return run
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """A message in which no name of a file or a class moves the cursor of a terminal."""
     escaped = (x if x.isprintable() or x == "\n" else ascii(x)[1:-1] for x in text)
     return "".join(escaped)

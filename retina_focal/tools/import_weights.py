@@ -15,7 +15,7 @@ from retina_focal.files import whole_file
 from retina_focal.merging import merge_file
 from retina_focal.safe_yaml import read_text
 from retina_focal.tools.arguments import number, tool_parser
-from retina_focal.tools.common import command
+from retina_focal.tools.common import command, harmless
 from retina_focal.weights.formats import write_weights
 from retina_focal.weights.imported import (
     BASE,
@@ -45,9 +45,8 @@ def main(argv: list[str]) -> None:
     found = read_import(args.file, args.opts, args.classes, args.batch_norm_eps)
     cfg = import_config(found, args.opts)
     check_network(found, _network(cfg))
-    print(f"{args.file}: {found.layout.name}")
-    for note in found.notes:
-        print(f"  {note}")
+    for line in (f"{args.file}: {found.layout.name}", *(f"  {x}" for x in found.notes)):
+        _say(line)
     _write(args.output, found, cfg)
 
 
@@ -99,7 +98,12 @@ def _write(folder: Path, found: Imported, cfg: CfgNode) -> None:
         temporary.write_text(_config_text(found, cfg))
         write_weights(weights, found.checkpoint())
     command = f"train --config-file {folder / CONFIG}" if is_backbone else f"predict {folder}"
-    print(f"wrote {weights} and {folder / CONFIG}; next: retina-focal {command} ...")
+    _say(f"wrote {weights} and {folder / CONFIG}; next: retina-focal {command} ...")
+
+
+def _say(line: str) -> None:
+    """Print a line, of whatever names of files."""
+    print(harmless(line).replace("\n", r"\n"))
 
 
 def _config_text(found: Imported, cfg: CfgNode) -> str:

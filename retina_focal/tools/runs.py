@@ -274,16 +274,19 @@ def _classes(cfg: CfgNode, weights: Path) -> tuple[str, ...]:
     """Those of the checkpoint; of one that doesn't tell them the config's datasets', or numbers."""
     expected = cfg.MODEL.RETINANET.NUM_CLASSES
     classes = peek(weights).get("classes")
+    whose, remedy = f"'{weights}' has", ""
     if classes is None:
         classes = _classes_of_datasets(cfg)
         told = f"as in {cfg.DATASETS.TRAIN}" if classes else "and neither do the datasets"
         logger.warning("'%s' does not name its classes, %s", weights, told)
+        whose = f"'{weights}' names none, and {cfg.DATASETS.TRAIN or cfg.DATASETS.TEST} has"
+        remedy = "name the dataset that it was trained on: DATASETS.TRAIN \"('NAME',)\"; or "
     if not classes:
         return tuple(map(str, range(expected)))
     if len(classes) != expected:
         raise UserError(
-            f"'{weights}' has {len(classes)} classes but MODEL.RETINANET.NUM_CLASSES is {expected};"
-            f" add: MODEL.RETINANET.NUM_CLASSES {len(classes)}"
+            f"{whose} {len(classes)} classes but MODEL.RETINANET.NUM_CLASSES is {expected}; "
+            f"{remedy}add: MODEL.RETINANET.NUM_CLASSES {len(classes)}"
         )
     return tuple(classes)
 

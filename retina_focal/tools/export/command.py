@@ -2,8 +2,13 @@
 
 import argparse
 import logging
+import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 
@@ -14,6 +19,7 @@ from retina_focal.evaluation.operating_points import OperatingPoints
 from retina_focal.export.metadata import Metadata
 from retina_focal.export.page import cached_package
 from retina_focal.export.proof import table
+from retina_focal.export.sparse_boxes import expect_no_norm
 from retina_focal.export.triton_repository import check_name
 from retina_focal.export.writing import FORMATS, PAGE, TRITON, export
 from retina_focal.tools.arguments import tool_parser
@@ -21,7 +27,7 @@ from retina_focal.tools.common import command, expect_focal_retinanet
 from retina_focal.tools.export.pictures import calibration_images, proof_pictures
 from retina_focal.tools.runs import Run, open_run, run_model
 
-INTERRUPTED = 130  # 128 + SIGINT, as of a shell
+STOPPED = 128  # and the signal's number: the exit status, as of a shell
 logger = logging.getLogger(__name__)
 EPILOG = """
 Examples:
@@ -33,7 +39,7 @@ Before it is written the file runs in its own runtime, on pictures of the run's 
 dataset or on those of --pictures, and has to detect what the model does.
 
 Exit status: 0; 1 where it detects something else (nothing is written) or the run is wrong; 2 usage;
-130 after Ctrl-C.
+130 after Ctrl-C, 143 after SIGTERM.
 """
 
 
@@ -41,10 +47,28 @@ Exit status: 0; 1 where it detects something else (nothing is written) or the ru
 def main(argv: list[str]) -> None:
     """``retina-focal export``: write the model of a run, and print what was compared."""
     try:
-        _export(parse_args(argv))
-    except KeyboardInterrupt:
+        with _sigterm_interrupts():
+            _export(parse_args(argv))
+    except KeyboardInterrupt as stop:
         print("retina-focal export: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+        sys.exit(STOPPED + number)
+
+
+class _Terminated(KeyboardInterrupt):
+    """By SIGTERM."""
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -53,6 +77,8 @@ def _export(args: argparse.Namespace) -> None:
     if run.exported:
         raise UserError(f"'{args.run}' is exported already; expected a run, or --config-file FILE")
     expect_focal_retinanet(run.cfg, "which alone is exported")
+    if args.sparse_boxes:
+        expect_no_norm(run.cfg.MODEL.RETINANET.NORM)
     _say_what_stays(run)
     if args.page:
         cached_package()  # before the minutes that all else takes
@@ -125,7 +151,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     opts = {"nargs": argparse.REMAINDER, "default": [], "metavar": "KEY VALUE"}
     parser.add_argument("--opts", **opts, help="for the config, at the end")
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    keys = [x for x in (args.run, *rest) if x and _is_key(x)]
+    if keys:
+        parser.error(f"{keys[0]} looks like a key of the config; put KEY VALUE behind --opts")
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if (args.run is None) == (args.config_file is None):
         parser.error("give one of RUN and --config-file FILE")
     if args.precision not in FORMATS[args.format].precisions:
@@ -137,6 +168,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     if args.calibrated and args.nms == "outside":
         parser.error("--calibrated needs --nms inside: calibration may change which box is best")
     return args
+
+
+def _is_key(text: str) -> bool:
+    is_name = re.fullmatch(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+", text) is not None
+    return is_name and not Path(text).exists()
 
 
 def _say_what_stays(run: Run) -> None:
