@@ -16,6 +16,8 @@ from retina_focal.training import checkpoint_files
 from retina_focal.training.checkpoint_files import hash_file, write_checkpoint
 from retina_focal.training.checkpoints import RunCheckpointer, expect_classes_of_run
 
+FIRST, SECOND = "1" * 16, "2" * 16  # ids of runs
+
 
 def model(value: float = 0.0, num_classes: int = 2) -> nn.Module:
     layer = nn.Linear(3, num_classes)
@@ -99,21 +101,67 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_from_zero(tmp_path):
 def test_checkpoints_of_another_run_are_neither_deleted_nor_gone_on_with(tmp_path, caplog):
     first = save(tmp_path)
     for iteration in (1, 2, 9):
-        first.save(f"model_{iteration:07d}", trainer=state_of("first"), iteration=iteration)
-    (tmp_path / "run_id").write_text("second\n")
+        first.save(f"model_{iteration:07d}", trainer=state_of(FIRST), iteration=iteration)
+    (tmp_path / "run_id").write_text(f"{SECOND}\n")
     assert resumed(tmp_path) == -1  # begins anew
+    assert "names model_0000009.pth, which is of an earlier run and is not" in caplog.text
     assert "3 checkpoints of an earlier run (model_0000009.pth, model_" in caplog.text
     second = save(tmp_path, keep=1)
     for iteration in (3, 4):
         nn.init.constant_(second.model.weight, iteration)
-        second.save(f"model_{iteration:07d}", trainer=state_of("second"), iteration=iteration)
+        second.save(f"model_{iteration:07d}", trainer=state_of(SECOND), iteration=iteration)
     assert [x.stem[-1] for x in sorted(tmp_path.glob("*.pth"))] == ["1", "2", "4", "9"]
     assert resumed(tmp_path) == 4
     assert weights_of(tmp_path).name == "model_0000004.pth"
+    assert "than config.yaml" not in caplog.text
     (tmp_path / "model_0000004.pth").unlink()
     with pytest.raises(UserError, match=r"no checkpoint .*\(there: only last_checkpoint\)"):
         resumed(tmp_path)
     assert weights_of(tmp_path).name == "model_0000009.pth"
+    assert "model_0000009.pth' is used, which is of an earlier run than config" in caplog.text
+
+
+def test_a_checkpoint_of_another_run_is_kept_under_a_name_that_no_run_takes(tmp_path):
+    for run in (FIRST, SECOND, SECOND):  # the second is resumed
+        (tmp_path / "run_id").write_text(f"{run}\n")
+        saver = save(tmp_path)
+        nn.init.constant_(saver.model.weight, int(run[0]))
+        saver.save("model_final", trainer=state_of(run), iteration=9)
+        saver.save("model_final", trainer=state_of(run), iteration=9)
+    kept = tmp_path / "earlier-1_model_final.pth"
+    assert checkpoint_files.checkpoints_of(tmp_path) == [tmp_path / "model_final.pth"]
+    assert {x.name for x in tmp_path.glob("earlier*")} == {kept.name, hash_file(kept).name}
+    assert checkpoint_files.read_checkpoint(kept)["model"]["weight"].unique() == 1
+    assert hash_file(kept).read_text().endswith(f"  {kept.name}\n")
+    (tmp_path / "last_checkpoint").write_text(kept.name)
+    (tmp_path / "run_id").unlink()
+    assert saver._first_whole(checkpoint_files.checkpoints_of(tmp_path)) == str(kept)
+
+
+@pytest.mark.parametrize("junk", [b"", bytes(16), b"junk", b"0123456789ABCDEF", b"a" * 3_000_000])
+def test_a_run_id_that_is_none_counts_as_missing(junk, tmp_path, caplog):
+    save(tmp_path).save("model_0000003", trainer=state_of(FIRST), iteration=3)
+    (tmp_path / "run_id").write_bytes(junk)
+    assert resumed(tmp_path) == resumed(tmp_path) == 0
+    assert caplog.text.count("run_id' holds no id of a run, and counts as missing") == 1
+
+
+def test_a_run_id_that_no_training_wrote_is_refused(tmp_path):
+    checkpoint_files.expect_run_file(tmp_path)
+    path = tmp_path / "run_id"
+    path.write_text(f"{FIRST}\n")
+    checkpoint_files.expect_run_file(tmp_path)
+    path.rename(tmp_path / "other")
+    for make, remove in (
+        (path.mkdir, path.rmdir),
+        (lambda: os.mkfifo(path), path.unlink),
+        (lambda: path.symlink_to("other"), path.unlink),
+        (lambda: path.symlink_to("nowhere"), path.unlink),
+    ):
+        make()
+        with pytest.raises(UserError, match=r"run_id' is no regular file; .*: delete it"):
+            checkpoint_files.expect_run_file(tmp_path)
+        remove()
 
 
 def state_of(run: str) -> dict:

@@ -155,6 +155,7 @@ def test_pictures_alone_are_read_and_neither_trained_on_nor_measured_with(row):
         (["a", "b", "b"], "only there: b"),
         (["a"], "missing: b"),
         (["\x1b[31m", "b"], "missing: a; only there: ?[31m"),
+        (["a\u202eb", "b\u200c"], "missing: a, b; only there: a?b, b\u200c"),
     ],
 )
 def test_names_that_differ_are_named_as_often_as_they_are_there(own, words):

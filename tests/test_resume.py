@@ -370,7 +370,8 @@ def test_annotations_that_changed_since_are_told(is_changed, whole, toy, data, t
         saved[toy] = hashlib.sha256(b"another").hexdigest()
         write_checkpoint(path, content)
     train(small(folder, **{"TEST.EVAL_PERIOD": 0}), resume=True, kill=4)
-    assert is_changed == ("not trained on these annotations so far: toy; from" in caplog.text)
+    assert is_changed == ("of dataset 'toy' is not the one that the run began" in caplog.text)
+    assert "the run was trained on" not in caplog.text
 
 
 class ScriptedTrainer(DroppingTrainer):

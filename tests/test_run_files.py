@@ -14,7 +14,7 @@ from test_train import train_command
 from retina_focal.config import config_path
 from retina_focal.errors import UserError
 from retina_focal.tools.train import _check_folder, parse_args, run
-from retina_focal.training.metrics import MetricsWriter
+from retina_focal.training.metrics import MetricsWriter, set_aside
 from retina_focal.training.run_files import SavedConfig, open_log, seed_of_config
 from retina_focal.training.seeds import saved_seed
 from retina_focal.training.steps import StepTrainer
@@ -153,6 +153,20 @@ def test_a_fault_of_the_folder_itself_is_told_in_words(path, tmp_path):
         raise error
     with pytest.raises(FileExistsError), words_only(str(tmp_path / "other"), lambda: ""):
         raise error
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_metrics_that_are_set_aside_keep_their_other_names(link, tmp_path):
+    other, path = tmp_path / "backup", tmp_path / "metrics.json"
+    other.write_text("{}\n")
+    link(other, path)
+    (tmp_path / "metrics-1.json").touch()
+    writer = MetricsWriter(str(path))
+    set_aside(path, [writer])
+    writer._file_handle.write("new\n")
+    writer.close()
+    assert [x.read_text() for x in (other, tmp_path / "metrics-2.json")] == ["{}\n"] * 2
+    assert path.read_text() == "new\n"
 
 
 def test_a_new_run_in_the_folder_of_another_says_so(ran, tmp_path, caplog):

@@ -142,8 +142,12 @@ def is_class_name(text: str) -> bool:
 
 
 def _is_shown(letter: str) -> bool:
-    """Not a control character, the half of one (surrogate), or the end of a line."""
-    return unicodedata.category(letter) not in ("Cc", "Cs", "Zl", "Zp")
+    """Not a control character, the half of one (surrogate), or the end of a line.
+
+    Nor a format character, which can turn a line round; but two that some scripts write with.
+    """
+    kind = unicodedata.category(letter)
+    return kind not in ("Cc", "Cf", "Cs", "Zl", "Zp") or letter in "\u200c\u200d"
 
 
 def shortened(value: object, limit: int = TEXT) -> str:

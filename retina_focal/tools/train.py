@@ -24,7 +24,7 @@ from retina_focal.errors import UserError
 from retina_focal.tools.arguments import add_dataset_argument
 from retina_focal.tools.common import command, read_cfg, set_up
 from retina_focal.training.assembly import evaluate, fit
-from retina_focal.training.checkpoint_files import checkpoints_of
+from retina_focal.training.checkpoint_files import checkpoints_of, expect_run_file
 from retina_focal.training.launchers import World, is_restarted, may_restart, world_of
 from retina_focal.training.peers import joined
 from retina_focal.training.processes import (
@@ -159,6 +159,7 @@ def run(
             folder = plain_values(cfg).OUTPUT_DIR
             with _refusals_told():
                 stack.enter_context(sole_run(folder, timeout_of(cfg), resume))
+                expect_run_file(folder)
                 if not resume:
                     _check_folder(folder)
             return fit(set_up(args, cfg), resume).results
@@ -175,8 +176,8 @@ def _check_folder(folder: str) -> None:
     if found and comm.is_main_process():
         logger.warning(
             "'%s' holds checkpoints of another run (%s): from the first step on --resume goes on "
-            "with this one, which overwrites those of the same name; to keep all of them name "
-            "another OUTPUT_DIR",
+            "with this one, and where it writes NAME, theirs becomes earlier-1_NAME; to start a "
+            "run of its own name another OUTPUT_DIR",
             *(folder, listed([x.name for x in found])),
         )
 

@@ -1,6 +1,8 @@
 """Files of checkpoints: written whole or not at all, and looked through before use."""
 
 import hashlib
+import itertools
+import logging
 import os
 import re
 import shutil
@@ -11,17 +13,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from detectron2.utils.logger import log_first_n
 from torch.optim import Optimizer
 
 from retina_focal.errors import UserError
-from retina_focal.files import whole_file, write_error
+from retina_focal.files import whole_file, write_error, write_whole
 from retina_focal.training.saved_state import RESUME_HOOK, check_labels, check_state, tensors_of
 from retina_focal.weights.formats import read_weights
 
 TAG = "last_checkpoint"
 RUN = "run_id"  # the file that names the run that the folder is of
+RUN_ID = re.compile(r"[0-9a-f]{16}")
 PERIODIC = re.compile(r"model_(\d{7})\.pth")
 BLOCK = 2**22
+
+logger = logging.getLogger(__name__)
 
 
 def write_checkpoint(path: Path, content: dict) -> None:
@@ -107,7 +113,48 @@ def run_of(folder: str | Path) -> str | None:
     if not is_regular(path):
         return None
     with path.open("rb") as file:
-        return file.read(64).decode(errors="replace").strip() or None
+        text = file.read(64).decode(errors="replace").strip()
+    if RUN_ID.fullmatch(text):
+        return text
+    # A power cut can leave zeros. It is read again and again.
+    message = f"'{path}' holds no id of a run, and counts as missing"
+    log_first_n(logging.WARNING, message, name=__name__, key="message")
+    return None
+
+
+def expect_run_file(folder: str | Path) -> None:
+    """Refuse (UserError) a `run_id` that no training wrote: a folder, a FIFO, a link."""
+    path = Path(folder, RUN)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(
+            f"'{path}' is no regular file; a training writes the id of its run there: delete it"
+        )
+
+
+def keep_earlier(path: Path, run: str | None) -> None:
+    """Give a checkpoint of another run than this one a second name before its own is taken.
+
+    It is ``earlier-<n>_NAME``, with the first free number and a hash beside it, which no run takes
+    for one of its checkpoints. The first name stays until it is replaced: `last_checkpoint` may
+    have it.
+
+    Raises:
+        UserError: the folder can't be written to.
+    """
+    if not is_regular(path) or not is_of_another_run(path, run):
+        return
+    names = (path.with_name(f"earlier-{n}_{path.name}") for n in itertools.count(1))
+    kept = next(x for x in names if not os.path.lexists(x))
+    try:
+        if is_regular(hash_file(path)):
+            found = hash_file(path).read_text(errors="replace").split()[:1]
+            write_whole(hash_file(kept), f"{''.join(found)}  {kept.name}\n")
+        try:
+            os.link(path, kept)
+        except OSError:  # a file system without hard links
+            os.rename(path, kept)
+    except OSError as error:
+        raise write_error(kept, error) from error
 
 
 def is_of_another_run(path: Path, run: str | None) -> bool:
@@ -123,9 +170,15 @@ def own_checkpoints(folder: str | Path) -> Iterator[Path]:
 
 
 def own_first(paths: Sequence[Path], run: str | None) -> Iterator[Path]:
-    """Checkpoints of a run, then those of others, each in their order."""
+    """Checkpoints of a run, then, with a warning, those of others, each in their order."""
     yield from (x for x in paths if not is_of_another_run(x, run))
-    yield from (x for x in paths if is_of_another_run(x, run))
+    for path in (x for x in paths if is_of_another_run(x, run)):
+        logger.warning(
+            "the folder's run has no whole checkpoint: '%s' is used, which is of an earlier run "
+            "than config.yaml",
+            path,
+        )
+        yield path
 
 
 def _iteration(path: Path) -> int:

@@ -19,6 +19,7 @@ from retina_focal.training.checkpoint_files import (
     durable_file,
     hash_file,
     is_of_another_run,
+    keep_earlier,
     not_finite,
     number_of,
     own_checkpoints,
@@ -102,6 +103,8 @@ class RunCheckpointer(Checkpointer):
         path = Path(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         try:
+            if not self._is_own.get(path):
+                keep_earlier(path, run_of(self.save_dir))
             write_checkpoint(path, content)
             if name != BEST:  # which may be older than the last
                 self.tag_last_checkpoint(path.name)
@@ -161,6 +164,12 @@ class RunCheckpointer(Checkpointer):
         for path in paths:
             if is_of_another_run(path, run):
                 others.append(path.name)
+                if path == tagged:
+                    self.logger.warning(
+                        "%s names %s, which is of an earlier run and is not gone on with; to go "
+                        "on with it, delete %s",
+                        *(tag, path.name, Path(self.save_dir, RUN)),
+                    )
                 continue
             try:
                 content = read_checkpoint(path)
@@ -178,8 +187,9 @@ class RunCheckpointer(Checkpointer):
                 self.logger.warning("%s; it is skipped", error)
         if others:
             self.logger.warning(
-                "%s holds %d checkpoints of an earlier run (%s), which are left alone; to go on "
-                "with one, write its name into %s and delete %s",
+                "%s holds %d checkpoints of an earlier run (%s), which stay, as earlier-1_NAME "
+                "where this one writes NAME; to go on with one, write its name into %s and delete "
+                "%s",
                 *(self.save_dir, len(others), listed(others), TAG, RUN),
             )
         if reasons or (os.path.lexists(tag) and tagged not in paths):

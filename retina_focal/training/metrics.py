@@ -5,13 +5,13 @@ import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from detectron2.engine import hooks
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 
-from retina_focal.files import check_regular, write_whole
+from retina_focal.files import check_regular
 
 logger = logging.getLogger(__name__)
 
@@ -112,13 +112,22 @@ def cut_metrics(path: Path, iteration: int, begin: int = 0) -> int:
     return last
 
 
-def set_aside(path: Path) -> None:
-    """Move the lines of an earlier run to `metrics-<n>.json`, with the first free number."""
+def set_aside(path: Path, writers: Iterable[EventWriter] = ()) -> None:
+    """Rename the file of an earlier run to `metrics-<n>.json`, with the first free number.
+
+    Args:
+        writers: of these, those that have the file open go on in a new one.
+    """
     if not path.is_file() or not path.stat().st_size:
         return
     names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(1))
-    write_whole(next(x for x in names if not os.path.lexists(x)), path.read_bytes())
-    os.truncate(path, 0)  # a writer has it open
+    aside = next(x for x in names if not os.path.lexists(x))
+    os.rename(path, aside)  # not emptied: it may be a link, or have another name
+    for writer in writers:
+        file = getattr(writer, "_file_handle", None)
+        if file is not None and os.path.samestat(os.fstat(file.fileno()), aside.stat()):
+            writer._file_handle = path.open("a")
+            file.close()
 
 
 def _iteration(line: bytes) -> int | None:

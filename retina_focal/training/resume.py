@@ -87,11 +87,12 @@ class ExactResume(HookBase):
 
     def _take_folder(self) -> None:
         folder = self.trainer.cfg.OUTPUT_DIR
-        if self.trainer.start_iter == 0:
-            set_aside(self._metrics)
         if self.run not in (None, run_of(folder)):
             with durable_file(Path(folder, RUN)) as file:
                 file.write(f"{self.run}\n".encode())
+        if self.trainer.start_iter == 0:
+            periodic = [x for x in self.trainer._hooks if isinstance(x, hooks.PeriodicWriter)]
+            set_aside(self._metrics, [writer for hook in periodic for writer in hook._writers])
 
     def state_dict(self) -> dict:
         trainer, loader = self.trainer, self.trainer.data_loader
@@ -135,11 +136,14 @@ class ExactResume(HookBase):
         elif state["seed"] != self.seed:
             logger.warning("SEED was %d and is %d from here on", state["seed"], self.seed)
         was = state.get("data", self.hashes)
-        changed = [x for x in {**was, **self.hashes} if was.get(x) != self.hashes.get(x)]
-        if changed:
+        if was.keys() != self.hashes.keys():
+            names = (listed(sorted(x)) or "others" for x in (was, self.hashes))
+            logger.warning("the run was trained on %s, and is on %s from here on", *names)
+        for name in [x for x in self.hashes if was.get(x, self.hashes[x]) != self.hashes[x]]:
             logger.warning(
-                "the run was not trained on these annotations so far: %s; from here on they count",
-                listed(changed),
+                "the annotation file of dataset '%s' is not the one that the run began with (its "
+                "bytes differ)",
+                name,
             )
         loader = trainer.data_loader
         if not isinstance(loader, TrainLoader):
