@@ -100,7 +100,6 @@ def of(**changes) -> bytes:
         (lambda: onnx_bytes(metadata=None), "has no metadata 'retina_focal'"),
         (lambda: onnx_bytes(metadata="{"), "metadata"),
         (lambda: onnx_bytes(metadata="[]"), "metadata"),
-        (lambda: onnx_bytes(outside="model.onnx"), "keeps weights in another file"),
         (lambda: onnx_bytes(class_dtype=np.float32), "classes is .*tensor.float., expected int64"),
         (lambda: of(version=2), "version"),
         (lambda: of(nms_thresh="high"), "wrong metadata .nms_thresh is 'high'"),
@@ -120,10 +119,7 @@ def of(**changes) -> bytes:
         (lambda: onnx_bytes(classes=[0, 0, 2, -1]), "a class 2 but its metadata names 2 classes"),
     ],
 )
-def test_a_file_that_is_no_export_of_ours_is_refused_in_words(
-    tmp_path, monkeypatch, content, words
-):
-    monkeypatch.chdir(tmp_path)
+def test_a_file_that_is_no_export_of_ours_is_refused_in_words(tmp_path, content, words):
     path = tmp_path / "model.onnx"
     path.write_bytes(content())
     with pytest.raises(UserError, match=words) as refused:
@@ -131,12 +127,14 @@ def test_a_file_that_is_no_export_of_ours_is_refused_in_words(
     assert str(path) in str(refused.value) and "retina-focal export" in str(refused.value)
 
 
-def test_weights_in_another_file_are_not_read(tmp_path):
+def test_weights_in_another_file_are_not_read(tmp_path, monkeypatch):
     path = made_onnx(tmp_path)
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="w", size_threshold=0)
     assert (tmp_path / "w").stat().st_size
-    with pytest.raises(UserError, match="is cut off or damaged"):
-        open_exported(path)
+    for folder in (tmp_path, tmp_path.parent):
+        monkeypatch.chdir(folder)
+        with pytest.raises(UserError, match="keeps weights in another file"):
+            open_exported(path)
 
 
 def test_arrays_that_hold_no_boxes_are_named(tmp_path):
