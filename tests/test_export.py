@@ -238,9 +238,12 @@ def test_a_signal_is_one_line_and_leaves_nothing(run, tmp_path, capsys, monkeypa
             signal.raise_signal(number)
 
     before = signal.getsignal(signal.SIGTERM)
+    # A job in the background of a shell ignores SIGINT.
+    of_the_job = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(command, "export", interrupted)
     with pytest.raises(SystemExit) as stopped:
         export.main(arguments(run, tmp_path / "out"))
+    signal.signal(signal.SIGINT, of_the_job)
     assert signal.getsignal(signal.SIGTERM) == before
     assert stopped.value.code == 128 + number and not (tmp_path / "out").exists()
     assert capsys.readouterr().err.endswith("export: interrupted; nothing was written\n")

@@ -23,13 +23,19 @@ def test_an_unknown_key_of_a_node_is_refused(node, tmp_path):
         ("SOLVER: {MAX_ITR: 1}", "near it: SOLVER.MAX_ITER"),
         ("SOLVR: {MAX_ITER: 1}", "near it: SOLVER"),
         ("MODEL: {RETINA_FOCUS: {HEAD: x}}", "near it: MODEL.RETINA_FOCAL"),
-        ("VERSION: 1\nSOLVER: {MAX_ITR: 1}", "near it: SOLVER.MAX_ITER"),
     ],
 )
 def test_a_slip_in_a_key_of_a_file_is_answered_with_the_keys_near_it(text, near, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=f"config.yaml: there is no key .*{near}"):
+        merge_file(get_cfg(), str(path))
+
+
+def test_a_version_of_other_names_is_told_of(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("VERSION: 1\nSOLVER: {MAX_ITR: 1}")
+    with pytest.raises(UserError, match=r"config.yaml: VERSION 1 .* no 'SOLVER.MAX_ITR'; leave"):
         merge_file(get_cfg(), str(path))
 
 

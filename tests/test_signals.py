@@ -165,6 +165,7 @@ import json, os, signal, sys, tempfile, time, traceback
 import torch
 from retina_focal.training import signals
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
 running = {}
 for name, code in json.loads(sys.argv[1]).items():
     files = [tempfile.TemporaryFile("w+") for _ in range(2)]
