@@ -159,7 +159,7 @@ def test_suppression_outside_of_the_model_is_the_products(folder, opened):
         change = {"class_agnostic_nms": agnostic, "detections_per_image": 30}
         script = f"(Object.assign(metadata, {json.dumps(change)}), suppress({json.dumps(rows)}))"
         kept = [x["score"] for x in opened.evaluate(script)]
-        found = map(torch.as_tensor, (boxes, scores, classes))
+        found = (torch.tensor(x).float() for x in (boxes, scores, classes))
         expected = suppress(*found, METADATA["nms_thresh"], agnostic)[:30]
         assert kept == scores[expected].tolist()
         assert 5 < len(kept) <= 30
