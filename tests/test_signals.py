@@ -150,12 +150,18 @@ if not killed:
             os.write(write, b"%d " % int(next(it)))
         os.kill(os.getpid(), signal.SIGKILL)
 os.waitpid(killed, 0)
-time.sleep(1)  # torch's own workers look for their parent every five seconds
-for pid in set(os.read(read, 1000).split()):
+def state(pid):
     try:
-        print(open(b"/proc/%s/stat" % pid).read().rpartition(") ")[2][0])
+        return open(b"/proc/%s/stat" % pid).read().rpartition(") ")[2][0]
     except OSError:
-        print("gone")
+        return "gone"
+
+pids = set(os.read(read, 1000).split())
+end = time.monotonic() + 4  # torch's own workers look for their parent every five seconds
+while time.monotonic() < end and {state(pid) for pid in pids} - {"gone", "Z"}:
+    time.sleep(0.1)
+for pid in pids:
+    print(state(pid))
 """,
         0,
     ),
