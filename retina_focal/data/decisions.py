@@ -31,7 +31,6 @@ from retina_focal.errors import UserError
 
 MOST_EPOCHS = 150
 SEVERAL_SIZES_FROM = 20  # epochs; fewer learn more from one size
-VARIED_FROM = 500  # steps; fewer learn more from pictures as they are
 SIZES = (0.8, 0.9, 1.0, 1.1, 1.2)  # of the shorter side
 LEAST_STEPS = 50
 RATE_PER_PICTURE = 0.02 / 4  # configs/quick_start, SGD
@@ -71,10 +70,9 @@ def input_settings(
     """Sizes of the pictures; beside the settings the shorter sides and the longer side's limit."""
     if is_tiled(found):
         return _tile_settings(found), [0], 0
-    steps = steps_within(found, pace, minutes, shorter)
-    epochs = steps * pace.batch / max(found.num_pictures, 1)
+    epochs = steps_within(found, pace, minutes, shorter) * pace.batch / max(found.num_pictures, 1)
     sides, why = [shorter], f"one size: the minutes give {epochs:.0f} epochs"
-    if epochs >= SEVERAL_SIZES_FROM and steps >= VARIED_FROM:
+    if epochs >= SEVERAL_SIZES_FROM:
         sides = sorted({grained(shorter * x, SHORTEST) for x in SIZES})
         why = f"several sizes: the minutes give {epochs:.0f} epochs"
     scale = shorter / found.shorter
@@ -148,7 +146,11 @@ def data_settings(found: Fingerprint) -> Settings:
     counts = ", ".join(
         f"{name} {count:,}" for name, count in zip(found.classes, found.boxes_of_class, strict=True)
     )
+    up = "boxes are as tall as wide, and alike above and below: pictures have no up"
+    if found.has_up:
+        up = "boxes are taller or wider, or others above than below: pictures have an up"
     settings = {
+        "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.VERTICAL_FLIP": Setting(0.0 if found.has_up else 0.5, up),
         "MODEL.RETINANET.NUM_CLASSES": Setting(len(found.classes), f"boxes: {_short(counts)}"),
         "DATALOADER.FILTER_EMPTY_ANNOTATIONS": Setting(
             False,
@@ -209,14 +211,7 @@ def schedule_settings(
     best = "no weights but the last are evaluated"
     if times:
         best = "the best of the evaluations on val is kept, in model_best.pth"
-    up = "boxes are as tall as wide, and alike above and below: pictures have no up"
-    if found.has_up:
-        up = "boxes are taller or wider, or others above than below: pictures have an up"
-    elif steps < VARIED_FROM:
-        up = f"fewer than {VARIED_FROM} steps learn more from pictures as they are"
-    is_turned = not found.has_up and steps >= VARIED_FROM
     settings = {
-        "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.VERTICAL_FLIP": Setting(0.5 if is_turned else 0.0, up),
         "SOLVER.IMS_PER_BATCH": Setting(
             pace.batch,
             "as in configs/quick_start" if not machine.has_gpu else "what the GPU's memory holds",
