@@ -411,6 +411,15 @@ def test_the_best_checkpoint_and_the_early_stop_survive_a_resume(
     assert train(cfg, resume=True, kind=ScriptedTrainer).iter == 6
 
 
+def test_a_run_without_any_score_says_so_when_it_ends_early(toy, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    keys = {"MODEL.RETINA_FOCAL.TRAIN.BEST": "bbox/AP", "MODEL.RETINA_FOCAL.TRAIN.PATIENCE": 1}
+    keys |= {"MODEL.RETINA_FOCAL.DATA.VAL": "toy", "TEST.EVAL_PERIOD": 1}
+    monkeypatch.setattr(ScriptedTrainer, "scores", (float("nan"),))
+    train(small(tmp_path, **keys), kind=ScriptedTrainer)
+    assert "ends early: no bbox/AP that is a number in 1 evaluations" in caplog.text
+
+
 LINES = [{"iteration": i, "x": i} for i in (0, 19, 9, 39, 29)]
 
 

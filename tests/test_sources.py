@@ -348,10 +348,19 @@ def test_a_bare_path_is_recognised(format, tmp_path):
     file = {"yolo": "data.yaml", "coco": "train.json"}.get(format, "boxes.csv")
     if format.startswith("csv"):
         (tmp_path / "images").rename(tmp_path / "photos")
+        with pytest.raises(UserError, match=r"in another folder add \?images=FOLDER"):
+            sources.load(str(tmp_path / file))
         assert len(records_of(f"{tmp_path / file}?images={tmp_path / 'photos'}")) == 3
     elif format != "voc":
         assert len(records_of(str(tmp_path / file))) == 3
     assert uri
+
+
+@pytest.mark.parametrize("name", ["voc", "yolo"])
+def test_a_folder_may_be_named_as_a_format(name, tmp_path, monkeypatch):
+    WRITERS[name](tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert len(records_of(name)) == 3
 
 
 def records_of(data: str) -> list[dict]:

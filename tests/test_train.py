@@ -82,7 +82,9 @@ def test_training_leaves_config_weights_metrics_and_an_evaluation(trained):
     ratio = last["retina_focal/first_step/per_positive"]
     ratio /= last["retina_focal/first_step/per_positive_closed_form"]
     assert ratio == pytest.approx(1, rel=0.1)  # a head of 16 channels
-    assert "INFO: first step: loss_cls per positive" in (trained / "log.txt").read_text()
+    log = (trained / "log.txt").read_text()
+    assert "INFO: first step: loss_cls per positive" in log
+    assert log.endswith(f"to see what it learned: retina-focal report {trained}\n")
 
 
 def test_evaluation_alone_gives_the_detections_of_the_training_run(data, trained, tmp_path):

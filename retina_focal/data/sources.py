@@ -15,7 +15,7 @@ from retina_focal.data.coco import CocoFile, read_coco
 from retina_focal.data.readers import csv_rows, voc, yolo
 from retina_focal.data.readers.base import Inputs, Reading, folder_of
 from retina_focal.data.splits import held_out
-from retina_focal.data.uri import Location, parse
+from retina_focal.data.uri import Location, options_of, parse
 from retina_focal.errors import UserError
 from retina_focal.files import cache_folder, write_whole
 
@@ -175,7 +175,13 @@ def _refuse_empty(location: Location, reading: Reading) -> None:
     """Refuse where there is nothing that a COCO file could hold (UserError)."""
     faults = "; ".join(map(str, reading.findings()))
     if not reading.images:
-        raise UserError(f"'{location.uri}': no picture can be used: {faults or 'there is none'}")
+        elsewhere = ""
+        if "images" in options_of(location.format) and not location.images:
+            mark = "&" if "?" in location.uri else "?"
+            elsewhere = f"; where the pictures lie in another folder add {mark}images=FOLDER"
+        raise UserError(
+            f"'{location.uri}': no picture can be used: {faults or 'there is none'}{elsewhere}"
+        )
     if not (reading.met or reading.classes):
         raise UserError(
             f"'{location.uri}': none of {len(reading.images)} pictures has a box, so that no class "

@@ -118,7 +118,13 @@ class Location:
 
 def has_scheme(data: str) -> bool:
     """Whether it is a URI of a dataset, not a name or a path."""
-    return data.partition(":")[0] in EXAMPLES
+    scheme, colon, _ = data.partition(":")
+    return bool(colon) and scheme in EXAMPLES
+
+
+def options_of(scheme: str) -> list[str]:
+    """Names of the options that a format has."""
+    return [name for name, (_, formats, _) in OPTIONS.items() if scheme in formats]
 
 
 def with_whole_rows(argv: Sequence[str] | None) -> list[str]:
@@ -158,7 +164,7 @@ def parse(data: str) -> Location:
 
 
 def _options(data: str, scheme: str, text: str) -> dict[str, object]:
-    allowed = [name for name, (_, formats, _) in OPTIONS.items() if scheme in formats]
+    allowed = options_of(scheme)
     values: dict[str, object] = {}
     for pair in filter(None, text.split("&")):
         name, _, value = pair.partition("=")

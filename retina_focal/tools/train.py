@@ -4,6 +4,7 @@ import argparse
 import logging
 import math
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -162,7 +163,10 @@ def run(
                 expect_run_file(folder)
                 if not resume:
                     _check_folder(folder)
-            return fit(set_up(args, cfg), resume).results
+            results = fit(set_up(args, cfg), resume).results
+            if results:  # of the main process
+                logger.info("to see what it learned: retina-focal report %s", shlex.quote(folder))
+            return results
 
 
 def _check_folder(folder: str) -> None:

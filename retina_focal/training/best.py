@@ -53,12 +53,11 @@ class BestCheckpoint(FollowsEvaluation):
         self._judge()
         if self.has_stopped:
             trainer.checkpointer.save("model_final", iteration=trainer.iter)
+            above = f" above {self.best:.4g}, of iteration {self.best_iteration},"
             logger.info(
-                "the run ends early: no %s above %.4g, of iteration %d, in %d evaluations "
-                "(TRAIN.PATIENCE)",
+                "the run ends early: no %s%s in %d evaluations (TRAIN.PATIENCE)",
                 self.metric,
-                self.best,
-                self.best_iteration,
+                above if self.best_iteration >= 0 else " that is a number",
                 self.num_worse,
             )
             raise EarlyStop
