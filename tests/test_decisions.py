@@ -155,6 +155,15 @@ def test_the_learning_rate_follows_the_batch():
     assert values["SOLVER.BASE_LR"] == 0.01  # detectron2's
 
 
+@pytest.mark.parametrize(
+    ("minutes", "expected"), [(1, "third"), (3, "least"), (8, "eighth"), (60, "eighth")]
+)
+def test_the_learning_rate_rises_slowly_enough(minutes, expected):
+    values = decided(minutes=minutes)[1]
+    steps, warmup = values["SOLVER.MAX_ITER"], values["SOLVER.WARMUP_ITERS"]
+    assert warmup == {"third": steps // 3, "least": 80, "eighth": steps // 8}[expected]
+
+
 def test_several_sizes_are_for_many_epochs():
     assert decided(minutes=8)[1]["INPUT.MIN_SIZE_TRAIN"] == [320]
     sizes = decided(minutes=40)[1]["INPUT.MIN_SIZE_TRAIN"]

@@ -39,6 +39,9 @@ RARE = 0.1  # of the pictures: classes in fewer of them are shown more often
 THRESHOLDS = (0.4, 0.5)  # of the paper
 STRICTER = (0.5, 0.6)  # where the anchors reach nearly all boxes with the upper one
 NEARLY_ALL = 0.97
+# Steps until the learning rate is whole. Of 249 steps on the quick start's tree tiles 31 of them
+# end at a class loss of 0.36 and an AP50 of 31, 80 of them at 0.25 and 56.
+LEAST_WARMUP, MOST_WARMUP = 80, 500
 AVERAGED = 8  # the average of the weights is over about this part of the steps
 
 
@@ -226,7 +229,7 @@ def schedule_settings(
             round(1 - AVERAGED / steps, 4),
             "weights are averaged over about an eighth of the steps",
         ),
-        "SOLVER.WARMUP_ITERS": Setting(min(500, steps // 8), "an eighth, up to 500"),
+        "SOLVER.WARMUP_ITERS": Setting(*_warmup(steps)),
         "SOLVER.CHECKPOINT_PERIOD": Setting(
             max(1, min(steps // LEAST_SAVES, round(60 * SAVED_EVERY / pace.step_at(mean)))),
             f"each {SAVED_EVERY:g} min, or {LEAST_SAVES} in all, of {pace.save:.2g} s",
@@ -239,6 +242,13 @@ def schedule_settings(
         "MODEL.RETINA_FOCAL.TRAIN.BEST": Setting("bbox/AP" if times else "", best),
     }
     return settings
+
+
+def _warmup(steps: int) -> tuple[int, str]:
+    """Steps until the learning rate is whole, and why so many."""
+    warmup = max(min(LEAST_WARMUP, steps // 3), min(MOST_WARMUP, steps // 8))
+    why = f"an eighth, {LEAST_WARMUP} to {MOST_WARMUP}; sooner the first large steps do harm"
+    return warmup, why
 
 
 def machine_settings(machine: Machine) -> Settings:
