@@ -120,6 +120,13 @@ def test_the_pace_is_read_from_what_the_training_wrote(tmp_path):
     assert found.step_at(640) == 2.0
 
 
+@pytest.mark.parametrize(("load", "is_said"), [(0.2, False), (9e9, True)])
+def test_a_machine_that_is_busy_is_told_of(load, is_said, arguments, idle, monkeypatch, capsys):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))
+    main(arguments)
+    assert ("something else runs here: 9000000000.0" in capsys.readouterr().out) == is_said
+
+
 def test_a_training_that_fails_is_told_of(arguments, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "some warning\nretina-focal train: no disk\n")
     monkeypatch.setattr(pace.subprocess, "run", lambda *args, **kwargs: failed)

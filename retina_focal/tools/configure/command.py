@@ -49,6 +49,7 @@ from retina_focal.weights.lite0 import prepare_weights
 CPU_BASE = "quick_start/lite0.yaml"
 GPU_BASE = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 BATCH, GPU_BATCH = 4, 16  # a GPU's is halved until its memory holds it
+BUSY = 0.5  # of the cores
 HELD_OUT = 0.2  # of the pictures, where there is no val
 
 # Why the base has what it has; other keys are as there.
@@ -95,6 +96,7 @@ def main(argv: list[str]) -> None:
     val_records = DatasetCatalog.get(val[0])
     found = fingerprint(table, MetadataCatalog.get(train[0]).thing_classes, len(val_records))
     machine = Machine(torch.cuda.is_available(), len(os.sched_getaffinity(0)))
+    _expect_idle(machine)
     settings = {**base_settings(machine), **data_settings(found), **machine_settings(machine)}
     settings |= method_settings()
     settings |= dataset_settings(train, val, args.val)
@@ -104,6 +106,18 @@ def main(argv: list[str]) -> None:
     write_whole(args.output, text)
     check(args.output)
     print(f"wrote {args.output}; type: retina-focal train --config-file {args.output}")
+
+
+def _expect_idle(machine: Machine) -> None:
+    """Say where something else runs, as a step then takes longer than it will in the training."""
+    load = os.getloadavg()[0]  # processes that run or would, over the last minute
+    if load > BUSY * machine.cores:
+        print(
+            f"something else runs here: {load:.1f} processes on {machine.cores} cores in the last "
+            "minute; the training gets as many steps as fit beside it. Type the command again on "
+            "an idle machine for more",
+            flush=True,
+        )
 
 
 def find_splits(data: str, val: str | None, stem: str) -> list[tuple[str, str]]:
