@@ -114,9 +114,15 @@ def _tile_settings(found: Fingerprint) -> Settings:
 
 
 def anchor_settings(octaves: Octaves, before: Mapping, after: Mapping) -> Settings:
-    """Anchors, with the shares of boxes that they and the backbone's usual ones reach."""
+    """Anchors, with the shares of boxes that they and the backbone's usual ones reach.
+
+    Args:
+        octaves: those that reach most boxes at the upper IoU of `STRICTER`: at the paper's 0.5 many
+            a box would have a single anchor, barely.
+        before, after: shares of the base's anchors and of these, at `STRICTER`.
+    """
     gain = (
-        f"boxes at IoU >= 0.5: {after['at_least_upper']:.1%}, mean of the best "
+        f"boxes at IoU >= {STRICTER[1]}: {after['at_least_upper']:.1%}, mean of the best "
         f"{after['mean_best_iou']:.3f}; with the base's anchors {before['at_least_upper']:.1%}, "
         f"{before['mean_best_iou']:.3f}"
     )

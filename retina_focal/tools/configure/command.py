@@ -13,7 +13,6 @@ from retina_focal.data.anchor_search import search
 from retina_focal.data.coverage import BoxTable, anchors_of, box_table, cover
 from retina_focal.data.decisions import (
     STRICTER,
-    THRESHOLDS,
     Setting,
     Settings,
     anchor_settings,
@@ -210,10 +209,11 @@ def decide(
     inputs, sides, longer = input_settings(found, pace, minutes, affordable)
     _, layout = anchors_of(config_of({**settings, **inputs}))
     most = layout.num_per_cell
-    octaves = search(table, layout, sides, longer, upper=THRESHOLDS[1], max_per_cell=most)
+    octaves = search(table, layout, sides, longer, upper=STRICTER[1], max_per_cell=most)
     before, after = (cover(table, x, sides, longer) for x in (layout, octaves.layout(layout)))
-    anchors = anchor_settings(octaves, before.shares(THRESHOLDS), after.shares(THRESHOLDS))
-    anchors |= threshold_settings(after.shares(STRICTER)["at_least_upper"])
+    reached = after.shares(STRICTER)
+    anchors = anchor_settings(octaves, before.shares(STRICTER), reached)
+    anchors |= threshold_settings(reached["at_least_upper"])
     return {**inputs, **anchors, **schedule_settings(found, machine, pace, minutes, sides)}
 
 
