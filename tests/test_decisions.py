@@ -30,6 +30,7 @@ from retina_focal.data.fingerprint import (
     enough_steps,
     fingerprint,
     is_tiled,
+    steps_within,
     wanted_shorter,
 )
 from retina_focal.errors import UserError
@@ -102,6 +103,16 @@ def test_small_objects_want_larger_pictures_up_to_what_there_is_to_see():
     assert wanted_shorter(replace(CELLS, small=16.0)) == 736  # not 960: 1.5 times, as multiples
     for small in (8.0, 20.0, 50.0):
         assert wanted_shorter(replace(CELLS, small=small)) % GRAIN == 0
+
+
+def test_pictures_are_enlarged_where_there_are_many_steps():
+    few = replace(CELLS, small=16.0, num_pictures=35)
+    sizes = {minutes: affordable_shorter(few, PACE, minutes) for minutes in range(4, 40)}
+    assert {480, 512, 736} <= set(sizes.values())
+    for minutes, side in sizes.items():
+        assert steps_within(few, PACE, minutes, side) >= (500 if side > 480 else 250)
+        larger = steps_within(few, PACE, minutes, side + GRAIN)
+        assert side == 736 or larger < (500 if side >= 480 else 250)
 
 
 def test_more_minutes_give_larger_pictures_and_then_more_steps():
@@ -247,7 +258,8 @@ def test_pictures_without_an_up_are_turned_upside_down_too():
     changes = {"ratio": 0.7, "shift": 0.05, "growth": 1.0}
     for name, change in [("", 0), *changes.items()]:
         found = fingerprint(boxes_of(**{name: change} if name else {}), ("x",), 5)
-        flips[name] = data_settings(found)[key].value
+        flips[name] = schedule_settings(found, CPU, PACE, 30, [320])[key].value
+        assert schedule_settings(found, CPU, PACE, 3, [320])[key].value == 0.0  # too few steps
     assert flips == {"": 0.5, "ratio": 0.0, "shift": 0.0, "growth": 0.0}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from retina_focal.data.anchor_search import Octaves
 from retina_focal.data.fingerprint import (
     LEAST_SAVES,
+    MANY_STEPS,
     SAVED_EVERY,
     SHORTEST,
     SPENT,
@@ -155,11 +156,7 @@ def data_settings(found: Fingerprint) -> Settings:
     counts = ", ".join(
         f"{name} {count:,}" for name, count in zip(found.classes, found.boxes_of_class, strict=True)
     )
-    up = "boxes are as tall as wide, and alike above and below: pictures have no up"
-    if found.has_up:
-        up = "boxes are taller or wider, or others above than below: pictures have an up"
     settings = {
-        "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.VERTICAL_FLIP": Setting(0.0 if found.has_up else 0.5, up),
         "MODEL.RETINANET.NUM_CLASSES": Setting(len(found.classes), f"boxes: {_short(counts)}"),
         "DATALOADER.FILTER_EMPTY_ANNOTATIONS": Setting(
             False,
@@ -192,7 +189,7 @@ def data_settings(found: Fingerprint) -> Settings:
 def schedule_settings(
     found: Fingerprint, machine: Machine, pace: Pace, minutes: float, sides: Sequence[int]
 ) -> Settings:
-    """Batch, learning rate, iterations and evaluations.
+    """Batch, learning rate, iterations, evaluations, and what depends on how many they are.
 
     Raises:
         UserError: the minutes don't suffice for a training.
@@ -236,6 +233,7 @@ def schedule_settings(
             "weights are averaged over about an eighth of the steps",
         ),
         "SOLVER.WARMUP_ITERS": Setting(*_warmup(steps)),
+        "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.VERTICAL_FLIP": Setting(*_upside_down(found, steps)),
         "SOLVER.CHECKPOINT_PERIOD": Setting(
             max(1, min(steps // LEAST_SAVES, round(60 * SAVED_EVERY / pace.step_at(mean)))),
             f"each {SAVED_EVERY:g} min, or {LEAST_SAVES} in all, of {pace.save:.2g} s",
@@ -255,6 +253,16 @@ def _warmup(steps: int) -> tuple[int, str]:
     warmup = max(min(LEAST_WARMUP, steps // 3), min(MOST_WARMUP, steps // 8))
     why = f"an eighth, {LEAST_WARMUP} to {MOST_WARMUP}; sooner the first large steps do harm"
     return warmup, why
+
+
+def _upside_down(found: Fingerprint, steps: int) -> tuple[float, str]:
+    """The share of pictures that are turned upside down, and why."""
+    if found.has_up:
+        return 0.0, "boxes are taller or wider, or others above than below: pictures have an up"
+    no_up = "boxes are as tall as wide, and alike above and below: pictures have no up"
+    if steps < MANY_STEPS:
+        return 0.0, f"{no_up}, but it takes {MANY_STEPS} steps to learn from that"
+    return 0.5, no_up
 
 
 def machine_settings(machine: Machine) -> Settings:
