@@ -1,5 +1,6 @@
 """What a fingerprint and a pace decide, as laws."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -30,6 +31,7 @@ from retina_focal.data.fingerprint import (
     enough_steps,
     fingerprint,
     is_tiled,
+    padded_side,
     steps_within,
     wanted_shorter,
 )
@@ -137,8 +139,9 @@ def test_steps_evaluations_and_start_take_the_minutes_and_no_more(minutes, num_v
     values = schedule_settings(found, CPU, PACE, minutes, sides)
     steps, period = values["SOLVER.MAX_ITER"].value, values["TEST.EVAL_PERIOD"].value
     times = 1 + (-(-steps // period) - 1 if period else 0)
-    step = np.mean([PACE.step_at(x) for x in sides])
-    picture = np.mean([PACE.picture_at(x) for x in sides])
+    # A batch is as large as the largest of its pictures.
+    step = np.mean([PACE.step_at(max(x)) for x in itertools.product(sides, repeat=PACE.batch)])
+    picture = PACE.picture_at(shorter)
     # One at the end is measured with the start; each evaluation may be the best, and is saved.
     saves = -(-steps // values["SOLVER.CHECKPOINT_PERIOD"].value) - 1 + times
     seconds = PACE.start + steps * step + times * num_val * picture + saves * PACE.save
@@ -146,6 +149,13 @@ def test_steps_evaluations_and_start_take_the_minutes_and_no_more(minutes, num_v
     epochs = steps * 4 / found.num_pictures
     assert seconds <= most + 1
     assert seconds > 0.97 * most or epochs >= 149
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("sides", [[320], [320, 480], [480, 320, 800, 352]])
+def test_a_batch_of_several_sizes_is_padded_to_the_largest(sides, batch):
+    squares = [max(x) ** 2 for x in itertools.product(sides, repeat=batch)]
+    assert padded_side(sides, batch) == pytest.approx(np.sqrt(np.mean(squares)))
 
 
 def test_too_few_minutes_are_refused_with_those_that_suffice():

@@ -8,8 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from retina_focal.data.anchor_search import Octaves
 from retina_focal.data.fingerprint import (
     LEAST_SAVES,
@@ -26,6 +24,7 @@ from retina_focal.data.fingerprint import (
     grained,
     is_tiled,
     num_evaluations,
+    padded_side,
     steps_within,
 )
 from retina_focal.errors import UserError
@@ -194,19 +193,20 @@ def schedule_settings(
     Raises:
         UserError: the minutes don't suffice for a training.
     """
-    # Seconds grow with the pixels: those of several sizes are those of their mean square.
-    mean = pace.shorter if is_tiled(found) else math.sqrt(np.mean(np.square(sides)))
-    steps = steps_within(found, pace, minutes, mean)
-    evaluation = evaluation_seconds(found, pace, mean)
+    shorter = padded = pace.shorter
+    if not is_tiled(found):
+        shorter, padded = sides[len(sides) // 2], padded_side(sides, pace.batch)
+    steps = steps_within(found, pace, minutes, shorter, padded)
+    step, evaluation = pace.step_at(padded), evaluation_seconds(found, pace, shorter)
     if steps < LEAST_STEPS:
-        least = (LEAST_STEPS * pace.step_at(mean) + pace.start + evaluation) / 60 / SPENT
+        least = (LEAST_STEPS * step + pace.start + evaluation) / 60 / SPENT
         raise UserError(
-            f"{minutes:g} minutes give {steps} steps of {pace.step_at(mean):.2g} s; expected "
+            f"{minutes:g} minutes give {steps} steps of {step:.2g} s; expected "
             f"{LEAST_STEPS} or more: type --minutes {math.ceil(least)}"
         )
     most = math.ceil(MOST_EPOCHS * found.num_pictures / pace.batch)
     fits = f"{minutes:g} min, less {pace.start:.0f} s of start and {evaluation:.0f} s of evaluation"
-    fits += f", at {pace.step_at(mean):.2g} s per step, measured here"
+    fits += f", at {step:.2g} s per step, measured here"
     if steps > max(most, enough_steps(found, pace.batch)):
         steps = max(most, enough_steps(found, pace.batch))
         fits = f"{MOST_EPOCHS} epochs; the minutes would give more, which nothing is learned from"
@@ -235,7 +235,7 @@ def schedule_settings(
         "SOLVER.WARMUP_ITERS": Setting(*_warmup(steps)),
         "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.VERTICAL_FLIP": Setting(*_upside_down(found, steps)),
         "SOLVER.CHECKPOINT_PERIOD": Setting(
-            max(1, min(steps // LEAST_SAVES, round(60 * SAVED_EVERY / pace.step_at(mean)))),
+            max(1, min(steps // LEAST_SAVES, round(60 * SAVED_EVERY / step))),
             f"each {SAVED_EVERY:g} min, or {LEAST_SAVES} in all, of {pace.save:.2g} s",
         ),
         "MODEL.RETINA_FOCAL.TRAIN.KEEP_CHECKPOINTS": Setting(2, "what a resumed run needs"),

@@ -186,15 +186,31 @@ def enough_steps(found: Fingerprint, batch: int, shorter: float = 0) -> int:
     return max(least, math.ceil(ENOUGH_EPOCHS * found.num_pictures / batch))
 
 
-def steps_within(found: Fingerprint, pace: Pace, minutes: float, shorter: float) -> int:
-    """Steps that fit beside the start, the evaluations and the checkpoints."""
+def padded_side(sides: Sequence[int], batch: int) -> float:
+    """px of the shorter side of a batch whose pictures are drawn of these sizes, each as often.
+
+    All are padded to the largest one: the root of the mean square of the largest of `batch` draws.
+    """
+    of_rank = (np.arange(len(sides) + 1) / len(sides)) ** batch  # P(largest <= that side)
+    return math.sqrt(np.dot(np.square(sorted(sides)), np.diff(of_rank)))
+
+
+def steps_within(
+    found: Fingerprint, pace: Pace, minutes: float, shorter: float, padded: float = 0
+) -> int:
+    """Steps that fit beside the start, the evaluations and the checkpoints.
+
+    Args:
+        shorter: px, of evaluated pictures.
+        padded: px, of those that are trained on; default: the same.
+    """
     seconds = minutes * 60 * SPENT
     evaluation = evaluation_seconds(found, pace, shorter)
     evaluations = 1 + num_evaluations(evaluation, seconds)
     # Each evaluation may be the best one, which is saved. The end's are measured with the start.
     saves = evaluations + max(LEAST_SAVES, math.ceil(minutes / SAVED_EVERY)) - 1
     left = seconds - pace.start - evaluation * evaluations - pace.save * saves
-    return max(0, int(left / pace.step_at(shorter)))
+    return max(0, int(left / pace.step_at(padded or shorter)))
 
 
 def evaluation_seconds(found: Fingerprint, pace: Pace, shorter: float) -> float:
