@@ -124,7 +124,7 @@ def test_the_pace_is_read_from_what_the_training_wrote(tmp_path):
 def test_a_machine_that_is_busy_is_told_of(load, is_said, arguments, idle, monkeypatch, capsys):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))
     main(arguments)
-    assert ("something else runs here: 9000000000.0" in capsys.readouterr().out) == is_said
+    assert ("last minute 9000000000.0 processes ran" in capsys.readouterr().out) == is_said
 
 
 def test_a_training_that_fails_is_told_of(arguments, monkeypatch):

@@ -77,7 +77,7 @@ def input_settings(
     sides, why = [shorter], f"one size: the minutes give {epochs:.0f} epochs"
     if epochs >= SEVERAL_SIZES_FROM:
         sides = sorted({grained(shorter * x, SHORTEST) for x in SIZES})
-        why = f"several sizes: the minutes give {epochs:.0f} epochs"
+        why = f"several sizes: the minutes would give {epochs:.0f} epochs of one"
     scale = shorter / found.shorter
     small = f"a tenth of the smallest class is below {found.small:.0f} px"
     of = f"{small}, {found.small * scale:.0f} px so"

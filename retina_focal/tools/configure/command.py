@@ -108,13 +108,13 @@ def main(argv: list[str]) -> None:
 
 
 def _expect_idle(machine: Machine) -> None:
-    """Say where something else runs, as a step then takes longer than it will in the training."""
+    """Say where something else runs: a step may then take longer than in the training."""
     load = os.getloadavg()[0]  # processes that run or would, over the last minute
     if load > BUSY * machine.cores:
         print(
-            f"something else runs here: {load:.1f} processes on {machine.cores} cores in the last "
-            "minute; the training gets as many steps as fit beside it. Type the command again on "
-            "an idle machine for more",
+            f"in the last minute {load:.1f} processes ran on {machine.cores} cores; should they go "
+            "on, steps look slower than they will be, and the training gets fewer: measure on a "
+            "machine that is otherwise idle",
             flush=True,
         )
 
