@@ -151,6 +151,14 @@ def test_steps_evaluations_and_start_take_the_minutes_and_no_more(minutes, num_v
     assert seconds > 0.97 * most or epochs >= 149
 
 
+@pytest.mark.parametrize("shorter", range(SHORTEST, 640, GRAIN))
+def test_an_evaluation_is_timed_at_the_size_of_test(shorter):
+    inputs, sides, _ = input_settings(CELLS, PACE, 200, shorter)
+    assert inputs["INPUT.MIN_SIZE_TEST"].value == shorter and len(sides) > 1
+    reason = schedule_settings(CELLS, CPU, PACE, 200, sides)["TEST.EVAL_PERIOD"].reason
+    assert f": {CELLS.num_val * PACE.picture_at(shorter):.0f} s each" in reason
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("sides", [[320], [320, 480], [480, 320, 800, 352]])
 def test_a_batch_of_several_sizes_is_padded_to_the_largest(sides, batch):

@@ -195,7 +195,8 @@ def schedule_settings(
     """
     shorter = padded = pace.shorter
     if not is_tiled(found):
-        shorter, padded = sides[len(sides) // 2], padded_side(sides, pace.batch)
+        # Evaluated is the middle one; the lower of two, as smaller ones have become `SHORTEST`.
+        shorter, padded = sides[(len(sides) - 1) // 2], padded_side(sides, pace.batch)
     steps = steps_within(found, pace, minutes, shorter, padded)
     step, evaluation = pace.step_at(padded), evaluation_seconds(found, pace, shorter)
     if steps < LEAST_STEPS:
