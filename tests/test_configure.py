@@ -9,11 +9,14 @@ import pytest
 import torch
 import yaml
 from detectron2.data import DatasetCatalog
+from test_anchor_search import table_of
 from test_sources import write_voc
 
 from retina_focal.config import config_path, flatten, get_cfg
-from retina_focal.data.decisions import Setting
-from retina_focal.data.fingerprint import Pace
+from retina_focal.data.anchor_search import search
+from retina_focal.data.coverage import anchors_of
+from retina_focal.data.decisions import STRICTER, THRESHOLDS, Setting
+from retina_focal.data.fingerprint import Machine, Pace, fingerprint
 from retina_focal.errors import UserError
 from retina_focal.merging import merge_file
 from retina_focal.tools.common import load_cfg
@@ -120,6 +123,22 @@ def test_the_pace_is_read_from_what_the_training_wrote(tmp_path):
     assert found.step_at(640) == 2.0
 
 
+def test_anchors_are_those_that_reach_most_boxes_from_the_stricter_iou_on(arguments, idle):
+    """Boxes between two sizes of anchors, of which the paper's IoU takes the smaller ones."""
+    table, machine = table_of(17, 17, num_boxes=100), Machine(has_gpu=False, cores=2)
+    settings = command.base_settings(machine)
+    found = fingerprint(table, ("box",), num_val=10)
+    decided = command.decide(settings, table, found, machine, minutes=8, val_records=[])
+    _, layout = anchors_of(command.config_of({**settings, **decided}))
+    sides, longer = (decided[f"INPUT.M{x}_SIZE_TRAIN"].value for x in ("IN", "AX"))
+    stricter, paper = (
+        search(table, layout, sides, longer, upper, layout.num_per_cell).settings()
+        for _, upper in (STRICTER, THRESHOLDS)
+    )
+    written = {key: decided[key].value for key in stricter}
+    assert written == stricter != paper
+
+
 @pytest.mark.parametrize(("load", "is_said"), [(0.2, False), (9e9, True)])
 def test_a_machine_that_is_busy_is_told_of(load, is_said, arguments, idle, monkeypatch, capsys):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))
@@ -136,8 +155,6 @@ def test_a_training_that_fails_is_told_of(arguments, monkeypatch):
 
 def test_a_gpu_gets_what_its_memory_holds(arguments, monkeypatch):
     """The device is pretended: what is asked of it is the name, and a training of a few steps."""
-    from retina_focal.data.fingerprint import Machine
-
     settings = {"MODEL.RETINA_FOCAL.DATA.VAL": Setting("toy_val", "")}
     monkeypatch.setattr(pace, "_short_run", lambda settings, val, batch, folder: settings)
     monkeypatch.setattr(pace, "_pace_of", lambda folder, wall, *of: Pace(*of, 10.0, 0.1, 0.01))
