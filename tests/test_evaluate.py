@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from retina_focal.evaluation import operating_points, summary
 from retina_focal.evaluation.summary import Subject, measure
 from retina_focal.tools import evaluate
 from retina_focal.tools.common import load_cfg
+from retina_focal.tools.points import points_of
+from retina_focal.tools.runs import open_run
 from retina_focal.training.assembly import Trainer
 from retina_focal.training.checkpoint_files import write_checkpoint
 
@@ -230,12 +233,30 @@ def test_operating_points_are_chosen_on_val_and_lie_beside_the_weights(run, caps
         assert report["calibration"]["by"] == "cross-fitted"
 
 
+def test_operating_points_of_other_settings_are_told_of(run, caplog):
+    """As of test-time augmentation: scores differ, so do the thresholds that suit them."""
+    augmented = ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)"]
+    for chosen, used in ((augmented, []), ([], augmented)):
+        evaluate.main([str(run), "--draws", "5", "--opts", *chosen])
+        assert points_of(open_run(run, None, chosen)) and not caplog.messages
+        assert points_of(open_run(run, None, used))
+        (line,) = caplog.messages
+        is_on = chosen == augmented
+        assert f"was chosen with TEST.AUG.ENABLED {is_on} (here {not is_on})" in line
+        # The command that it names chooses them with the settings that are used.
+        typed = shlex.split(line.partition("retina-focal evaluate ")[2])
+        evaluate.main([typed[0], "--draws", "5", *typed[1:]])
+        caplog.clear()
+        assert points_of(open_run(run, None, used)) and not caplog.messages
+
+
 def test_without_val_none_are_chosen_and_those_there_are_used(run, capsys):
     opts = ["--opts", "MODEL.RETINA_FOCAL.DATA.VAL", ""]
     evaluate.main([str(run), "--draws", "5", *opts])
     assert "no operating points" in capsys.readouterr().out
     assert not (run / "operating_points.json").exists()
     about = {"format": 1, "rule": "f1", "dataset": "another", "classes": {}}
+    about["weights"] = "model_final.pth"
     operating_points.write(run, about)
     evaluate.main([str(run), "--draws", "5", "--rule", "fppi=1", *opts])
     assert "the highest F1 on another" in capsys.readouterr().out

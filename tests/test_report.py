@@ -20,6 +20,7 @@ from torch import nn
 
 from retina_focal import get_cfg
 from retina_focal.errors import UserError
+from retina_focal.evaluation import operating_points
 from retina_focal.tools.anatomy.command import parse_args
 from retina_focal.tools.report import command, main
 from retina_focal.tools.report.content import suspects
@@ -155,9 +156,31 @@ def browse(page: Path, folder: Path, width: int) -> str:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
-def test_the_command_that_chooses_points_is_the_shortest_that_does(written):
+def test_operating_points_are_chosen_where_there_are_none(written, tmp_path):
     text = re.sub("<[^>]*>", "", written.read_text(encoding="utf-8"))
-    assert f"retina-focal evaluate {written.parent} chooses them" in text
+    assert "The score from which a detection counts is chosen on report_data" in text
+    chosen = operating_points.read(written.parent)
+    assert chosen.content["dataset"] == "report_data"
+    assert chosen.content["weights"] == "model_final.pth"
+
+    # Those that are there stay; without a dataset for choices there is a command that chooses.
+    run = Path(shutil.copytree(written.parent, tmp_path / "run"))
+    kept = (run / operating_points.FILE).read_text().replace('"f1",', '"fppi=2",')
+    (run / operating_points.FILE).write_text(kept)
+    main([str(run)])
+    assert (run / operating_points.FILE).read_text() == kept
+    assert "with at most 2 false positives" in (run / "report.html").read_text(encoding="utf-8")
+    (run / operating_points.FILE).unlink()
+    main([str(run), "--opts", "MODEL.RETINA_FOCAL.DATA.VAL", ""])
+    text = re.sub("<[^>]*>", "", (run / "report.html").read_text(encoding="utf-8"))
+    assert not (run / operating_points.FILE).exists()
+    assert f"retina-focal evaluate {run} --opts MODEL.RETINA_FOCAL.DATA.VAL NAME chooses" in text
+
+    # What keeps them from being chosen is said, and the rest of the page is there.
+    (run / operating_points.FILE).write_text("{")
+    main([str(run)])
+    text = html.unescape((run / "report.html").read_text(encoding="utf-8"))
+    assert "operating_points.json' can't be used" in text and "Anchors" in text
 
 
 def test_a_suspected_label_without_area_is_seen(tmp_path):

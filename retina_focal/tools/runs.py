@@ -20,8 +20,6 @@ from retina_focal.config import flatten, retina_focal_node
 from retina_focal.data.classes import class_names, match_classes
 from retina_focal.data.registration import register, register_datasets, use_datasets
 from retina_focal.errors import UserError
-from retina_focal.evaluation import operating_points
-from retina_focal.evaluation.operating_points import OperatingPoints
 from retina_focal.evaluation.tta import with_tta
 from retina_focal.export.metadata import AGAIN, Metadata
 from retina_focal.export.runners import ExportedModel, exported_file, open_exported
@@ -173,26 +171,6 @@ def detections(run: Run, model: nn.Module, dataset: str) -> list[dict]:
     for result in found:
         result["category_id"] = by_class[result["category_id"]]
     return found
-
-
-def points_of(run: Run) -> OperatingPoints | None:
-    """Of the file beside the weights, else those that an exported file holds itself."""
-    points = operating_points.read(run.weights.parent)
-    metadata = run.exported and run.exported.metadata
-    # Thresholds are of raw scores.
-    if points or not metadata or not metadata.operating_points or metadata.scores != "raw":
-        return points
-    classes = {
-        name: {"threshold": threshold, "calibration": (metadata.calibration or {}).get(name)}
-        for name, threshold in metadata.operating_points.items()
-    }
-    about = {"dataset": "the exported file", "weights": run.weights.name}
-    try:
-        return operating_points.parse({**about, "classes": classes})
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"'{run.weights}' has operating points that can't be used ({error}); {AGAIN}"
-        ) from error
 
 
 def exported_cfg(

@@ -8,7 +8,6 @@ from typing import NamedTuple
 from retina_focal.config import retina_focal_node
 from retina_focal.data.sources import load
 from retina_focal.errors import UserError
-from retina_focal.evaluation import operating_points
 from retina_focal.evaluation.charts import FIGURES
 from retina_focal.evaluation.detections import read_results
 from retina_focal.evaluation.operating_points import OperatingPoints, check_rule
@@ -18,8 +17,9 @@ from retina_focal.files import write_whole
 from retina_focal.tools.arguments import number, tool_parser
 from retina_focal.tools.common import command
 from retina_focal.tools.evaluate.tables import comparison_text, report_text
+from retina_focal.tools.points import choose_points, points_of
 from retina_focal.tools.reports import figure
-from retina_focal.tools.runs import Run, detections, open_run, points_of, run_model, use_data
+from retina_focal.tools.runs import Run, detections, open_run, run_model, use_data
 
 EPILOG = """
 RUN is the folder of a training, or a file that `retina-focal export` wrote, or its folder; that
@@ -118,13 +118,7 @@ def _of_run(run: Run, args: argparse.Namespace) -> Opened:
         dataset = json.loads(file.read_bytes())
         results = detections(run, model, name)
         subjects[name] = Subject(str(run.weights), name, dataset, results)
-    if val:
-        chosen_on = subjects[val]
-        content = operating_points.make(
-            chosen_on.evaluated, chosen_on.matches, args.rule, val, run.weights.name
-        )
-        operating_points.write(run.weights.parent, content)
-    points = points_of(run)
+    points = choose_points(run, subjects[val], args.rule) if val else points_of(run)
     same = [name for name, file in files.items() if file == files[data]]  # by another name, too
     return Opened(subjects[data], points, bool(points) and points.content.get("dataset") in same)
 

@@ -15,7 +15,6 @@ from detectron2.utils.logger import setup_logger
 from retina_focal.config import retina_focal_node
 from retina_focal.errors import UserError
 from retina_focal.evaluation import operating_points
-from retina_focal.evaluation.operating_points import OperatingPoints
 from retina_focal.export.metadata import Metadata
 from retina_focal.export.page import cached_package
 from retina_focal.export.proof import table
@@ -25,6 +24,7 @@ from retina_focal.export.writing import FORMATS, PAGE, TRITON, export
 from retina_focal.tools.arguments import tool_parser
 from retina_focal.tools.common import command, expect_focal_retinanet
 from retina_focal.tools.export.pictures import calibration_images, proof_pictures
+from retina_focal.tools.points import points_of
 from retina_focal.tools.runs import Run, open_run, run_model
 
 STOPPED = 128  # and the signal's number: the exit status, as of a shell
@@ -187,7 +187,7 @@ def _say_what_stays(run: Run) -> None:
 
 
 def _metadata(run: Run, args: argparse.Namespace) -> Metadata:
-    points = _points(run)
+    points = points_of(run)
     if args.calibrated and points is None:
         raise UserError(
             f"--calibrated needs {operating_points.FILE} beside '{run.weights}'; write it: "
@@ -198,15 +198,3 @@ def _metadata(run: Run, args: argparse.Namespace) -> Metadata:
     )
     scores = "calibrated" if args.calibrated else "raw"
     return replace(metadata, scores=scores, precision=args.precision)
-
-
-def _points(run: Run) -> OperatingPoints | None:
-    """Those beside the weights, where they are of these weights."""
-    points = operating_points.read(run.weights.parent)
-    if points is not None and points.content.get("weights") != run.weights.name:
-        logger.warning(
-            "%s is of %s, not of %s, so the exported file holds no operating points",
-            *(operating_points.FILE, points.content.get("weights"), run.weights.name),
-        )
-        return None
-    return points

@@ -21,8 +21,9 @@ from retina_focal.evaluation.prediction import Prediction, Predictor
 from retina_focal.files import write_error
 from retina_focal.tools.arguments import listed, number, tool_parser
 from retina_focal.tools.common import command
+from retina_focal.tools.points import points_of
 from retina_focal.tools.predict.outputs import OUTPUTS, Drawings, Found, Output
-from retina_focal.tools.runs import Run, open_run, points_of, run_model
+from retina_focal.tools.runs import Run, open_run, run_model
 
 THRESHOLD = 0.3  # where nothing better is known
 MAX_PIXELS = 200_000_000  # of a picture, which is decoded once and not kept
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     setup_logger(name="retina_focal")
     inputs = find_inputs(args.inputs, leave_out=args.output / Drawings.FOLDER)
     run = open_run(args.run, args.config_file, args.opts, own=_own_options(args))
-    points = _points(run) if args.threshold is None else None
+    points = points_of(run) if args.threshold is None else None
     thresholds = _thresholds(run.classes, points, args.threshold)
     predictor = _predictor(run, args, float(thresholds.min()))
     num_pictures, boxes_per_class, bad = 0, Counter(), []
@@ -120,19 +121,6 @@ def _own_options(args: argparse.Namespace) -> list[str]:
     if args.tile:
         options += ["MODEL.RETINA_FOCAL.TEST.TILE", str(args.tile)]
     return options
-
-
-def _points(run: Run) -> OperatingPoints | None:
-    """The operating points of the run, where they are of these weights."""
-    points = points_of(run)
-    if points is not None and points.content.get("weights") != run.weights.name:
-        logger.warning(
-            "%s is of %s, not of %s, so it is not used; write it anew: retina-focal evaluate %s",
-            *(operating_points.FILE, points.content.get("weights"), run.weights.name),
-            run.weights.parent,
-        )
-        return None
-    return points
 
 
 def _thresholds(

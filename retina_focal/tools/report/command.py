@@ -8,34 +8,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog
+from torch import nn
 
 from retina_focal.config import retina_focal_node
 from retina_focal.data.sources import load
 from retina_focal.data.uri import has_scheme
 from retina_focal.errors import UserError
 from retina_focal.evaluation.mistakes import kept_at
+from retina_focal.evaluation.operating_points import OperatingPoints
 from retina_focal.evaluation.summary import DEFAULT_THRESHOLD, Subject, measure
 from retina_focal.files import write_whole
 from retina_focal.tools.arguments import number, tool_parser
 from retina_focal.tools.common import command
+from retina_focal.tools.points import choose_points, points_of
 from retina_focal.tools.report import content, figures
 from retina_focal.tools.reports import origin
-from retina_focal.tools.runs import (
-    CONFIG,
-    Run,
-    detections,
-    open_run,
-    points_of,
-    run_model,
-    use_data,
-)
+from retina_focal.tools.runs import CONFIG, Run, detections, open_run, run_model, use_data
 
 # Enough for the shares; the paper's numbers take minutes: `retina-focal anatomy`.
 WINDOWS = ("--num-negatives", "1e6", "--num-positives", "2e3")
 SUSPECTS = 12  # suspected labels that are shown
 EPILOG = """
-The run is measured on --data. Nothing is chosen on it: operating points and calibration are those
-of operating_points.json, which `retina-focal evaluate` writes. What is missing is left out.
+The run is measured on --data. Operating points and calibration are those of operating_points.json;
+where it is not there yet, they are chosen on MODEL.RETINA_FOCAL.DATA.VAL, as by `retina-focal
+evaluate`, and written for `predict`. What is missing is left out.
 
 Examples:
   %(prog)s output/bccd
@@ -67,7 +63,6 @@ def main(argv: list[str]) -> None:
         **origin("report", argv, run.cfg.MODEL.DEVICE),
         "run": args.run,
         "weights": run.weights.name,
-        "val": retina_focal_node(run.cfg).DATA.VAL,
         **_measured(run, data, args.worst),
         **_of_training(run, args, data),
     }
@@ -79,9 +74,9 @@ def main(argv: list[str]) -> None:
 
 def _measured(run: Run, data: str, num_worst: int) -> dict:
     """What the run detects on the dataset, measured and shown."""
-    dataset = json.loads(load(data).json_file.read_bytes())
-    subject = Subject(str(run.weights), data, dataset, detections(run, run_model(run), data))
-    points = points_of(run)
+    model = run_model(run)
+    subject = _subject(run, model, data)
+    points, no_points = content.or_reason(lambda: _points(run, model, subject))
     is_same = points is not None and points.content.get("dataset") == data
     report = measure(subject, points, is_same)
     kept = kept_at(subject.evaluated, points.thresholds if points else {}, DEFAULT_THRESHOLD)
@@ -95,7 +90,22 @@ def _measured(run: Run, data: str, num_worst: int) -> dict:
         "worst": _as_uris(worst),
         "suspects": _as_uris(suspects),
         "num_suspects": len(report["suspected_labels"]),
+        "no_points": no_points,
     }
+
+
+def _subject(run: Run, model: nn.Module, data: str) -> Subject:
+    dataset = json.loads(load(data).json_file.read_bytes())
+    return Subject(str(run.weights), data, dataset, detections(run, model, data))
+
+
+def _points(run: Run, model: nn.Module, measured: Subject) -> OperatingPoints | None:
+    """Those of the run; where it has none yet, they are chosen."""
+    points, val = points_of(run), retina_focal_node(run.cfg).DATA.VAL
+    if points or not val:
+        return points
+    is_same = val == measured.data
+    return choose_points(run, measured if is_same else _subject(run, model, use_data(run, val)))
 
 
 def _as_uris(shown: Sequence[content.Shown]) -> list[dict]:

@@ -1,0 +1,98 @@
+"""The operating points of a run: chosen on a dataset, and found again where they are its own."""
+
+import logging
+import shlex
+
+from detectron2.config import CfgNode
+
+from retina_focal.config import flatten
+from retina_focal.errors import UserError
+from retina_focal.evaluation import operating_points
+from retina_focal.evaluation.operating_points import FILE, OperatingPoints
+from retina_focal.evaluation.summary import Subject
+from retina_focal.export.metadata import AGAIN
+from retina_focal.tools.runs import Run
+
+# Keys that move scores, or choose among boxes: thresholds belong to their values. Tiles are not
+# among them, as no evaluation cuts pictures.
+KEYS = (
+    "INPUT.MIN_SIZE_TEST",
+    "INPUT.MAX_SIZE_TEST",
+    "MODEL.RETINANET.NMS_THRESH_TEST",
+    "MODEL.RETINA_FOCAL.TEST.CLASS_AGNOSTIC_NMS",
+    "MODEL.RETINA_FOCAL.TEST.RESIZE",
+    "TEST.AUG.ENABLED",
+)
+AUGMENTED = ("TEST.AUG.MIN_SIZES", "TEST.AUG.MAX_SIZE", "TEST.AUG.FLIP")  # where it is enabled
+
+logger = logging.getLogger(__name__)
+
+
+def choose_points(run: Run, chosen_on: Subject, rule: str = "f1") -> OperatingPoints | None:
+    """Write the operating points of a run beside its weights.
+
+    Args:
+        chosen_on: the run's detections on the dataset that is kept for choices.
+        rule: see `operating_points.check_rule`.
+    """
+    about = (rule, chosen_on.data, run.weights.name)
+    content = operating_points.make(chosen_on.evaluated, chosen_on.matches, *about)
+    content["settings"] = _settings(run.cfg)
+    operating_points.write(run.weights.parent, content)
+    return operating_points.read(run.weights.parent)
+
+
+def points_of(run: Run) -> OperatingPoints | None:
+    """Those beside the weights, else those that an exported file holds itself.
+
+    None where there are none of these weights. Where they were chosen with other settings, as of
+    test-time augmentation, it is said.
+    """
+    points = operating_points.read(run.weights.parent) or _of_metadata(run)
+    if points is None:
+        return None
+    again, content = f"retina-focal evaluate {shlex.quote(str(run.weights.parent))}", points.content
+    if content.get("weights") != run.weights.name:
+        names = (content.get("weights"), run.weights.name)
+        logger.warning("%s is of %s, not of %s, so it is not used; again: %s", FILE, *names, again)
+        return None
+    then = content.get("settings")
+    if isinstance(then, dict) and run.exported is None:
+        _compare(then, _settings(run.cfg), again)
+    return points
+
+
+def _settings(cfg: CfgNode) -> dict[str, object]:
+    values = flatten(cfg)
+    keys = (*KEYS, *AUGMENTED) if cfg.TEST.AUG.ENABLED else KEYS
+    return {key: values[key] for key in keys}
+
+
+def _compare(then: dict[str, object], here: dict[str, object], again: str) -> None:
+    """Say where thresholds were chosen with other settings, and how to choose them with these."""
+    other = [x for x in here if x in then and then[x] != here[x]]
+    if not other:
+        return
+    told = ", ".join(f"{x} {then[x]} (here {here[x]})" for x in other)
+    added = [x for x in here if x in other or x not in then]
+    pairs = " ".join(f"{x} {shlex.quote(str(here[x]))}" for x in added)
+    text = "%s was chosen with %s; to choose with what holds here: %s --opts %s"
+    logger.warning(text, FILE, told, again, pairs)
+
+
+def _of_metadata(run: Run) -> OperatingPoints | None:
+    metadata = run.exported and run.exported.metadata
+    # Thresholds are of raw scores.
+    if not metadata or not metadata.operating_points or metadata.scores != "raw":
+        return None
+    classes = {
+        name: {"threshold": threshold, "calibration": (metadata.calibration or {}).get(name)}
+        for name, threshold in metadata.operating_points.items()
+    }
+    about = {"dataset": "the exported file", "weights": run.weights.name}
+    try:
+        return operating_points.parse({**about, "classes": classes})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"'{run.weights}' has operating points that can't be used ({error}); {AGAIN}"
+        ) from error
