@@ -250,6 +250,18 @@ def test_operating_points_of_other_settings_are_told_of(run, caplog):
         assert points_of(open_run(run, None, used)) and not caplog.messages
 
 
+def test_operating_points_of_earlier_weights_are_not_used(run, caplog):
+    """A second training in a folder has the same file names."""
+    evaluate.main([str(run), "--draws", "5"])
+    assert points_of(open_run(run))
+    weights = run / "model_final.pth"
+    content = torch.load(weights, weights_only=True)
+    content["model"]["head.cls_score.bias"] += 1
+    write_checkpoint(weights, content)
+    assert points_of(open_run(run)) is None
+    assert "is of an earlier model_final.pth, so it is not used; again: " in caplog.text
+
+
 def test_without_val_none_are_chosen_and_those_there_are_used(run, capsys):
     opts = ["--opts", "MODEL.RETINA_FOCAL.DATA.VAL", ""]
     evaluate.main([str(run), "--draws", "5", *opts])

@@ -111,6 +111,9 @@ def test_an_anatomy_that_is_not_there_is_made(written, tmp_path, monkeypatch):
     assert command._anatomy(run, args, "report_data") and len(asked) == 1  # it is there now
     parsed = parse_args(asked[0])
     assert parsed.opts[:2] == ["SEED", "3"] and "('report_data',)" in parsed.opts
+    found = json.loads((tmp_path / "anatomy/anatomy.json").read_text())
+    (tmp_path / "anatomy/anatomy.json").write_text(json.dumps({**found, "sha256": "0" * 64}))
+    assert command._anatomy(run, args, "report_data") and len(asked) == 2  # that is of others
     shutil.rmtree(tmp_path / "anatomy")
     failed = subprocess.CompletedProcess([], 1, "", "a warning\nretina-focal anatomy: no window\n")
     monkeypatch.setattr(command.subprocess, "run", lambda *of, **options: failed)

@@ -1,6 +1,5 @@
 """What an exported file says of itself: one JSON text, under one key in every format."""
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from detectron2.config import CfgNode
 from retina_focal.config import retina_focal_node
 from retina_focal.errors import UserError
 from retina_focal.evaluation.operating_points import OperatingPoints
-from retina_focal.files import open_regular
+from retina_focal.weights.formats import sha256_of
 
 KEY = "retina_focal"
 VERSION = 1
@@ -98,7 +97,7 @@ class Metadata:
             calibration=None if points is None else _calibration(points),
             scores=scores,
             precision="fp32",
-            checkpoint_sha256=_sha256(weights),
+            checkpoint_sha256=sha256_of(weights),
             producer=f"retina_focal {_own_version()}",
         )
 
@@ -177,14 +176,6 @@ def _thresholds(points: OperatingPoints) -> dict[str, float | None]:
 
 def _calibration(points: OperatingPoints) -> dict[str, dict]:
     return {name: entry["calibration"] for name, entry in points.content["classes"].items()}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _own_version() -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+import sys
 
 from detectron2.config import CfgNode
 
@@ -12,6 +13,7 @@ from retina_focal.evaluation.operating_points import FILE, OperatingPoints
 from retina_focal.evaluation.summary import Subject
 from retina_focal.export.metadata import AGAIN
 from retina_focal.tools.runs import Run
+from retina_focal.weights.formats import sha256_of
 
 # Keys that move scores, or choose among boxes: thresholds belong to their values. Tiles are not
 # among them, as no evaluation cuts pictures.
@@ -37,8 +39,9 @@ def choose_points(run: Run, chosen_on: Subject, rule: str = "f1") -> OperatingPo
     """
     about = (rule, chosen_on.data, run.weights.name)
     content = operating_points.make(chosen_on.evaluated, chosen_on.matches, *about)
-    content["settings"] = _settings(run.cfg)
-    operating_points.write(run.weights.parent, content)
+    content |= {"sha256": sha256_of(run.weights), "settings": _settings(run.cfg)}
+    path = operating_points.write(run.weights.parent, content)
+    print(f"operating points, which predict uses: {path}", file=sys.stderr)
     return operating_points.read(run.weights.parent)
 
 
@@ -55,6 +58,10 @@ def points_of(run: Run) -> OperatingPoints | None:
     if content.get("weights") != run.weights.name:
         names = (content.get("weights"), run.weights.name)
         logger.warning("%s is of %s, not of %s, so it is not used; again: %s", FILE, *names, again)
+        return None
+    if content.get("sha256", "") not in ("", sha256_of(run.weights)):
+        text = "%s is of an earlier %s, so it is not used; again: %s"
+        logger.warning(text, FILE, run.weights.name, again)
         return None
     then = content.get("settings")
     if isinstance(then, dict) and run.exported is None:

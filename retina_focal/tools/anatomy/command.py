@@ -33,6 +33,7 @@ from retina_focal.tools.anatomy.windows import Anatomy
 from retina_focal.tools.arguments import add_config_arguments, listed, number, tool_parser
 from retina_focal.tools.common import command, expect_focal_retinanet, load_cfg
 from retina_focal.tools.reports import origin
+from retina_focal.weights.formats import sha256_of
 from retina_focal.weights.load import load_model
 
 GAMMAS = (0.0, 0.5, 1.0, 2.0)  # Fig. 4
@@ -74,6 +75,7 @@ def main(argv: list[str]) -> None:
     report = {
         **origin("anatomy", argv, cfg.MODEL.DEVICE),
         "weights": cfg.MODEL.WEIGHTS,
+        "sha256": sha256_of(weights) if (weights := Path(cfg.MODEL.WEIGHTS)).is_file() else "",
         "dataset": cfg.DATASETS.TEST[0],
         **anatomy_report.numbers(anatomy),
     }

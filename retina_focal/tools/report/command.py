@@ -57,7 +57,8 @@ def main(argv: list[str]) -> None:
 
     run = open_run(args.run, args.config_file, args.opts)
     if not (args.data or run.cfg.DATASETS.TEST):
-        raise UserError("the config names no dataset to test on; add: --data DATA")
+        named = retina_focal_node(run.cfg).DATA.VAL or "DATA"
+        raise UserError(f"the config names no dataset to test on; add: --data {named}")
     data = use_data(run, args.data or run.cfg.DATASETS.TEST[0])
     page = {
         **origin("report", argv, run.cfg.MODEL.DEVICE),
@@ -145,7 +146,7 @@ def _anatomy(run: Run, args: argparse.Namespace, tested: str) -> dict:
         UserError: it can't be made.
     """
     folder = Path(args.run, "anatomy")
-    found = content.anatomy(folder)
+    found = content.anatomy(folder, run.weights)
     if found is not None:
         return found
     if run.built is not None:
@@ -160,7 +161,7 @@ def _anatomy(run: Run, args: argparse.Namespace, tested: str) -> dict:
     values = {"MODEL.WEIGHTS": str(run.weights), "DATASETS.TEST": str((tested,))}
     command += [*args.opts, *(x for pair in values.items() for x in pair)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = content.anatomy(folder)
+    found = content.anatomy(folder, run.weights)
     if result.returncode or found is None:
         raise UserError((result.stderr.strip() or "it was interrupted").splitlines()[-1])
     return found

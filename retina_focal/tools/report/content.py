@@ -20,6 +20,7 @@ from retina_focal.evaluation.drawing import draw_boxes
 from retina_focal.evaluation.inputs import read_picture
 from retina_focal.evaluation.matches import match
 from retina_focal.evaluation.mistakes import SUSPECTS
+from retina_focal.weights.formats import sha256_of
 
 SIZES = {"APs": "up to 32 px", "APm": "32 to 96 px", "APl": "from 96 px"}
 COLOURS = {"right": (0, 158, 115), "wrong": (213, 94, 0), "missed": (86, 180, 233)}
@@ -161,8 +162,8 @@ def anchor_coverage(cfg: CfgNode, name: str) -> dict:
     return {"dataset": name, "thresholds": bounds, "rows": rows}
 
 
-def anatomy(folder: Path) -> dict | None:
-    """What `retina-focal anatomy --output FOLDER` has written, where it has."""
+def anatomy(folder: Path, weights: Path) -> dict | None:
+    """What `retina-focal anatomy --output FOLDER` has written of these weights, where it has."""
     path = folder / "anatomy.json"
     if not path.is_file():
         return None
@@ -171,4 +172,5 @@ def anatomy(folder: Path) -> dict | None:
         text = f"{found['sentence']} Of {found['images']} images of {found['dataset']}."
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is not of retina-focal anatomy ({error})") from error
-    return {"text": text, "figure": folder / "anatomy.png"}
+    is_other = found.get("sha256", "") not in ("", sha256_of(weights))
+    return None if is_other else {"text": text, "figure": folder / "anatomy.png"}
