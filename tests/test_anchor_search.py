@@ -123,6 +123,16 @@ def test_the_command_reports_what_it_measured(data, tmp_path, capsys):
     assert "12 boxes in 6 pictures" in text and "detectron2 *" in text
 
 
+def test_boxes_without_area_are_told_of(data, tmp_path):
+    content = json.loads((data / "a.json").read_text())
+    for row in content["annotations"]:
+        row["bbox"][2:] = [0, 0]
+    (tmp_path / "zero.json").write_text(json.dumps(content))
+    uri = f"coco:{tmp_path / 'zero.json'}?images={data}"
+    with pytest.raises(SystemExit, match="none has an area inside its picture"):
+        tool.main([uri, "--config-file", CONFIG])
+
+
 def test_settings_are_written_as_yaml_that_reads_back():
     settings = {"B.C.D": [1, 2.5], "A": "x", "B.C.E": 1e-05, "B.F": True, "B.G": "a: b # c"}
     reasons = dict.fromkeys(settings, "why")

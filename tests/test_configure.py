@@ -1,6 +1,9 @@
 """The config that `retina-focal configure` writes."""
 
+import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,19 +12,21 @@ import pytest
 import torch
 import yaml
 from detectron2.data import DatasetCatalog
+from PIL import Image
 from test_anchor_search import table_of
 from test_sources import write_voc
 
 from retina_focal.config import config_path, flatten, get_cfg
 from retina_focal.data.anchor_search import search
-from retina_focal.data.coverage import anchors_of
+from retina_focal.data.coverage import Coverage, anchors_of
 from retina_focal.data.decisions import STRICTER, THRESHOLDS, Setting
 from retina_focal.data.fingerprint import Machine, Pace, fingerprint
 from retina_focal.errors import UserError
 from retina_focal.merging import merge_file
 from retina_focal.tools.common import load_cfg
 from retina_focal.tools.configure import command, pace
-from retina_focal.tools.configure.command import find_splits, main
+from retina_focal.tools.configure.command import main
+from retina_focal.tools.configure.splits import find_splits
 
 
 @pytest.fixture
@@ -89,6 +94,8 @@ def test_where_val_is_missing_a_part_is_held_out(data):
             find_splits("a_registered_name", None, "mine")
         pair = find_splits("a_registered_name", f"coco:{data}/a.json", "mine")
         assert pair == [("a_registered_name",) * 2, ("mine_val", f"coco:{data}/a.json")]
+        with pytest.raises(UserError, match="is one split; type the other too, --val DATA"):
+            find_splits(f"coco:{data}/a.json?split=train", None, "mine")
     finally:
         DatasetCatalog.remove("a_registered_name")
 
@@ -121,6 +128,93 @@ def test_the_pace_is_read_from_what_the_training_wrote(tmp_path):
     start = 30.0 - 0.5 * pace.MEASURED_STEPS - 1.5 - 0.5 - 1.0
     assert found == Pace(320, 4, start, 0.5, 0.4, 1.0)
     assert found.step_at(640) == 2.0
+
+
+def test_what_others_wrote_is_not_written_over(arguments, idle, capsys):
+    path = Path(arguments[-1])
+    path.write_text("train: images\n")  # a dataset's data.yaml
+    with pytest.raises(SystemExit, match="has not written it; name another file: --output FILE"):
+        main(arguments)
+    assert path.read_text() == "train: images\n" and "measuring" not in capsys.readouterr().out
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(SystemExit, match="is a folder"):
+        main(arguments)
+    path.rmdir()
+    main(arguments)
+    again = [x.replace("8", "9") if x == "8" else x for x in arguments]
+    main(again)
+    assert "--minutes 9" in path.read_text()
+    with pytest.raises(SystemExit):  # a line of its header would be a key of the config
+        main([*arguments[:-1], str(path.with_name("a\nSEED.yaml"))])
+    assert "has a line break" in capsys.readouterr().err
+
+
+def test_the_command_to_type_can_be_pasted(arguments, idle, tmp_path, capsys):
+    path = tmp_path / "a folder" / "it's.yaml"
+    main([*arguments[:-1], str(path)])
+    typed = capsys.readouterr().out.splitlines()[-1].partition("type: ")[2]
+    assert shlex.split(typed)[-2:] == ["--config-file", str(path)]
+
+
+def coco(path: Path, boxes_of_image: list, classes=("red", "blue")) -> str:
+    """The URI of a COCO file on pictures of 36 x 28 px, with a box per class index."""
+    images, annotations = [], []
+    for i, labels in enumerate(boxes_of_image, start=1):
+        name = f"{path.stem}{i}.png"
+        Image.new("RGB", (36, 28)).save(path.with_name(name))
+        images.append({"id": i, "file_name": name, "width": 36, "height": 28})
+        for label in labels:
+            row = {"image_id": i, "category_id": label, "bbox": [2, 2, 20, 20], "area": 400}
+            annotations.append({**row, "id": len(annotations) + 1, "iscrowd": 0})
+    categories = [{"id": i, "name": x} for i, x in enumerate(classes)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path.write_text(json.dumps(content))
+    return f"coco:{path}?images={path.parent}"
+
+
+def test_val_is_what_something_can_be_chosen_on(tmp_path, lite0_weights, idle, monkeypatch, capsys):
+    monkeypatch.setattr(command, "cache_folder", lambda: lite0_weights.parent)
+    train, empty, other = (
+        coco(tmp_path / "train.json", [[0, 1]] * 4),
+        coco(tmp_path / "empty.json", [[], []]),
+        coco(tmp_path / "other.json", [[0], [2]], ("red", "blue", "green")),
+    )
+
+    def typed(name: str, train: str, val: str) -> list[str]:
+        return [train, "--val", val, "--minutes", "8", "--output", f"{tmp_path}/{name}.yaml"]
+
+    with pytest.raises(SystemExit, match="has 2 pictures and no box in them"):
+        main(typed("first", train, empty))
+    with pytest.raises(SystemExit, match="has the classes red, blue, green, and train, ") as error:
+        main(typed("second", train, other))
+    assert "measured_val" not in str(error.value)
+    with pytest.raises(SystemExit, match=r"empty\.json.*: the training set has nothing"):
+        main(typed("third", empty, train))
+    capsys.readouterr()
+    main(typed("fourth", train, train))
+    assert "4 of the 4 pictures of val are in train too" in capsys.readouterr().out
+
+
+def test_boxes_that_no_anchor_reaches_are_told_of(arguments, idle, monkeypatch, capsys):
+    main(arguments)
+    assert "hardly be learned" not in capsys.readouterr().out
+    shares = Coverage.shares
+    monkeypatch.setattr(Coverage, "shares", lambda *a: {**shares(*a), "below_lower": 0.5})
+    main(arguments)
+    assert "50.0% of the boxes reach an anchor at an IoU below 0.4 alone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_a_line(number, arguments, monkeypatch, capsys):
+    """Popen ends its process, and the temporary folder is removed, for any exception."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(command, "measured_pace", lambda *_: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 128 + number and signal.getsignal(signal.SIGTERM) == before
+    assert capsys.readouterr().err.endswith(": interrupted\n")
+    assert not Path(arguments[-1]).exists()
 
 
 def test_anchors_are_those_that_reach_most_boxes_from_the_stricter_iou_on(arguments, idle):

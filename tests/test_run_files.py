@@ -123,7 +123,7 @@ def test_a_drawn_seed_survives_a_kill_before_the_first_checkpoint(data, tmp_path
         run_step(trainer)
 
     run_step = StepTrainer.run_step
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(StepTrainer, "run_step", killed)
         run_here(data, tmp_path, opts=opts)
     assert not list(tmp_path.glob("*.pth"))

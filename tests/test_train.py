@@ -286,7 +286,7 @@ def test_a_quick_start_makes_a_killed_last_evaluation_again_and_does_not_train_a
         *("DATASETS.TRAIN", "('quick',)", "DATASETS.TEST", "('quick',)"),
         *("OUTPUT_DIR", str(tmp_path)),
     ]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(Trainer, "test", killed)
         quick_start.main(argv)
     weights = (tmp_path / "model_final.pth").read_bytes()

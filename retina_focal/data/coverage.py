@@ -35,6 +35,12 @@ class BoxTable:
     def __len__(self) -> int:
         return len(self.boxes)
 
+    def with_area(self) -> "BoxTable":
+        """Those that can be learned from."""
+        kept = (self.boxes[:, 2:] > self.boxes[:, :2]).all(1)
+        rows = (x[kept] for x in (self.boxes, self.classes, self.pictures))
+        return BoxTable(*rows, self.sizes, self.file_names)
+
     def of_pictures(self, chosen: np.ndarray) -> "BoxTable":
         """Those of some pictures, given by rising index."""
         mine = np.isin(self.pictures, chosen)

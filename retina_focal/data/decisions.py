@@ -50,7 +50,7 @@ AVERAGED = 8  # the average of the weights is over about this part of the steps
 METHOD: dict[str, tuple[object, str]] = {
     "MODEL.RETINA_FOCAL.ASSIGNMENT": ("detectron2", "atss instead gains no AP that is measured"),
     "MODEL.RETINA_FOCAL.CLS_LOSS": ("focal", "soft targets gain no AP that is measured"),
-    "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.SCALE": ([1.0, 1.0], "MIN_SIZE_TRAIN varies sizes"),
+    "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.SCALE": ([1.0, 1.0], "sizes are those of MIN_SIZE_TRAIN"),
     "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.COLOUR": (0.0, "no gain is measured"),
     "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.MOSAIC": (0.0, "no gain is measured"),
     "MODEL.RETINA_FOCAL.TRAIN.CACHE_IMAGES": (False, "True keeps pictures in memory"),
@@ -174,7 +174,7 @@ def data_settings(found: Fingerprint) -> Settings:
     shares = [x / found.num_pictures for x in found.pictures_of_class if x]
     sampler, why = (
         "TrainingSampler",
-        f"every class is in at least {min(shares):.0%} of the pictures",
+        f"every class that has boxes is in at least {min(shares):.0%} of the pictures",
     )
     if min(shares) < RARE and len(shares) > 1:
         rare = found.classes[found.pictures_of_class.index(round(min(shares) * found.num_pictures))]
@@ -206,13 +206,17 @@ def schedule_settings(
             f"{LEAST_STEPS} or more: type --minutes {math.ceil(least)}"
         )
     most = math.ceil(MOST_EPOCHS * found.num_pictures / pace.batch)
-    fits = f"{minutes:g} min, less {pace.start:.0f} s of start and {evaluation:.0f} s of evaluation"
-    fits += f", at {step:.2g} s per step, measured here"
+    times = 0 if is_tiled(found) else num_evaluations(evaluation, minutes * 60 * SPENT)
+    fits = f"{SPENT:.0%} of {minutes:g} min, less {pace.start:.0f} s of start"
+    if evaluation:
+        fits += f" and {1 + times} times {evaluation:.0f} s of evaluation"
+    fits += f", at {step:.2g} s per step"
+    fits += "" if padded == pace.shorter else f", from {pace.step:.2g} s at {pace.shorter} px"
+    fits += ", measured here"
     if steps > max(most, enough_steps(found, pace.batch)):
         steps = max(most, enough_steps(found, pace.batch))
-        fits = f"{MOST_EPOCHS} epochs; the minutes would give more, which nothing is learned from"
+        fits = f"at most {MOST_EPOCHS}, or as many as {steps} steps need; the minutes give more"
     epochs = steps * pace.batch / found.num_pictures
-    times = 0 if is_tiled(found) else num_evaluations(evaluation, minutes * 60 * SPENT)
     per_picture = GPU_RATE_PER_PICTURE if machine.has_gpu else RATE_PER_PICTURE
     of = "detectron2's 0.01 for 16" if machine.has_gpu else "0.02 for 4, of configs/quick_start"
     best = "no weights but the last are evaluated"
@@ -242,7 +246,9 @@ def schedule_settings(
         "MODEL.RETINA_FOCAL.TRAIN.KEEP_CHECKPOINTS": Setting(2, "what a resumed run needs"),
         "TEST.EVAL_PERIOD": Setting(
             -(-steps // (times + 1)) if times else 0,
-            f"{times} before the last one: {evaluation:.0f} s each for {found.num_val} pictures",
+            "whole pictures of small objects are not evaluated"
+            if is_tiled(found)
+            else f"{times} before the last: {evaluation:.0f} s each for {found.num_val} pictures",
         ),
         "MODEL.RETINA_FOCAL.TRAIN.BEST": Setting("bbox/AP" if times else "", best),
     }
@@ -252,8 +258,9 @@ def schedule_settings(
 def _warmup(steps: int) -> tuple[int, str]:
     """Steps until the learning rate is whole, and why so many."""
     warmup = max(min(LEAST_WARMUP, steps // 3), min(MOST_WARMUP, steps // 8))
-    why = f"an eighth, {LEAST_WARMUP} to {MOST_WARMUP}; sooner the first large steps do harm"
-    return warmup, why
+    share = {steps // 8: "an eighth", steps // 3: "a third, as there are few"}
+    why = share.get(warmup, f"{'more' if warmup > steps // 8 else 'less'} than an eighth")
+    return warmup, f"{why}; sooner the first large steps do harm"
 
 
 def _upside_down(found: Fingerprint, steps: int) -> tuple[float, str]:

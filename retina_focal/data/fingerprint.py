@@ -85,14 +85,18 @@ def fingerprint(table: BoxTable, classes: Sequence[str], num_val: int) -> Finger
     """The fingerprint of a training set.
 
     Raises:
-        UserError: it has no box that has an area.
+        UserError: it has no box with an area.
     """
-    low, high = table.boxes[:, :2], table.boxes[:, 2:]
-    sides = np.sqrt((high - low).clip(min=0).prod(1))
-    of_class = [sides[(table.classes == x) & (sides > 0)] for x in range(len(classes))]
-    of_class = [x for x in of_class if len(x) >= LEAST_BOXES] or [sides[sides > 0]]
-    if not len(of_class[0]):
-        raise UserError("the training set has no box that has an area; expected at least one")
+    num_boxes, table = len(table), table.with_area()
+    if not len(table):
+        without = f"the {num_boxes:,} boxes that are no crowds have no area"
+        raise UserError(
+            f"the training set has nothing to learn from: {without if num_boxes else 'no boxes'}; "
+            "expected one at least"
+        )
+    sides = np.sqrt((table.boxes[:, 2:] - table.boxes[:, :2]).prod(1))
+    of_class = [sides[table.classes == x] for x in range(len(classes))]
+    of_class = [x for x in of_class if len(x) >= LEAST_BOXES] or [sides]
     num_pictures = len(table.sizes)
     pairs = np.unique(np.stack([table.classes, table.pictures]), axis=1)
     per_picture = np.bincount(table.pictures, minlength=num_pictures)
@@ -119,11 +123,8 @@ def _has_up(table: BoxTable) -> bool:
     mean, and lie as often and as large in the upper half as in the lower. Things that stand on the
     ground don't. The brightness of pictures does not tell: a microscope's light has a gradient too.
     """
-    sides = table.boxes[:, 2:] - table.boxes[:, :2]
-    kept = (sides > 0).all(1)
-    sides, classes = sides[kept], table.classes[kept]
-    middle = table.boxes[kept][:, 1::2].mean(1)
-    place = middle / table.sizes[table.pictures[kept], 0] - 0.5
+    sides, classes = table.boxes[:, 2:] - table.boxes[:, :2], table.classes
+    place = table.boxes[:, 1::2].mean(1) / table.sizes[table.pictures, 0] - 0.5
     ratio, area = np.log(sides[:, 0] / sides[:, 1]), np.log(sides.prod(1))
     of_class = [
         ratio[classes == x].mean()

@@ -1,6 +1,7 @@
 """Which boxes of a dataset the anchors of a config reach: `retina-focal anchors`."""
 
 import json
+import shlex
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -90,6 +91,11 @@ def examine(cfg: CfgNode, name: str, num_images: int) -> tuple[dict, list[Unreac
     thresholds = cfg.MODEL.RETINANET.IOU_THRESHOLDS
     bounds = thresholds[0], thresholds[-1]
     coverage = cover(boxes, layout, sides, longer)
+    if not len(coverage.ious):
+        raise UserError(
+            f"dataset '{name}' has {len(boxes):,} boxes, and none has an area inside its picture; "
+            f"what is wrong with each: retina-focal check {shlex.quote(name)}"
+        )
     names = MetadataCatalog.get(name).get("thing_classes")
     names = list(names or map(str, range(boxes.classes.max() + 1)))
     of_class = [coverage.classes == index for index in range(len(names))]
@@ -97,7 +103,7 @@ def examine(cfg: CfgNode, name: str, num_images: int) -> tuple[dict, list[Unreac
     report = {
         "dataset": name,
         "pictures": len(boxes.sizes),
-        "boxes": len(boxes),
+        "boxes": len(boxes.with_area()),
         "classes": names,
         "shorter_sides": sides,
         "longer_side": longer,
@@ -208,7 +214,9 @@ def text_of(report: dict) -> str:
     better = report["suggestion"]
     if better:
         lines += [
-            "These anchors reach more, computed on all boxes; paste them into the config:",
+            f"These anchors reach more at the IoU {upper:g}, computed on all boxes; in the config",
+            "they replace the keys of the same names. More reached is not always more learned:",
+            "measure it. `retina-focal configure` searches at the IoU 0.6.",
             "",
         ]
         lines += [yaml_lines(better["settings"]), ""]

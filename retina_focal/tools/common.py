@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from retina_focal.training.run_files import open_log
 from retina_focal.training.seeds import saved_seed, with_seed
 from retina_focal.training.values import LAZY_NAMES, plain_values
 
+STOPPED = 128  # and the signal's number: the exit status, as of a shell
 UNSET = -(2**31)  # a number of classes that nobody types
 LAZY_PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 REGISTRIES = {
@@ -45,7 +48,10 @@ REGISTRIES = {
 
 
 def command(main: Callable[..., object]) -> Callable[..., object]:
-    """A command's entry: a UserError ends it with the message alone and exit status 1."""
+    """A command's entry: a UserError ends it with the message alone and exit status 1.
+
+    Ctrl-C ends it with a line and exit status 130, where it does not end by itself.
+    """
 
     @wraps(main)
     def run(*args, **kwargs) -> object:
@@ -55,8 +61,34 @@ def command(main: Callable[..., object]) -> Callable[..., object]:
             return main(*args, **kwargs)
         except UserError as error:
             sys.exit(f"{Path(sys.argv[0]).name}: {harmless(str(error))}")
+        except KeyboardInterrupt as stop:
+            print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+            sys.exit(status_of(stop))
 
     return run
+
+
+class Terminated(KeyboardInterrupt):
+    """By SIGTERM."""
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises `Terminated` here, so that what Ctrl-C cleans up is cleaned up as well."""
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def status_of(stop: KeyboardInterrupt) -> int:
+    """The exit status that a shell expects of what a signal ended."""
+    return STOPPED + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 def harmless(text: str) -> str:

@@ -1,18 +1,20 @@
 """Write the config of a dataset and a time budget, each line with its reason."""
 
+import argparse
 import os
 import shlex
 import tempfile
 from pathlib import Path
 
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 
 from retina_focal.config import config_path, flatten, get_cfg, package_config
 from retina_focal.data.anchor_search import search
 from retina_focal.data.coverage import BoxTable, anchors_of, box_table, cover
 from retina_focal.data.decisions import (
     STRICTER,
+    THRESHOLDS,
     Setting,
     Settings,
     anchor_settings,
@@ -32,16 +34,19 @@ from retina_focal.data.fingerprint import (
     fingerprint,
     wanted_shorter,
 )
-from retina_focal.data.registration import register
-from retina_focal.data.sources import splits
-from retina_focal.data.uri import has_scheme, parse
 from retina_focal.errors import UserError
-from retina_focal.files import cache_folder, write_whole
+from retina_focal.files import cache_folder, check_regular, write_whole
 from retina_focal.merging import merge_file
-from retina_focal.safe_yaml import read_yaml_with_bases
+from retina_focal.safe_yaml import read_text, read_yaml_with_bases
 from retina_focal.tools.arguments import number, tool_parser
-from retina_focal.tools.common import command
+from retina_focal.tools.common import command, sigterm_interrupts
 from retina_focal.tools.configure.pace import measured_pace, text_of
+from retina_focal.tools.configure.splits import (
+    dataset_settings,
+    expect_choices,
+    find_splits,
+    register_splits,
+)
 from retina_focal.tools.reports import processor
 from retina_focal.weights.lite0 import prepare_weights
 
@@ -49,7 +54,8 @@ CPU_BASE = "quick_start/lite0.yaml"
 GPU_BASE = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 BATCH, GPU_BATCH = 4, 16  # a GPU's is halved until its memory holds it
 BUSY = 0.5  # of the cores
-HELD_OUT = 0.2  # of the pictures, where there is no val
+TOLERATED = 0.02  # of the boxes, that no anchor reaches
+WRITTEN_BY = "# Written by: retina-focal configure"
 
 # Why the base has what it has; other keys are as there.
 REASONS = {
@@ -89,11 +95,41 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.output.suffix not in (".yaml", ".yml"):
         parser.error(f"--output is '{args.output}'; expected a name that ends in .yaml")
+    if any(not x.isprintable() for x in argv):
+        parser.error(f"{argv!r} has a line break; YAML has lines: rename the file or folder")
+    _expect_own(args.output)
+    with sigterm_interrupts():
+        _configure(args, argv)
+
+
+def _expect_own(output: Path) -> None:
+    """Refuse to write over what `configure` has not written, before minutes are spent.
+
+    Raises:
+        UserError: something else lies there.
+    """
+    if not output.exists():
+        return
+    check_regular(output)
+    if not read_text(output).startswith(WRITTEN_BY):
+        raise UserError(
+            f"'{output}' is there, and `retina-focal configure` has not written it; name another "
+            "file: --output FILE"
+        )
+
+
+def _configure(args: argparse.Namespace, argv: list[str]) -> None:
     stem = args.output.stem
-    train, val = (_registered(x) for x in find_splits(args.data, args.val, stem))
+    train, val = find_splits(args.data, args.val, stem)
+    classes = register_splits(train, val)
     table = box_table(DatasetCatalog.get(train[0]))
     val_records = DatasetCatalog.get(val[0])
-    found = fingerprint(table, MetadataCatalog.get(train[0]).thing_classes, len(val_records))
+    expect_choices(val, val_records, table)
+    try:
+        found = fingerprint(table, classes, len(val_records))
+    except UserError as error:
+        checked = f"retina-focal check {shlex.quote(train[1])}"
+        raise UserError(f"'{train[1]}': {error}; what is wrong: {checked}") from error
     machine = Machine(torch.cuda.is_available(), len(os.sched_getaffinity(0)))
     _expect_idle(machine)
     settings = {**base_settings(machine), **data_settings(found), **machine_settings(machine)}
@@ -101,10 +137,10 @@ def main(argv: list[str]) -> None:
     settings |= dataset_settings(train, val, args.val)
     settings["OUTPUT_DIR"] = Setting(f"output/{stem}", "named as this file")
     settings |= decide(settings, table, found, machine, args.minutes, val_records)
-    text = _header(argv, found, machine) + text_of(settings) + "\n"
-    write_whole(args.output, text)
-    check(args.output)
-    print(f"wrote {args.output}; type: retina-focal train --config-file {args.output}")
+    config_of(settings)
+    write_whole(args.output, _header(argv, found, machine) + text_of(settings) + "\n")
+    written = shlex.quote(str(args.output))
+    print(f"wrote {written}; type: retina-focal train --config-file {written}")
 
 
 def _expect_idle(machine: Machine) -> None:
@@ -112,46 +148,11 @@ def _expect_idle(machine: Machine) -> None:
     load = os.getloadavg()[0]  # processes that run or would, over the last minute
     if load > BUSY * machine.cores:
         print(
-            f"in the last minute {load:.1f} processes ran on {machine.cores} cores; should they go "
-            "on, steps look slower than they will be, and the training gets fewer: measure on a "
-            "machine that is otherwise idle",
+            f"in the last minute {load:.1f} processes ran on {machine.cores} cores; should they "
+            "end before the training does, its steps are faster than those that are measured now, "
+            "and it gets fewer than it could: measure on a machine that is otherwise idle",
             flush=True,
         )
-
-
-def find_splits(data: str, val: str | None, stem: str) -> list[tuple[str, str]]:
-    """Name and URI of the training set and of val; a registered name is its own URI.
-
-    Raises:
-        UserError: there is no telling what val is.
-    """
-    if val is None and _is_name(data):
-        raise UserError(f"dataset '{data}' is a registered name; type its val too: --val NAME")
-    if val is not None:
-        pairs = (("train", data), ("val", val))
-        return [(x if _is_name(x) else f"{stem}_{kind}", x) for kind, x in pairs]
-    by_name = {parse(uri).split: uri for uri in splits(data)}
-    train, val = by_name.get("train"), by_name.get("val") or by_name.get("valid")
-    if not (train and val):
-        if set(by_name) - {"", "train", "test"}:
-            raise UserError(
-                f"'{data}' has the splits {', '.join(sorted(by_name))}; name those to take, as in: "
-                f"'{splits(data)[0]}' --val '{splits(data)[-1]}'"
-            )
-        mark = "&" if "?" in data else "?"
-        train, val = (f"{data}{mark}split={x}&val={HELD_OUT}" for x in ("train", "val"))
-    return [(f"{stem}_train", train), (f"{stem}_val", val)]
-
-
-def _is_name(data: str) -> bool:
-    """Whether it is a registered name; a URI may be one too, of an earlier command."""
-    return data in DatasetCatalog and not has_scheme(data)
-
-
-def _registered(pair: tuple[str, str]) -> tuple[str, str]:
-    if pair[0] != pair[1]:
-        register(*pair)
-    return pair
 
 
 def base_settings(machine: Machine) -> Settings:
@@ -167,19 +168,6 @@ def base_settings(machine: Machine) -> Settings:
         prepare_weights(weights)
         settings["MODEL.WEIGHTS"] = Setting(str(weights), REASONS["MODEL.WEIGHTS"])
     return settings
-
-
-def dataset_settings(train: tuple[str, str], val: tuple[str, str], named: str | None) -> Settings:
-    """The datasets; test is not among them."""
-    rows = [list(pair) for pair in (train, val) if pair[0] != pair[1]]
-    made = not named and f"val={HELD_OUT}" in val[1]
-    why = "a fifth of the pictures, near-duplicates together" if made else "as named"
-    return {
-        "DATASETS.SOURCES": Setting(rows, "relative paths start from where train is typed"),
-        "DATASETS.TRAIN": Setting([train[0]], "what it learns from"),
-        "DATASETS.TEST": Setting([val[0]], f"val: {why}; measure test once, at the end"),
-        "MODEL.RETINA_FOCAL.DATA.VAL": Setting(val[0], "what choices are made on"),
-    }
 
 
 def decide(
@@ -212,9 +200,19 @@ def decide(
     octaves = search(table, layout, sides, longer, upper=STRICTER[1], max_per_cell=most)
     before, after = (cover(table, x, sides, longer) for x in (layout, octaves.layout(layout)))
     reached = after.shares(STRICTER)
+    _tell_unreached(after.shares(THRESHOLDS)["below_lower"])
     anchors = anchor_settings(octaves, before.shares(STRICTER), reached)
     anchors |= threshold_settings(reached["at_least_upper"])
     return {**inputs, **anchors, **schedule_settings(found, machine, pace, minutes, sides)}
+
+
+def _tell_unreached(share: float) -> None:
+    if share > TOLERATED:
+        print(
+            f"{share:.1%} of the boxes reach an anchor at an IoU below {THRESHOLDS[0]} alone, at "
+            "these sizes: they will hardly be learned; which ones: retina-focal anchors",
+            flush=True,
+        )
 
 
 def config_of(settings: Settings):
@@ -222,14 +220,9 @@ def config_of(settings: Settings):
     with tempfile.TemporaryDirectory(prefix="retina_focal-") as folder:
         path = Path(folder, "config.yaml")
         path.write_text(text_of(settings))
-        return check(path)
-
-
-def check(path: Path):
-    """The config of a file, as any script of detectron2's would read it."""
-    cfg = get_cfg()
-    merge_file(cfg, str(path))
-    return cfg
+        cfg = get_cfg()
+        merge_file(cfg, str(path))
+        return cfg
 
 
 def _header(argv: list[str], found: Fingerprint, machine: Machine) -> str:
@@ -237,7 +230,7 @@ def _header(argv: list[str], found: Fingerprint, machine: Machine) -> str:
     name = processor("cuda" if machine.has_gpu else "cpu")
     threads = f", {torch.get_num_threads()} threads" if not machine.has_gpu else ""
     return (
-        f"# Written by: retina-focal configure {shlex.join(argv)}\n"
+        f"{WRITTEN_BY} {shlex.join(argv)}\n"
         f"# For {found.num_pictures:,} pictures with {sum(found.boxes_of_class):,} boxes, "
         f"{found.num_val:,} pictures of val. Times are of {name}{threads}.\n"
         "# Train with: retina-focal train --config-file THIS_FILE\n"

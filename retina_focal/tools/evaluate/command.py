@@ -107,7 +107,8 @@ def _open(name: str, args: argparse.Namespace) -> Opened:
 def _of_run(run: Run, args: argparse.Namespace) -> Opened:
     """The operating points are chosen anew where there is a dataset for it."""
     if args.data is None and not run.cfg.DATASETS.TEST:
-        raise UserError("the config names no dataset to test on; add: --data DATA")
+        named = retina_focal_node(run.cfg).DATA.VAL or "DATA"
+        raise UserError(f"the config names no dataset to test on; add: --data {named}")
     data = args.data or run.cfg.DATASETS.TEST[0]
     val = "" if args.compare else retina_focal_node(run.cfg).DATA.VAL
     names = [use_data(run, name) for name in dict.fromkeys(filter(None, (data, val)))]

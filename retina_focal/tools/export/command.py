@@ -3,10 +3,7 @@
 import argparse
 import logging
 import re
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +19,16 @@ from retina_focal.export.sparse_boxes import expect_no_norm
 from retina_focal.export.triton_repository import check_name
 from retina_focal.export.writing import FORMATS, PAGE, TRITON, export
 from retina_focal.tools.arguments import tool_parser
-from retina_focal.tools.common import command, expect_focal_retinanet
+from retina_focal.tools.common import (
+    command,
+    expect_focal_retinanet,
+    sigterm_interrupts,
+    status_of,
+)
 from retina_focal.tools.export.pictures import calibration_images, proof_pictures
 from retina_focal.tools.points import points_of
 from retina_focal.tools.runs import Run, open_run, run_model
 
-STOPPED = 128  # and the signal's number: the exit status, as of a shell
 logger = logging.getLogger(__name__)
 EPILOG = """
 Examples:
@@ -47,28 +48,11 @@ Exit status: 0; 1 where it detects something else (nothing is written) or the ru
 def main(argv: list[str]) -> None:
     """``retina-focal export``: write the model of a run, and print what was compared."""
     try:
-        with _sigterm_interrupts():
+        with sigterm_interrupts():
             _export(parse_args(argv))
     except KeyboardInterrupt as stop:
         print("retina-focal export: interrupted; nothing was written", file=sys.stderr)
-        number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
-        sys.exit(STOPPED + number)
-
-
-class _Terminated(KeyboardInterrupt):
-    """By SIGTERM."""
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        sys.exit(status_of(stop))
 
 
 def _export(args: argparse.Namespace) -> None:

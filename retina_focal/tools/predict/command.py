@@ -180,7 +180,12 @@ def _about_thresholds(
     run: Run, thresholds: np.ndarray, points: OperatingPoints | None, threshold: float | None
 ) -> str:
     if points:
-        shown = ", ".join(f"{x} {y:.2f}" for x, y in zip(run.classes, thresholds, strict=True))
+        shown = ", ".join(
+            f"{name} never"  # no score of it reached the rule
+            if np.isinf(threshold)
+            else f"{name} {threshold:.2f}" + " (not in it)" * (name not in points.thresholds)
+            for name, threshold in zip(run.classes, thresholds, strict=True)
+        )
         return f"a box counts from its class's score in {operating_points.FILE} on: {shown}"
     line = f"a box counts from a score of {thresholds[0]:g} on"
     if threshold is not None:
