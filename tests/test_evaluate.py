@@ -20,7 +20,7 @@ from retina_focal.evaluation.summary import Subject, measure
 from retina_focal.tools import evaluate
 from retina_focal.tools.common import load_cfg
 from retina_focal.tools.points import points_of
-from retina_focal.tools.runs import open_run
+from retina_focal.tools.runs import detections, open_run, run_model, use_data
 from retina_focal.training.assembly import Trainer
 from retina_focal.training.checkpoint_files import write_checkpoint
 
@@ -214,6 +214,15 @@ def test_the_numbers_of_a_run_are_those_of_its_training(run, capsys):
     for name in ("AP", "AP50", "AP-red", "AP-blue"):
         assert report["metrics"][name] == pytest.approx(expected[name], abs=NUMBERS)
     assert report["label"] == str(weights) and report["dataset"] == "rectangles_test"
+
+
+def test_nothing_is_recorded_for_gradients(run):
+    """What records takes more memory, and in bf16 other steps: scores would not be a training's."""
+    opened = open_run(run)
+    data = use_data(opened, opened.cfg.DATASETS.TEST[0])
+    model, recorded = run_model(opened), []
+    model.register_forward_pre_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
+    assert detections(opened, model, data) and recorded and not any(recorded)
 
 
 def test_operating_points_are_chosen_on_val_and_lie_beside_the_weights(run, capsys):

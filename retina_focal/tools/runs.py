@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import inference_context
@@ -163,7 +164,7 @@ def detections(run: Run, model: nn.Module, dataset: str) -> list[dict]:
     by_class = {index: category for category, index in ids.items()}
     found = []
     model = with_tta(run.cfg, model)
-    with inference_context(model):
+    with inference_context(model), torch.no_grad():
         for inputs in tqdm(yaml_test_loader(run.cfg, dataset), dataset, unit="image"):
             for image, output in zip(inputs, model(inputs), strict=True):
                 instances = output["instances"].to("cpu")
