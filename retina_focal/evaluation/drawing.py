@@ -5,6 +5,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
@@ -52,7 +53,7 @@ def draw_detections(
     chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round().astype(int)
     mapper = naming(mapper_of_test(cfg), retina_focal_node(cfg).DATA.MAX_PIXELS)
     rows = []
-    with inference_context(model):
+    with inference_context(model), torch.no_grad():
         for record in (records[i] for i in chosen):
             detections = model([mapper(record)])[0]["instances"].to("cpu")
             detections = detections[detections.scores > score_thresh]

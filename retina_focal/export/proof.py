@@ -69,7 +69,7 @@ def prove(exported: ExportedModel, model: nn.Module, pictures: Sequence[np.ndarr
     precision, model.precision = model.precision, "fp32"
     rows = []
     try:
-        with inference_context(model):
+        with inference_context(model), torch.no_grad():
             for i, size in enumerate(_sizes(pictures[0], exported.metadata)):
                 for count in BATCH_SIZES:
                     batch = _batch(pictures[i % len(pictures) :] + pictures, size, count)
