@@ -82,3 +82,12 @@ def test_a_lazy_config_that_is_none_is_named(code, message, tmp_path):
 def test_a_dataset_that_the_config_does_not_use_is_refused():
     with pytest.raises(UserError, match=r"add: DATASETS\.TRAIN \"\('mine',\)\""):
         load_cfg(CONFIG, datasets=[["mine", "a.json", "."]])
+
+
+def test_a_dataset_that_nothing_uses_is_not_to_replace_another():
+    rows = [["mine_train", "a.json", "a"], ["mine_val", "b.json", "b"]]
+    train = ["DATASETS.TRAIN", "('mine_train',)", "DATASETS.TEST", "()"]
+    with pytest.raises(UserError, match=r"mine_val is used .* add: DATASETS.TEST \"\('mine_v"):
+        load_cfg("quick_start/lite0.yaml", train, rows)
+    with pytest.raises(UserError, match=r"mine_train is used .* add: DATASETS.TRAIN \"\('mine_t"):
+        load_cfg("quick_start/lite0.yaml", [], rows)

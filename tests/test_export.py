@@ -211,6 +211,19 @@ def test_a_norm_of_the_head_is_named_before_weights_are_read(run, tmp_path, monk
         export.main([*arguments(run, tmp_path / "out"), *flags])
 
 
+@pytest.mark.parametrize("missing", ["openvino", "nncf"])
+def test_a_missing_package_is_named_before_weights_are_read(run, tmp_path, monkeypatch, missing):
+    def looked_for(name, extra):
+        if name == missing:
+            raise UserError(f"{name} is not installed; type: pip install 'retina_focal[{extra}]'")
+
+    monkeypatch.setattr(writing, "optional", looked_for)
+    monkeypatch.setattr(command, "run_model", lambda run: pytest.fail("weights are read"))
+    extra = ["--format", "openvino", "--precision", "int8"]
+    with pytest.raises(SystemExit, match=f"{missing} is not installed.*retina_focal.openvino"):
+        export.main([*arguments(run, tmp_path / "out"), *extra])
+
+
 def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
     (tmp_path / ".exporting-old/triton").mkdir(parents=True)
     (tmp_path / ".writing-other").mkdir()  # of whom else writes here

@@ -85,7 +85,9 @@ def input_settings(
     limit = f"95% of the pictures are at most {found.aspect:.2f} times as long as wide"
     settings = {
         "INPUT.MIN_SIZE_TRAIN": Setting(sides, f"{of}; {why}"),
-        "INPUT.MIN_SIZE_TRAIN_SAMPLING": Setting("choice", "each of these as often"),
+        "INPUT.MIN_SIZE_TRAIN_SAMPLING": Setting(
+            "choice", "each of these as often" if len(sides) > 1 else "there is one"
+        ),
         "INPUT.MAX_SIZE_TRAIN": Setting(longer, limit),
         "INPUT.MIN_SIZE_TEST": Setting(shorter, "as in training"),
         "INPUT.MAX_SIZE_TEST": Setting(longer, "as in training"),

@@ -19,6 +19,7 @@ from retina_focal.export.openvino_format import quantize, to_openvino
 from retina_focal.export.page import write_page
 from retina_focal.export.proof import Row, prove
 from retina_focal.export.runners import open_exported
+from retina_focal.export.sessions import optional
 from retina_focal.export.torch_formats import write_torch_export, write_torchscript
 from retina_focal.export.triton_repository import write_triton_repository
 from retina_focal.files import write_error
@@ -26,6 +27,7 @@ from retina_focal.retinanet import FocalRetinaNet
 
 PAGE, TRITON = "page.html", "triton"
 WRITING = ".exporting-"
+ONNX = (("onnx", "export"), ("onnxscript", "export"), ("onnxruntime", "export"))
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,24 @@ class Format:
 
     file: str
     precisions: tuple[str, ...] = ("fp32",)
+    needs: tuple[tuple[str, str], ...] = ()  # packages, and the extra that each is of
 
 
 FORMATS = {
-    "onnx": Format("model.onnx"),
-    "openvino": Format("model.xml", ("fp32", "bf16", "int8")),
+    "onnx": Format("model.onnx", needs=ONNX),
+    "openvino": Format(
+        "model.xml", ("fp32", "bf16", "int8"), (*ONNX[:2], ("openvino", "openvino"))
+    ),
     "torch-export": Format("model.pt2"),
     "torchscript": Format("model.torchscript"),
 }
+
+
+def expect_installed(format: str, precision: str) -> None:
+    """Look for what writes and runs a format, before all else takes minutes (UserError)."""
+    quantizer = (("nncf", "openvino"),) if precision == "int8" else ()
+    for name, extra in (*FORMATS[format].needs, *quantizer):
+        optional(name, extra)
 
 
 def export(

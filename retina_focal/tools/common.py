@@ -136,9 +136,11 @@ def load_cfg(
     check_values(cfg)
     unnamed = [x for x, *_ in datasets if x not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
     if unnamed:
+        others = {x for x, *_ in datasets} - set(unnamed)
+        free = "TEST" if others & set(cfg.DATASETS.TRAIN) else "TRAIN"
         raise UserError(
             f"--dataset {unnamed[0]} is used by neither DATASETS.TRAIN {cfg.DATASETS.TRAIN} nor "
-            f"DATASETS.TEST {cfg.DATASETS.TEST}; add: DATASETS.TRAIN \"('{unnamed[0]}',)\""
+            f"DATASETS.TEST {cfg.DATASETS.TEST}; add: DATASETS.{free} \"('{unnamed[0]}',)\""
         )
     cfg.DATASETS.SOURCES = [*cfg.DATASETS.SOURCES, *([x, y] for x, y, z in datasets if not z)]
     cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *(list(x) for x in datasets if x[2])]

@@ -17,7 +17,7 @@ from retina_focal.export.page import cached_package
 from retina_focal.export.proof import table
 from retina_focal.export.sparse_boxes import expect_no_norm
 from retina_focal.export.triton_repository import check_name
-from retina_focal.export.writing import FORMATS, PAGE, TRITON, export
+from retina_focal.export.writing import FORMATS, PAGE, TRITON, expect_installed, export
 from retina_focal.tools.arguments import tool_parser
 from retina_focal.tools.common import (
     command,
@@ -64,6 +64,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.sparse_boxes:
         expect_no_norm(run.cfg.MODEL.RETINANET.NORM)
     _say_what_stays(run)
+    expect_installed(args.format, args.precision)
     if args.page:
         cached_package()  # before the minutes that all else takes
     if args.triton is not None:

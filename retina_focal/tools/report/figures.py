@@ -96,7 +96,7 @@ def curves(path: Path) -> str | None:
         return None
 
     def draw(figure: Figure) -> None:
-        parts = figure.subplots(2 if names else 1, squeeze=False)[:, 0]
+        parts = figure.subplots(2 if names else 1, squeeze=False, sharex=True)[:, 0]
         _draw_lines(parts[0], rows, LOSSES)
         parts[0].set(ylabel="loss", yscale="log")
         parts[0].yaxis.set_major_formatter("{x:g}")  # the usual one needs math
