@@ -209,7 +209,13 @@ def test_boxes_that_no_anchor_reaches_are_told_of(arguments, idle, monkeypatch, 
 def test_a_signal_ends_it_with_a_line(number, arguments, monkeypatch, capsys):
     """Popen ends its process, and the temporary folder is removed, for any exception."""
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(command, "measured_pace", lambda *_: signal.raise_signal(number))
+
+    def ended(*_: object) -> None:
+        if number == signal.SIGINT:  # which a shell's background jobs ignore
+            raise KeyboardInterrupt
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(command, "measured_pace", ended)
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 128 + number and signal.getsignal(signal.SIGTERM) == before

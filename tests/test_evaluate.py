@@ -1,6 +1,7 @@
 """`retina-focal evaluate`, from its arguments to what it prints and writes."""
 
 import json
+import logging
 import math
 import os
 import shlex
@@ -244,6 +245,7 @@ def test_operating_points_are_chosen_on_val_and_lie_beside_the_weights(run, caps
 
 def test_operating_points_of_other_settings_are_told_of(run, caplog):
     """As of test-time augmentation: scores differ, so do the thresholds that suit them."""
+    caplog.set_level(logging.WARNING)
     augmented = ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)"]
     for chosen, used in ((augmented, []), ([], augmented)):
         evaluate.main([str(run), "--draws", "5", "--opts", *chosen])

@@ -51,7 +51,7 @@ LAYERS = [
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 DYNAMIC = ("import_module", "__import__")
 # What commands share; they import no other command.
-SHARED_TOOLS = {"arguments", "common", "reports", "runs"}
+SHARED_TOOLS = {"arguments", "common", "points", "reports", "runs"}
 
 
 def module_of(path: Path) -> tuple[str, ...]:
