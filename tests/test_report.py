@@ -158,7 +158,6 @@ def browse(page: Path, folder: Path, width: int) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
 def test_operating_points_are_chosen_where_there_are_none(written, tmp_path):
     text = re.sub("<[^>]*>", "", written.read_text(encoding="utf-8"))
     assert "The score from which a detection counts is chosen on report_data" in text
@@ -195,6 +194,7 @@ def test_a_suspected_label_without_area_is_seen(tmp_path):
     assert np.ptp(xs) >= 6 and np.ptp(ys) >= 6
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
 def test_a_browser_shows_it_whole_on_a_phone(written, tmp_path):
     """With the policy taken out and a script put in, which says what it sees."""
     script = """<script>addEventListener("load", () => {

@@ -1,7 +1,6 @@
 """Boxes of pictures, folders and videos, by a trained model: `retina-focal predict`."""
 
 import argparse
-import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,6 @@ from retina_focal.tools.runs import Run, open_run, run_model
 THRESHOLD = 0.3  # where nothing better is known
 MAX_PIXELS = 200_000_000  # of a picture, which is decoded once and not kept
 BATCH_ON_DEVICE = 8
-logger = logging.getLogger(__name__)
 EPILOG = """
 Examples:
   a folder:          %(prog)s output/bccd photos/
