@@ -108,10 +108,22 @@ def test_a_suspected_label_is_of_its_kind():
         (dataset_of([BOX], [True]), []),
         (dataset_of([], []), results_of((1, BOX, 0.4))),
         (dataset_of([], []), []),
+        # Of a class that is never found, or has no other box.
+        (dataset_of([BOX, FAR, [0, 80, 9, 9]], [False] * 3, [1, 2, 2]), results_of((1, BOX, 0.9))),
+        (dataset_of([BOX], [False]), []),
     ],
 )
 def test_what_the_model_does_not_speak_against_is_no_suspect(dataset, results):
     assert suspected_labels(collect(dataset, results)) == []
+
+
+def test_a_box_without_a_detection_is_suspect_as_far_as_its_class_is_found():
+    boxes = [[x, 0, 10, 10] for x in range(0, 80, 20)]
+    dataset = dataset_of([*boxes, [0, 50, 10, 10]], [False] * 4 + [True])
+    found = results_of((1, boxes[0], 0.9), (1, boxes[1], 0.8), (1, boxes[2], 0.3))
+    low, lowest = suspected_labels(collect(dataset, found))
+    assert low["bbox"] == boxes[3] and low["suspicion"] == pytest.approx(2 / 3)
+    assert lowest["bbox"] == boxes[2] and lowest["suspicion"] == pytest.approx(0.7 * 2 / 3)
 
 
 def test_suspects_are_the_strongest_first_and_as_many_as_asked_for():

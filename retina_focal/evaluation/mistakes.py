@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from retina_focal.evaluation.detections import Evaluated
+from retina_focal.evaluation.detections import Evaluated, Truth
 from retina_focal.evaluation.hotcoco_evaluator import hotcoco, results_array
 from retina_focal.evaluation.matches import match, pairs
 
@@ -112,8 +112,10 @@ def suspected_labels(evaluated: Evaluated, least: float = 0.5, count: int = 50) 
 
     Returns:
         Of each the "kind", "suspicion" (the score; of a spurious box 1 minus the highest score that
-        touches it), "image_id", "file_name", "bbox" (XYWH, pixels), "class" of the detection, and
-        "annotation_id" and "label" of the box; None where there is none.
+        touches it, times the share of the other boxes of its class that a detection fits: of a
+        class that is hardly ever found a box without a detection tells little), "image_id",
+        "file_name", "bbox" (XYWH, pixels), "class" of the detection, and "annotation_id" and
+        "label" of the box; None where there is none.
     """
     truth, found = evaluated.truth, evaluated.found
     which, box, iou = pairs(truth, found, 0, TOUCH)
@@ -142,10 +144,9 @@ def suspected_labels(evaluated: Evaluated, least: float = 0.5, count: int = 50) 
     else:
         kinds = {"missing": sure}
     rows = [(found.score[d], kind, d, None) for kind, x in kinds.items() for d in np.nonzero(x)[0]]
-    rows += [
-        (1 - touching[g], "spurious", None, g)
-        for g in np.nonzero(~truth.crowd & (touching < least))[0]
-    ]
+    unfound = (1 - touching) * _found_of_class(truth, own >= least)
+    is_spurious = ~truth.crowd & (touching < least) & (unfound > 0)
+    rows += [(unfound[g], "spurious", None, g) for g in np.nonzero(is_spurious)[0]]
     rows.sort(key=lambda row: -row[0])
     made, seen = [], set()
     for suspicion, kind, d, g in rows:
@@ -169,3 +170,13 @@ def suspected_labels(evaluated: Evaluated, least: float = 0.5, count: int = 50) 
         if len(made) == count:
             break
     return made
+
+
+def _found_of_class(truth: Truth, is_found: np.ndarray) -> np.ndarray:
+    """(G,) for each box that is not found the share of the other boxes of its class that are."""
+    if not len(is_found):
+        return np.zeros(0)
+    counted = ~truth.crowd
+    boxes = np.bincount(truth.label, counted)
+    found = np.bincount(truth.label, counted & is_found)
+    return (found / np.maximum(boxes - 1, 1))[truth.label]
