@@ -40,7 +40,7 @@ def test_the_calibration_error_of_four_detections_is_known():
     )
     edges = reliability(np.array([0.0, 0.5, 1.0]), np.ones(3, bool), bins=2)
     assert edges.count.tolist() == [1, 2]
-    assert reliability(np.empty(0), np.empty(0, bool)).ece == 0
+    assert reliability(np.empty(0), np.empty(0, bool)).ece is None
 
 
 def test_scores_that_are_probabilities_have_no_error():

@@ -114,10 +114,12 @@ class Reliability:
     right: np.ndarray  # (B,) share of right detections; 0 in an empty bin
 
     @property
-    def ece(self) -> float:
-        """Expected calibration error: mean of |right - mean| over detections; 0 without any."""
+    def ece(self) -> float | None:
+        """Expected calibration error: mean of |right - mean| over detections; None without any."""
+        if not self.count.any():
+            return None
         gaps = self.count * np.abs(self.right - self.mean)
-        return float(gaps.sum() / max(self.count.sum(), 1))
+        return float(gaps.sum() / self.count.sum())
 
 
 def reliability(probability: np.ndarray, right: np.ndarray, bins: int = NUM_BINS) -> Reliability:

@@ -75,9 +75,9 @@ def draw_calibration(axes: Axes, report: dict) -> None:
         some = count > 0
         size = 12 + 88 * count[some] / max(count.max(), 1)
         x, y = np.array(bins["mean"])[some], np.array(bins["right"])[some]
-        text = f"{key}: error {100 * bins['ece']:.1f}%"
+        error = "no detections" if bins["ece"] is None else f"error {100 * bins['ece']:.1f}%"
         axes.plot(x, y, color=color, linewidth=1.5)
-        axes.scatter(x, y, s=size, color=color, marker=marker, label=text, zorder=3)
+        axes.scatter(x, y, s=size, color=color, marker=marker, label=f"{key}: {error}", zorder=3)
     axes.set(xlabel="score", ylabel="share that is right (IoU 0.5)")
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02), title=f"calibration ({found['by']})")
     axes.grid(alpha=0.3)

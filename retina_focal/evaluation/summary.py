@@ -37,6 +37,7 @@ from retina_focal.evaluation.precision_recall import (
 )
 
 DEFAULT_THRESHOLD = 0.5  # score, where no operating point is chosen
+Errors = tuple[float | None, float | None]  # of calibration, before and after; None: no detection
 SIZES = ("APs", "APm", "APl")  # COCO's areas: below 32^2, below 96^2, above, in pixels
 
 
@@ -90,7 +91,8 @@ def measure(
         "label", "dataset", "images", "boxes", "detections", "detections_counted";
         "metrics" and "intervals" (95%) by name, in percent, None where there is no box;
         "classes" by name, each with its AP, also by size, its boxes, "point" (threshold and what
-        it gives here, as shares in [0, 1]), "best_f1" and calibration error "ece" (before, after);
+        it gives here, as shares in [0, 1]), "best_f1" and calibration error "ece" (before, after;
+        None without detections);
         "precision_recall"; "confusion"; "errors" (None without hotcoco); "calibration";
         "operating_points" (rule and dataset, None without); "suspected_labels"; "worst_images".
     """
@@ -204,9 +206,7 @@ def _sizes(subject: Subject) -> dict[str, list[float | None]]:
     return found
 
 
-def _classes(
-    subject: Subject, thresholds: dict, sizes: dict, errors: dict[str, tuple[float, float]]
-) -> dict:
+def _classes(subject: Subject, thresholds: dict, sizes: dict, errors: dict[str, Errors]) -> dict:
     drawn = curves(subject.evaluated, subject.matches)
     rows = {}
     for label, (name, curve) in enumerate(zip(subject.evaluated.classes, drawn, strict=True)):
@@ -253,7 +253,7 @@ def _error_types(subject: Subject) -> dict | None:
 
 def _calibration(
     subject: Subject, points: OperatingPoints | None
-) -> tuple[dict, dict[str, tuple[float, float]]]:
+) -> tuple[dict, dict[str, Errors]]:
     """Calibration of all classes together, and the error of each class before and after.
 
     The maps are those of the operating points, which are of another dataset; without them, maps

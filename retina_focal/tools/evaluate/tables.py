@@ -82,8 +82,10 @@ def _foot(report: dict) -> str:
         lines.append(f"operating points: those of {points['dataset']}")
     else:
         lines.append(f"operating points: {describe(points['rule'])} on {points['dataset']}")
-    before, after = (_share(calibration[x]["ece"]) for x in ("before", "after"))
-    lines.append(f"calibration error, %: {before}, after calibration {after} ({calibration['by']})")
+    if report["detections"]:
+        before, after = (_share(calibration[x]["ece"]) for x in ("before", "after"))
+        by = calibration["by"]
+        lines.append(f"calibration error, %: {before}, after calibration {after} ({by})")
     if report["errors"] is None and report["detections"]:
         lines.append("kinds of errors need hotcoco: pip install 'retina_focal[evaluation]'")
     suspects = report["suspected_labels"]
