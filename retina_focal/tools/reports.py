@@ -3,8 +3,9 @@
 import math
 import platform
 import shlex
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from io import BytesIO
 from itertools import takewhile
@@ -77,8 +78,21 @@ def figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
     """A figure to draw on, in inches; saved to `path` at the end, as its ending tells."""
     from matplotlib.figure import Figure  # its savefig draws by Agg, whatever the backend is
 
-    drawn = Figure(figsize=(width, height), layout="constrained")
-    yield drawn
-    picture = BytesIO()
-    drawn.savefig(picture, dpi=120, format=path.suffix.removeprefix("."))
+    with texts_stay() if path.suffix == ".svg" else nullcontext():
+        drawn = Figure(figsize=(width, height), layout="constrained")
+        yield drawn
+        picture = BytesIO()
+        drawn.savefig(picture, dpi=120, format=path.suffix.removeprefix("."))
     write_whole(path, picture.getvalue())
+
+
+@contextmanager
+def texts_stay() -> Iterator[None]:
+    """Inside, texts of figures stay texts in SVG, which the reader's fonts draw in any language;
+    a class may be called "$a$"."""
+    import matplotlib
+
+    style = {"svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # of the font that measures them
+        yield

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,16 +15,16 @@ from PIL import Image
 
 from retina_focal.evaluation.charts import COLORS, FIGURES
 from retina_focal.tools.report.content import SIZES
+from retina_focal.tools.reports import texts_stay
 
 BARS = 21  # classes that have a bar, those with the most boxes
 WIDTH = 5.5  # inches of a figure: its texts can be read on a phone
 LOSSES = ("total_loss", "loss_cls", "loss_box_reg")
-STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False}
 
 
 def svg(draw: Callable[[Figure], None], width: float, height: float) -> str:
-    """A figure in inches, whose texts stay texts; a class may be called "$a$"."""
-    with matplotlib.rc_context(STYLE):
+    """A figure in inches; see `texts_stay`."""
+    with texts_stay():
         drawn = Figure(figsize=(width, height), layout="constrained")
         draw(drawn)
         file = io.BytesIO()
