@@ -237,7 +237,8 @@ def _default_node() -> CfgNode:
     # (torchvision, Detectron).
     node.TEST.CLIP_BEFORE_NMS = False
     node.TEST.KEEP_EMPTY_BOXES = False
-    # Side in pixels of the tiles into which `predict` cuts pictures that are larger; 0: none.
+    # Side in pixels of the tiles into which larger pictures are cut to be predicted and measured;
+    # 0: none.
     node.TEST.TILE = 0
     # Overlap of neighbouring tiles, as a part of their side; it should be larger than most objects.
     node.TEST.TILE_OVERLAP = 0.2

@@ -131,7 +131,7 @@ def test_a_lazy_configs_detections_all_count(cfg):
     assert _lazy_evaluator(own)._max_dets_per_image == [1, 10, 200]
 
 
-def test_a_lazy_configs_loader_names_a_picture_that_is_too_large(cfg):
+def test_a_lazy_configs_loader_names_a_picture_that_is_too_large(cfg, caplog):
     config, node = lazy(cfg), cfg.MODEL.RETINA_FOCAL
     assert instantiate(config.dataloader.test.mapper)
     model = build_model(cfg)
@@ -139,5 +139,9 @@ def test_a_lazy_configs_loader_names_a_picture_that_is_too_large(cfg):
     node.DATA.MAX_PIXELS = 100
     with pytest.raises(BadPicture, match="can't be used: it has 96 x 64 pixels"):
         measure_lazy(config, model, None, node)
+    assert "sees pictures whole" not in caplog.text
+    node.DATA.MAX_PIXELS, node.TEST.TILE = 10**6, 64
+    measure_lazy(config, model, None, node)
+    assert "TEST.TILE 64: the evaluation of a LazyConfig sees pictures whole" in caplog.text
     del config.dataloader["evaluator"]
     assert measure_lazy(config, model, None, node) == {}

@@ -10,7 +10,8 @@ from detectron2.structures import Boxes, pairwise_iou
 from torch import nn
 
 from retina_focal.errors import UserError
-from retina_focal.evaluation.tta import RetinaNetWithTTA, build_test_mapper, with_tta
+from retina_focal.evaluation.tested import build_test_mapper
+from retina_focal.evaluation.tta import RetinaNetWithTTA, with_tta
 from retina_focal.training.assembly import Trainer
 
 

@@ -49,7 +49,7 @@ AVERAGED = 8  # the average of the weights is over about this part of the steps
 # minutes and seeds shows what another value gains. Times of a step are measured with these.
 METHOD: dict[str, tuple[object, str]] = {
     "MODEL.RETINA_FOCAL.ASSIGNMENT": ("detectron2", "atss instead gains no AP that is measured"),
-    "MODEL.RETINA_FOCAL.CLS_LOSS": ("focal", "soft targets gain no AP that is measured"),
+    "MODEL.RETINA_FOCAL.CLS_LOSS": ("focal", "soft targets gain 0.5 AP on BCCD's val, 0.1 on test"),
     "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.SCALE": ([1.0, 1.0], "sizes are those of MIN_SIZE_TRAIN"),
     "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.COLOUR": (0.0, "no gain is measured"),
     "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.MOSAIC": (0.0, "no gain is measured"),
@@ -96,12 +96,11 @@ def input_settings(
 
 
 def _tile_settings(found: Fingerprint) -> Settings:
-    """Random tiles in training; `predict` cuts the same way. Nothing is resized."""
+    """Random tiles in training; val and what is predicted are cut into all. Nothing is resized."""
     why = (
         f"a tenth of the smallest class is below {found.small:.0f} px in pictures of "
         f"{found.shorter:.0f} px: too small when whole"
     )
-    none = "pictures are evaluated whole, where these objects are lost; predict cuts them"
     return {
         "INPUT.CROP.ENABLED": Setting(True, why),
         "INPUT.CROP.TYPE": Setting("absolute", "px of the picture's file"),
@@ -110,8 +109,7 @@ def _tile_settings(found: Fingerprint) -> Settings:
         "INPUT.MAX_SIZE_TRAIN": Setting(2 * TILE, "a small picture may be narrower than a tile"),
         "INPUT.MIN_SIZE_TEST": Setting(TILE, "of a tile; the whole picture is a second scale"),
         "INPUT.MAX_SIZE_TEST": Setting(math.ceil(TILE * found.aspect), "the same"),
-        "MODEL.RETINA_FOCAL.TEST.TILE": Setting(TILE, "predict cuts as the training did"),
-        "DATASETS.TEST": Setting([], none),
+        "MODEL.RETINA_FOCAL.TEST.TILE": Setting(TILE, "of the size that it learned from"),
     }
 
 
@@ -208,11 +206,9 @@ def schedule_settings(
             f"{LEAST_STEPS} or more: type --minutes {math.ceil(least)}"
         )
     most = math.ceil(MOST_EPOCHS * found.num_pictures / pace.batch)
-    times = 0 if is_tiled(found) else num_evaluations(evaluation, minutes * 60 * SPENT)
-    fits = f"{SPENT:.0%} of {minutes:g} min, less {pace.start:.0f} s of start"
-    if evaluation:
-        fits += f" and {1 + times} times {evaluation:.0f} s of evaluation"
-    fits += f", at {step:.2g} s per step"
+    times = num_evaluations(evaluation, minutes * 60 * SPENT)
+    fits = f"{SPENT:.0%} of {minutes:g} min, less {pace.start:.0f} s of start and "
+    fits += f"{1 + times} times {evaluation:.0f} s of evaluation, at {step:.2g} s per step"
     fits += "" if padded == pace.shorter else f", from {pace.step:.2g} s at {pace.shorter} px"
     fits += ", measured here"
     if steps > max(most, enough_steps(found, pace.batch)):
@@ -248,9 +244,7 @@ def schedule_settings(
         "MODEL.RETINA_FOCAL.TRAIN.KEEP_CHECKPOINTS": Setting(2, "what a resumed run needs"),
         "TEST.EVAL_PERIOD": Setting(
             -(-steps // (times + 1)) if times else 0,
-            "whole pictures of small objects are not evaluated"
-            if is_tiled(found)
-            else f"{times} before the last: {evaluation:.0f} s each for {found.num_val} pictures",
+            f"{times} before the last: {evaluation:.0f} s each for {found.num_val} pictures",
         ),
         "MODEL.RETINA_FOCAL.TRAIN.BEST": Setting("bbox/AP" if times else "", best),
     }

@@ -216,8 +216,8 @@ def steps_within(
 
 
 def evaluation_seconds(found: Fingerprint, pace: Pace, shorter: float) -> float:
-    """Of all pictures of val; tiles are not evaluated."""
-    return 0.0 if is_tiled(found) else found.num_val * pace.picture_at(shorter)
+    """Of all pictures of val."""
+    return found.num_val * pace.picture_at(shorter)
 
 
 def num_evaluations(evaluation: float, seconds: float) -> int:

@@ -17,8 +17,8 @@ from torch import nn
 
 from retina_focal.config import retina_focal_node
 from retina_focal.data.images import naming
-from retina_focal.data.resizing import mapper_of_test
 from retina_focal.errors import UserError
+from retina_focal.evaluation.tested import as_tested, build_test_mapper
 from retina_focal.files import write_whole
 
 Color = tuple[int, int, int]  # RGB
@@ -51,8 +51,8 @@ def draw_detections(
     if not records:
         raise UserError(f"dataset '{name}' has no images; expected at least one: see DATASETS.TEST")
     chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round().astype(int)
-    mapper = naming(mapper_of_test(cfg), retina_focal_node(cfg).DATA.MAX_PIXELS)
-    rows = []
+    mapper = naming(build_test_mapper(cfg), retina_focal_node(cfg).DATA.MAX_PIXELS)
+    model, rows = as_tested(cfg, model), []
     with inference_context(model), torch.no_grad():
         for record in (records[i] for i in chosen):
             detections = model([mapper(record)])[0]["instances"].to("cpu")

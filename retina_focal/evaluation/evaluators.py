@@ -19,6 +19,7 @@ from retina_focal.errors import UserError
 from retina_focal.evaluation.hotcoco_evaluator import HotcocoEvaluator
 
 COCO_LIMIT = 100  # detections per image that COCO's AP counts, and the fewest that are counted
+ALL = 10**6  # more than an image has
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ def build_evaluator(
     """The evaluator of a registered dataset's `evaluator_type`, which writes to a folder.
 
     Args:
-        max_detections: per image that the model makes; above 100 they all count for the AP.
+        max_detections: per image that the model makes, or `ALL`; above 100 they all count for the
+            AP.
         library: of ``MODEL.RETINA_FOCAL.TEST.EVALUATOR``, for a dataset in COCO format.
         options: of `COCOEvaluator`.
     Raises:
@@ -43,7 +45,8 @@ def build_evaluator(
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type == "coco":
         if max_detections > COCO_LIMIT:
-            logger.info("AP counts %d detections per image, where COCO counts 100", max_detections)
+            counted = "all" if max_detections == ALL else max_detections
+            logger.info("AP counts %s detections per image, where COCO counts 100", counted)
             options["max_dets_per_image"] = max_detections
         evaluator = coco_evaluator(library)(dataset_name, output_dir=output_dir, **options)
         file = coco_file(dataset_name)  # which the evaluator may only now have written

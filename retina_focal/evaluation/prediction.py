@@ -4,22 +4,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.evaluation import inference_context
 from detectron2.structures import Instances
 from PIL import Image
 from torch import Tensor, nn
 
-from retina_focal.config import check_choice, retina_focal_node
+from retina_focal.config import retina_focal_node
 from retina_focal.data.images import BadPicture
-from retina_focal.data.resizing import ResizeAs, resizing_of_test
 from retina_focal.evaluation.ahead import ahead
 from retina_focal.evaluation.inputs import Input, bad_picture, read_frames, read_picture
-from retina_focal.evaluation.tiles import Tile, merge_tiles, tiles_of
+from retina_focal.evaluation.tiles import Tile, merge_tiles
 from retina_focal.evaluation.tta import with_tta
+from retina_focal.evaluation.views import NoView, Views
 
 
 @dataclass
@@ -73,16 +71,13 @@ class Predictor:
             preview: pixels of the longer side of the small pictures that come with predictions;
                 0: none.
         Raises:
-            UserError: an ``INPUT.FORMAT`` other than BGR and RGB.
+            UserError: see `Views`.
         """
-        check_choice("INPUT.FORMAT", cfg.INPUT.FORMAT, ("BGR", "RGB"))
         node = retina_focal_node(cfg)
-        self.cfg, self.test = cfg, node.TEST
+        self.cfg, self.test, self.views = cfg, node.TEST, Views(cfg)
         self.model = with_tta(cfg, model)
         self.batch_size, self.every, self.preview = batch_size, every, preview
         self.max_pixels = node.DATA.MAX_PIXELS
-        # Of a tile; TTA resizes each view itself.
-        self.resizing = [] if cfg.TEST.AUG.ENABLED else resizing_of_test(cfg)
 
     def __call__(self, inputs: Iterable[Input]) -> Iterator[Prediction | BadPicture]:
         """What is found in each picture, or why it can't be used, in the order of the inputs."""
@@ -133,7 +128,7 @@ class Predictor:
                 yield error
 
     def _views_of(self, source: Input, frame: int | None, image: Image.Image) -> Iterator[_View]:
-        tiles = tiles_of(*image.size, self.test.TILE, self.test.TILE_OVERLAP)
+        tiles = self.views.tiles(*image.size)
         preview = _shrunk(image, self.preview) if self.preview else None
         picture = Prediction(source, frame, *image.size, tiles, preview)
         for tile in tiles:
@@ -142,20 +137,11 @@ class Predictor:
             yield _View(picture, {"image": tensor, "height": height, "width": width})
 
     def _resized(self, image: Image.Image, tile: Tile, source: Input) -> Tensor:
-        """(3, H, W) of a tile, as the mapper of a test set resizes a picture."""
-        size = width, height = tile.size
-        others = [x for x in self.resizing if isinstance(x, ResizeAs)]
-        if self.resizing and not others:  # at once, out of the whole picture
-            shortest, longest = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
-            size = ResizeShortestEdge.get_output_shape(height, width, shortest, longest)[::-1]
-        if min(size) < 1:
-            reason = f"its {width} x {height} pixels are {size[0]} x {size[1]} to the model"
-            raise bad_picture(source.path, reason)
-        if size != image.size or any(tile.inner):
-            image = image.resize(size, Image.Resampling.BILINEAR, box=tile.window)
-        array = np.asarray(image)
-        for resizing in others:
-            array = resizing.get_transform(array).apply_image(array)
+        """(3, H, W) of a tile, in the channels of ``INPUT.FORMAT``."""
+        try:
+            array = self.views.pixels(image, tile)
+        except NoView as error:
+            raise bad_picture(source.path, str(error)) from error
         if self.cfg.INPUT.FORMAT == "BGR":
             array = array[:, :, ::-1]
         return torch.from_numpy(array.transpose(2, 0, 1).copy())

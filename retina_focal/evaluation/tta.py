@@ -8,13 +8,12 @@ from contextlib import contextmanager
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.modeling import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from retina_focal.data.resizing import mapper_of_test, resizing_of_test
+from retina_focal.data.resizing import resizing_of_test
 from retina_focal.errors import UserError
 from retina_focal.postprocess import Postprocessor, suppress
 from retina_focal.retinanet import FocalRetinaNet
@@ -57,8 +56,8 @@ class RetinaNetWithTTA(nn.Module):
         """As `FocalRetinaNet.forward` in evaluation.
 
         Args:
-            batched_inputs: `image` (C, H, W), best as decoded, see `build_test_mapper`; optionally
-                `height` and `width` to return boxes in.
+            batched_inputs: `image` (C, H, W), best as decoded, see
+                `tested.build_test_mapper`; optionally `height` and `width` to return boxes in.
         """
         return [{"instances": self._detect(x)} for x in batched_inputs]
 
@@ -100,16 +99,8 @@ class RetinaNetWithTTA(nn.Module):
 
 
 def with_tta(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """The model as it is tested: with the augmentations of ``TEST.AUG`` where they are enabled."""
+    """The model with the augmentations of ``TEST.AUG``, where they are enabled."""
     return RetinaNetWithTTA(cfg, model) if cfg.TEST.AUG.ENABLED else model
-
-
-def build_test_mapper(cfg: CfgNode) -> DatasetMapper:
-    """The mapper of a test set; with ``TEST.AUG`` pictures stay as they were decoded, so that none
-    is resized twice."""
-    if not cfg.TEST.AUG.ENABLED:
-        return mapper_of_test(cfg)
-    return DatasetMapper(is_train=False, augmentations=[], image_format=cfg.INPUT.FORMAT)
 
 
 class _Candidates:

@@ -15,17 +15,18 @@ from retina_focal.export.metadata import AGAIN
 from retina_focal.tools.runs import Run
 from retina_focal.weights.formats import sha256_of
 
-# Keys that move scores, or choose among boxes: thresholds belong to their values. Tiles are not
-# among them, as no evaluation cuts pictures.
+# Keys that move scores, or choose among boxes: thresholds belong to their values.
 KEYS = (
     "INPUT.MIN_SIZE_TEST",
     "INPUT.MAX_SIZE_TEST",
     "MODEL.RETINANET.NMS_THRESH_TEST",
     "MODEL.RETINA_FOCAL.TEST.CLASS_AGNOSTIC_NMS",
     "MODEL.RETINA_FOCAL.TEST.RESIZE",
+    "MODEL.RETINA_FOCAL.TEST.TILE",
     "TEST.AUG.ENABLED",
 )
 AUGMENTED = ("TEST.AUG.MIN_SIZES", "TEST.AUG.MAX_SIZE", "TEST.AUG.FLIP")  # where it is enabled
+TILED = ("MODEL.RETINA_FOCAL.TEST.TILE_OVERLAP",)  # where there are tiles
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,9 @@ def points_of(run: Run) -> OperatingPoints | None:
 
 def _settings(cfg: CfgNode) -> dict[str, object]:
     values = flatten(cfg)
-    keys = (*KEYS, *AUGMENTED) if cfg.TEST.AUG.ENABLED else KEYS
+    keys = [*KEYS]
+    keys += AUGMENTED if cfg.TEST.AUG.ENABLED else ()
+    keys += TILED if values["MODEL.RETINA_FOCAL.TEST.TILE"] else ()
     return {key: values[key] for key in keys}
 
 

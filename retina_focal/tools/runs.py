@@ -21,7 +21,7 @@ from retina_focal.config import flatten, retina_focal_node
 from retina_focal.data.classes import class_names, match_classes
 from retina_focal.data.registration import register, register_datasets, use_datasets
 from retina_focal.errors import UserError
-from retina_focal.evaluation.tta import with_tta
+from retina_focal.evaluation.tested import as_tested
 from retina_focal.export.metadata import AGAIN, Metadata
 from retina_focal.export.runners import ExportedModel, exported_file, open_exported
 from retina_focal.safe_yaml import read_text
@@ -163,7 +163,7 @@ def detections(run: Run, model: nn.Module, dataset: str) -> list[dict]:
     ids = MetadataCatalog.get(dataset).get("thing_dataset_id_to_contiguous_id")
     by_class = {index: category for category, index in ids.items()}
     found = []
-    model = with_tta(run.cfg, model)
+    model = as_tested(run.cfg, model)
     with inference_context(model), torch.no_grad():
         for inputs in tqdm(yaml_test_loader(run.cfg, dataset), dataset, unit="image"):
             for image, output in zip(inputs, model(inputs), strict=True):

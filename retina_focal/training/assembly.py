@@ -29,7 +29,7 @@ from retina_focal.data.loading import build_train_loader
 from retina_focal.errors import UserError
 from retina_focal.evaluation.evaluators import explain_missing
 from retina_focal.evaluation.expected import unexpected_results
-from retina_focal.evaluation.tta import with_tta
+from retina_focal.evaluation.tested import as_tested
 from retina_focal.training.average import averaged_weights, weight_average
 from retina_focal.training.best import EarlyStop, best_checkpoint, has_ended
 from retina_focal.training.checkpoint_files import own_checkpoints
@@ -197,7 +197,7 @@ class Trainer(DefaultTrainer):
     def test(cls, cfg: CfgNode | DictConfig, model: nn.Module, evaluators=None) -> dict:
         """As DefaultTrainer's; nothing where a LazyConfig has no evaluator."""
         if not isinstance(cfg, DictConfig):
-            results = super().test(cfg, with_tta(cfg, model), evaluators)
+            results = super().test(cfg, as_tested(cfg, model), evaluators)
         else:
             results = measure_lazy(cfg, model, evaluators, retina_focal_node(plain_values(cfg)))
         explain_missing(results)

@@ -1,5 +1,6 @@
 """What an evaluation is made of, for both kinds of config: pictures, evaluator, trained weights."""
 
+import logging
 import os
 from collections.abc import Iterable
 
@@ -20,10 +21,17 @@ from retina_focal.config import retina_focal_node
 from retina_focal.data.classes import match_checkpoint
 from retina_focal.data.images import naming
 from retina_focal.errors import UserError
-from retina_focal.evaluation.evaluators import COCO_LIMIT, build_evaluator, coco_evaluator
-from retina_focal.evaluation.tta import build_test_mapper
+from retina_focal.evaluation.evaluators import (
+    ALL,
+    COCO_LIMIT,
+    build_evaluator,
+    coco_evaluator,
+)
+from retina_focal.evaluation.tested import build_test_mapper
 from retina_focal.training.signals import StoppableLoader
 from retina_focal.weights.trained import expect_trained, missing_parameters
+
+logger = logging.getLogger(__name__)
 
 
 def yaml_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
@@ -43,6 +51,12 @@ def measure_lazy(
     """
     if "evaluator" not in cfg.dataloader:
         return {}
+    if node.TEST.TILE:
+        logger.warning(
+            "TEST.TILE %d: the evaluation of a LazyConfig sees pictures whole; in tiles: "
+            "retina-focal evaluate RUN --config-file FILE.py",
+            node.TEST.TILE,
+        )
     loader = StoppableLoader(_lazy_test_loader(cfg, node.DATA.MAX_PIXELS), node.TRAIN.TIMEOUT)
     evaluator = evaluator or _lazy_evaluator(cfg, node.TEST.EVALUATOR)
     results = inference_on_dataset(model, loader, evaluator) or {}
@@ -61,9 +75,9 @@ def _lazy_test_loader(cfg: DictConfig, max_pixels: int) -> Iterable[list[dict]]:
 
 def yaml_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """See `build_evaluator`; writes to ``OUTPUT_DIR/inference``."""
-    folder = os.path.join(cfg.OUTPUT_DIR, "inference")
-    library = retina_focal_node(cfg).TEST.EVALUATOR
-    return build_evaluator(dataset_name, folder, cfg.TEST.DETECTIONS_PER_IMAGE, library)
+    folder, test = os.path.join(cfg.OUTPUT_DIR, "inference"), retina_focal_node(cfg).TEST
+    limit = ALL if test.TILE else cfg.TEST.DETECTIONS_PER_IMAGE  # which holds in each tile
+    return build_evaluator(dataset_name, folder, limit, test.EVALUATOR)
 
 
 def _lazy_evaluator(cfg: DictConfig, library: str = "pycocotools") -> DatasetEvaluator:

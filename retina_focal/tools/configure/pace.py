@@ -19,6 +19,7 @@ from retina_focal.tools.reports import yaml_lines
 
 DETECTIONS = Path("inference", "coco_instances_results.json")
 MEASURED_STEPS, MEASURED_PICTURES = 8, 10  # detectron2 leaves out 3 and 5 to warm up
+MEASURED_TILED = 2  # pictures, of which the second counts, where each is many tiles
 
 
 def text_of(settings: Mapping[str, Setting]) -> str:
@@ -61,7 +62,9 @@ def measured_pace(
 
 def _short_run(settings: Settings, val_records: list[dict], batch: int, folder: Path) -> Settings:
     """A few steps, then an evaluation of a few pictures of val."""
-    few = sorted(val_records, key=lambda x: not x["annotations"])[:MEASURED_PICTURES]
+    is_tiled = settings.get("MODEL.RETINA_FOCAL.TEST.TILE", Setting(0, "")).value > 0
+    few = sorted(val_records, key=lambda x: not x["annotations"])
+    few = few[: MEASURED_TILED if is_tiled else MEASURED_PICTURES]
     name = settings["MODEL.RETINA_FOCAL.DATA.VAL"].value
     classes = MetadataCatalog.get(name).thing_classes
     root = MetadataCatalog.get(name).image_root
@@ -118,17 +121,15 @@ def _pace_of(folder: Path, wall: float, shorter: int, batch: int) -> Pace:
     lines = map(json.loads, (folder / "metrics.json").read_text().splitlines())
     step = [x["time"] for x in lines if "time" in x][-1]
     log = (folder / "log.txt").read_text()
-    spent, picture = re.findall(r"Total inference time: (\S+) \((\S+) s / iter", log)[-1]
-    hours, minutes, seconds = map(float, spent.split(":"))
-    evaluation = 3600 * hours + 60 * minutes + seconds
+    picture = re.findall(r"Total inference time: \S+ \((\S+) s / iter", log)[-1]
     # The AP is computed between the file of the detections and the last line of the metrics.
     computed = _written(folder / "metrics.json") - _written(folder / DETECTIONS)
     num_pictures = len(json.loads((folder / "val.json").read_text())["images"])
     # Two are written at the end, one after the other.
     last = folder / f"model_{MEASURED_STEPS - 1:07d}.pth"
     save = max(0.0, _written(folder / "model_final.pth") - _written(last))
-    start = wall - MEASURED_STEPS * step - evaluation - max(0.0, computed) - save
     per_picture = float(picture) + max(0.0, computed) / max(num_pictures, 1)
+    start = wall - MEASURED_STEPS * step - per_picture * num_pictures - save
     return Pace(shorter, batch, max(0.0, start), step, per_picture, save)
 
 
