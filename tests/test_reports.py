@@ -36,3 +36,10 @@ def test_an_origin_names_a_command_that_can_be_typed_again():
     assert shlex.split(found["command"]) == ["retina-focal", "speed", *argv]
     assert datetime.fromisoformat(found["date"]).tzinfo
     assert found["processor"] and found["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.filterwarnings("error")
+def test_texts_of_an_svg_stay_what_they_are(tmp_path):
+    with figure(tmp_path / "a.svg", 3, 2) as drawn:
+        drawn.subplots().set(xlabel="红细胞 $a$ <b>")
+    assert "红细胞 $a$ &lt;b&gt;</text>" in (tmp_path / "a.svg").read_text()
