@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import pictures, small_cfg
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -170,6 +170,20 @@ def test_hardest_windows_are_in_pixels_of_the_picture():
     assert window.gt_boxes.tolist() == [[2.5, 5, 7.5, 10]]
 
 
+def test_hardest_windows_of_a_tile_are_where_they_are_in_the_picture():
+    hardest = HardestWindows(size=1, tile=200)
+    anchors = torch.tensor([[10.0, 20, 30, 40]])
+    hardest.add(anchors, Windows(True, torch.zeros(1), torch.tensor([0]), torch.tensor([1])))
+    record = record_of("a", [[1, 2, 3, 4]], [1])
+    hardest.end_image({**record, "height": 300, "width": 700})  # the tile begins at (250, 50)
+    (window,) = hardest.windows
+    height, width = SIZE
+    scale = np.array([200 / width, 200 / height] * 2)
+    corner = np.array([250, 50] * 2)
+    assert window.anchor == pytest.approx(anchors[0].numpy() * scale + corner)
+    assert window.gt_boxes[0] == pytest.approx(np.array([1, 2, 3, 4]) * scale + corner)
+
+
 def test_memory_does_not_grow_with_the_images():
     seen = Anatomy(["p3"], ["a", "b"], GAMMAS, 0.25)
     boxes = 90 * torch.rand(500, 4, generator=torch.Generator().manual_seed(0))
@@ -252,7 +266,7 @@ def test_its_loss_is_the_loss_of_training(cfg, model):
     expected = positives = 0
     model.train()
     for record in DatasetCatalog.get("to_dissect"):
-        batch = anatomy.DatasetMapper(
+        batch = DatasetMapper(
             is_train=True,
             augmentations=[build_augmentation(cfg, False)[0]],
             image_format=cfg.INPUT.FORMAT,

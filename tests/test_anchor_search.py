@@ -123,6 +123,16 @@ def test_the_command_reports_what_it_measured(data, tmp_path, capsys):
     assert "12 boxes in 6 pictures" in text and "detectron2 *" in text
 
 
+def test_tiles_are_told_of(data, tmp_path, capsys):
+    crop = {"ENABLED": True, "TYPE": "absolute", "SIZE": [64, 64]}
+    cfg = {"_BASE_": CONFIG, "INPUT": {"CROP": crop, "MIN_SIZE_TRAIN": [64]}}
+    (tmp_path / "tiles.yaml").write_text(yaml.safe_dump(cfg))
+    arguments = [f"coco:{data}/a.json?images={data}", "--output", str(tmp_path)]
+    tool.main([*arguments, "--config-file", str(tmp_path / "tiles.yaml")])
+    text = capsys.readouterr().out
+    assert "6 pictures, not resized;" in text and "6 pictures, of each the 64 px in the mid" in text
+
+
 def test_boxes_without_area_are_told_of(data, tmp_path):
     content = json.loads((data / "a.json").read_text())
     for row in content["annotations"]:

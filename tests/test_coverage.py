@@ -5,6 +5,7 @@ import itertools
 import json
 import resource
 import time
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -30,6 +31,7 @@ from retina_focal.data.coverage import (
     size_classes,
 )
 from retina_focal.data.registration import register_coco_json
+from retina_focal.data.resizing import mapper_with_boxes
 from retina_focal.data.sample import prepare_bccd
 from retina_focal.tools.common import load_cfg
 
@@ -135,6 +137,36 @@ def test_boxes_are_those_that_the_mapper_gives_the_model(bccd, limits):
             assert (boxes[mine] == sample["instances"].gt_boxes.tensor.numpy()).all()
             assert (table.classes[kept[mine]] == sample["instances"].gt_classes.numpy()).all()
             assert tuple(sizes[i]) == sample["image"].shape[1:]
+
+
+def test_the_boxes_of_a_middle_tile_are_those_that_the_network_sees(bccd):
+    opts = ["MODEL.RETINA_FOCAL.TEST.TILE", "200", "INPUT.MIN_SIZE_TEST", "0"]
+    mapper = mapper_with_boxes(load_cfg("quick_start/bccd.yaml", opts))
+    records = copy.deepcopy(bccd[:5])
+    for sides in ((480, 640), (150, 640), (150, 120)):
+        for record in records:
+            record["height"], record["width"] = sides
+        table = box_table(records).middle_tiles(200)
+        for i, record in enumerate(records):
+            picture = np.zeros((*sides, 3), np.uint8)
+            with patch("detectron2.data.detection_utils.read_image", return_value=picture):
+                seen = mapper(record)
+            mine = table.pictures == i
+            assert tuple(table.sizes[i]) == seen["image"].shape[1:]
+            assert np.allclose(table.boxes[mine], seen["instances"].gt_boxes.tensor, atol=1e-4)
+            assert (table.classes[mine] == seen["instances"].gt_classes.numpy()).all()
+
+
+def test_tiles_that_keep_their_size_are_not_resized():
+    crop = ["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", "absolute"]
+    crop += ["INPUT.CROP.SIZE", "[640, 640]", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "choice"]
+    for added, expected in {
+        ("INPUT.MIN_SIZE_TRAIN", "(640,)"): ([0], 0),
+        ("INPUT.MIN_SIZE_TRAIN", "(320,)"): ([320], 1000),
+        ("INPUT.MIN_SIZE_TRAIN", "(640,)", "INPUT.CROP.ENABLED", "False"): ([640], 1000),
+        ("INPUT.MIN_SIZE_TRAIN", "(640,)", "INPUT.CROP.SIZE", "[640, 320]"): ([640], 1000),
+    }.items():
+        assert policy_of(load_cfg("quick_start/bccd.yaml", [*crop, *added])) == expected
 
 
 def test_boxes_of_integers_are_resized_as_those_of_decimals(tmp_path):

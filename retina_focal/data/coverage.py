@@ -15,6 +15,8 @@ from detectron2.modeling import Backbone, build_anchor_generator, build_backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import BoxMode
 
+from retina_focal.data.resizing import middle_tile
+
 CHUNK = 2048  # boxes that are looked at together: what stays in the cache
 MIN_SIDE = 1e-5  # px; detectron2 drops smaller boxes
 RANGE_SIZES = 5  # that stand for a range of shorter sides
@@ -51,6 +53,14 @@ class BoxTable:
             self.sizes[chosen],
             tuple(self.file_names[i] for i in chosen),
         )
+
+    def middle_tiles(self, side: int) -> "BoxTable":
+        """The part of each picture that `middle_tile` shows, with what lies in it of its boxes."""
+        tiles = np.array([middle_tile(*x, side) for x in self.sizes.tolist()]).reshape(-1, 4)
+        corner, size = (np.tile(x[self.pictures], 2) for x in (tiles[:, :2], tiles[:, 2:]))
+        boxes = (self.boxes - corner).clip(0, size)
+        cut = BoxTable(boxes, self.classes, self.pictures, tiles[:, :1:-1], self.file_names)
+        return cut.with_area()
 
 
 def box_table(records: Sequence[dict]) -> BoxTable:
@@ -266,9 +276,23 @@ def size_classes(sides: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 
 def policy_of(cfg: CfgNode) -> tuple[list[int], int]:
-    """The shorter sides and the longer side's limit that a config trains with."""
+    """The shorter sides and the longer side's limit that a config trains with.
+
+    [0] and 0 where it cuts tiles that keep their size, as nothing is resized; other crops don't
+    count.
+    """
     node = cfg.INPUT
-    return shorter_sides(node.MIN_SIZE_TRAIN, node.MIN_SIZE_TRAIN_SAMPLING), node.MAX_SIZE_TRAIN
+    sides = shorter_sides(node.MIN_SIZE_TRAIN, node.MIN_SIZE_TRAIN_SAMPLING)
+    if tile_of(cfg) and sides == [tile_of(cfg)]:
+        return [0], 0
+    return sides, node.MAX_SIZE_TRAIN
+
+
+def tile_of(cfg: CfgNode) -> int:
+    """px of the square tiles that a config cuts at random places in training; 0: it doesn't."""
+    crop = cfg.INPUT.CROP
+    is_tile = crop.ENABLED and crop.TYPE == "absolute" and len(set(crop.SIZE)) == 1
+    return int(crop.SIZE[0]) if is_tile else 0
 
 
 def anchors_of(cfg: CfgNode) -> tuple[DefaultAnchorGenerator, AnchorLayout]:

@@ -12,7 +12,12 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.data.transforms import Augmentation, ResizeShortestEdge, ResizeTransform
+from detectron2.data.transforms import (
+    Augmentation,
+    CropTransform,
+    ResizeShortestEdge,
+    ResizeTransform,
+)
 from torch.nn import functional as F
 
 from retina_focal.config import retina_focal_node
@@ -104,3 +109,33 @@ def resizing_of_test(cfg: CfgNode, shortest: int | None = None, longest: int | N
 def mapper_of_test(cfg: CfgNode) -> DatasetMapper:
     """detectron2's mapper of a test set, with the resizing of the config."""
     return DatasetMapper(cfg, is_train=False, augmentations=resizing_of_test(cfg))
+
+
+def middle_tile(height: int, width: int, side: int) -> tuple[int, int, int, int]:
+    """Left, top, width and height of the tile in the middle of a picture, pixels.
+
+    Args:
+        side: of a tile, ``MODEL.RETINA_FOCAL.TEST.TILE``; 0: the whole picture.
+    """
+    w, h = (min(x, side or x) for x in (width, height))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+class MiddleTile(Augmentation):
+    """Of a picture that is larger than a tile the one in the middle; see `middle_tile`."""
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side
+
+    def get_transform(self, image: np.ndarray) -> CropTransform:
+        return CropTransform(*middle_tile(*image.shape[:2], self.side))
+
+
+def mapper_with_boxes(cfg: CfgNode) -> DatasetMapper:
+    """What the network sees in a test, with the boxes: of a picture that ``TEST.TILE`` cuts the
+    middle tile alone."""
+    tile = MiddleTile(retina_focal_node(cfg).TEST.TILE)
+    views = [tile, *resizing_of_test(cfg)]
+    # DatasetMapper drops the boxes unless it is "training".
+    return DatasetMapper(is_train=True, augmentations=views, image_format=cfg.INPUT.FORMAT)

@@ -17,6 +17,7 @@ from retina_focal.data.coverage import (
     cover,
     policy_of,
     size_classes,
+    tile_of,
 )
 from retina_focal.data.positives import count_positives
 from retina_focal.data.registration import register, register_datasets
@@ -32,9 +33,10 @@ MIN_GAIN = {"at_least_upper": 0.001, "mean_best_iou": 0.005}
 
 EPILOG = """
 Boxes are taken as a training takes them: without crowds, resized by INPUT.MIN_SIZE_TRAIN and
-MAX_SIZE_TRAIN. Several shorter sides count equally; a range is stood for by five. Crops are not
-counted in. The best IoU of every box is computed; positives are counted on some pictures. Written
-where a box is below the lower threshold: unreached.png, the worst of them.
+MAX_SIZE_TRAIN, or not where INPUT.CROP cuts tiles that keep their size; other crops are not counted
+in. Several shorter sides count equally; a range is stood for by five. The best IoU of every box is
+computed; positives are counted on some pictures, or on their middle tiles. Written where a box is
+below the lower threshold: unreached.png, the worst of them.
 
 Examples:
   %(prog)s voc:VOC2012?split=train --config-file quick_start/lite0.yaml
@@ -107,6 +109,7 @@ def examine(cfg: CfgNode, name: str, num_images: int) -> tuple[dict, list[Unreac
         "classes": names,
         "shorter_sides": sides,
         "longer_side": longer,
+        "tile": tile_of(cfg),
         "iou_thresholds": bounds,
         "anchors_per_cell": layout.num_per_cell,
         "all": coverage.shares(bounds),
@@ -130,9 +133,9 @@ def examine(cfg: CfgNode, name: str, num_images: int) -> tuple[dict, list[Unreac
     chosen = np.unique(np.linspace(0, len(boxes.sizes) - 1, num_images).round().astype(int))
     assigners = {rule: ASSIGNER_REGISTRY.get(rule)(cfg) for rule, _ in ASSIGNER_REGISTRY}
     middle = sides[len(sides) // 2]
-    counts = count_positives(
-        boxes.of_pictures(chosen), generator, layout, assigners, middle, longer
-    )
+    some, tile = boxes.of_pictures(chosen), tile_of(cfg)
+    some = some.middle_tiles(tile) if tile else some
+    counts = count_positives(some, generator, layout, assigners, middle, longer)
     report["positives"] = {
         "pictures": len(chosen),
         "shorter_side": middle,
@@ -172,7 +175,7 @@ def _suggestion(
 def text_of(report: dict) -> str:
     """The report for people."""
     lower, upper = report["iou_thresholds"]
-    sides = ", ".join(map(str, report["shorter_sides"]))
+    resized = _resized(report["shorter_sides"], report["longer_side"])
     heads = [
         "",
         "boxes",
@@ -183,8 +186,7 @@ def text_of(report: dict) -> str:
     ]
     lines = [
         f"{report['dataset']}: {report['boxes']:,} boxes in {report['pictures']:,} pictures, "
-        f"shorter side {sides} px, longer side at most {report['longer_side']} px; "
-        f"{report['anchors_per_cell']} anchors per cell"
+        f"{resized}; {report['anchors_per_cell']} anchors per cell"
         + ("; a box counts once for each shorter side" if len(report["shorter_sides"]) > 1 else ""),
         "",
     ]
@@ -194,8 +196,7 @@ def text_of(report: dict) -> str:
     lines += [table(heads, [[row["name"], *_cells(row)] for row in rows]), ""]
     positives = report["positives"]
     lines += [
-        f"Positive anchors per box ({positives['pictures']} pictures, shorter side "
-        f"{positives['shorter_side']} px; * is the config's rule):",
+        f"Positive anchors per box ({_counted(report)}; * is the config's rule):",
         "",
         table(
             ["ASSIGNMENT", "all levels", *positives["levels"], "boxes without"],
@@ -227,6 +228,19 @@ def text_of(report: dict) -> str:
     if "picture" in report:
         lines += ["", f"boxes below {lower:g}, worst first: {report['picture']}"]
     return "\n".join(lines)
+
+
+def _resized(sides: list[int], longer: int) -> str:
+    if sides == [0]:
+        return "not resized"
+    return f"shorter side {', '.join(map(str, sides))} px, longer side at most {longer} px"
+
+
+def _counted(report: dict) -> str:
+    number, side = report["positives"]["pictures"], report["positives"]["shorter_side"]
+    if report["tile"]:
+        return f"{number} pictures, of each the {report['tile']} px in the middle"
+    return f"{number} pictures, " + (f"shorter side {side} px" if side else "not resized")
 
 
 def _cells(row: dict) -> list[str]:

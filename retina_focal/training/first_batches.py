@@ -24,12 +24,14 @@ def warn_unreached(model: FocalRetinaNet, trainer: TrainerBase) -> None:
     """Log before the first step that more than `MAX_UNREACHED` of the boxes reach no anchor.
 
     Nothing is said where it isn't known: of a LazyConfig, whose resizing is a part of its loader,
-    of random crops, and under an assigner that has no thresholds.
+    of random crops that are resized, and under an assigner that has no thresholds.
     """
     records = getattr(getattr(trainer, "data_loader", None), "dataset", None)
     thresholds = getattr(model.assigner, "iou_thresholds", None)
     cfg = getattr(trainer, "cfg", {})
-    if not (records and thresholds and "INPUT" in cfg) or cfg.INPUT.CROP.ENABLED:
+    if not (records and thresholds and "INPUT" in cfg):
+        return
+    if cfg.INPUT.CROP.ENABLED and policy_of(cfg)[0] != [0]:
         return
     chosen = np.linspace(0, len(records) - 1, min(len(records), MAX_PICTURES)).round().astype(int)
     table = box_table([records[i] for i in chosen])

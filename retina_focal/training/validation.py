@@ -18,7 +18,7 @@ from retina_focal.data.classes import match_classes
 from retina_focal.data.images import naming
 from retina_focal.data.regions import keeping_regions
 from retina_focal.data.registration import check_datasets, register_datasets
-from retina_focal.data.resizing import mapper_of_test
+from retina_focal.data.resizing import mapper_with_boxes
 from retina_focal.errors import UserError
 from retina_focal.retinanet import FocalRetinaNet
 from retina_focal.training.average import averaged_weights
@@ -116,9 +116,9 @@ def validation_loss(parts: CfgNode | DictConfig, model: nn.Module) -> Validation
     match_classes((*cfg.DATASETS.TRAIN, name))
     if isinstance(parts, DictConfig):
         mapper = instantiate(parts.dataloader.test.mapper)
+        mapper.is_train = True  # with the transforms of the test, and the boxes
     else:
-        mapper = mapper_of_test(cfg)
-    mapper.is_train = True  # with the transforms of the test, and the boxes
+        mapper = mapper_with_boxes(cfg)
     if node.DATA.IGNORE_REGIONS:
         mapper = keeping_regions(mapper)
     loader = build_detection_test_loader(

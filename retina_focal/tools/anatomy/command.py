@@ -12,7 +12,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
-    DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
 )
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from retina_focal.config import retina_focal_node
 from retina_focal.data.images import naming
 from retina_focal.data.registration import use_datasets
-from retina_focal.data.resizing import resizing_of_test
+from retina_focal.data.resizing import mapper_with_boxes
 from retina_focal.errors import UserError
 from retina_focal.files import write_whole
 from retina_focal.retinanet import FocalRetinaNet
@@ -121,18 +120,16 @@ def dissect(
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     if not records:
         raise UserError(f"dataset '{cfg.DATASETS.TEST[0]}' has no images; expected at least one")
-    # The evaluation's size but with ground truth, which DatasetMapper drops unless "training".
-    resizing = resizing_of_test(cfg)
-    mapper = DatasetMapper(True, augmentations=resizing, image_format=cfg.INPUT.FORMAT)
     loader = build_detection_test_loader(
         random.Random(SEED).sample(records, len(records)),
-        mapper=naming(mapper, retina_focal_node(cfg).DATA.MAX_PIXELS),
+        mapper=naming(mapper_with_boxes(cfg), retina_focal_node(cfg).DATA.MAX_PIXELS),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     node = cfg.MODEL.RETINANET
     names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes")
     names = names or [str(label) for label in range(node.NUM_CLASSES)]
-    anatomy = Anatomy(node.IN_FEATURES, names, gammas, node.FOCAL_LOSS_ALPHA)
+    tile = retina_focal_node(cfg).TEST.TILE
+    anatomy = Anatomy(node.IN_FEATURES, names, gammas, node.FOCAL_LOSS_ALPHA, tile)
     count = anatomy.tally.num_windows
     with (
         inference_context(model),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
+from retina_focal.data.resizing import middle_tile
 from retina_focal.errors import UserError
 from retina_focal.losses import sigmoid_focal_loss
 
@@ -153,8 +154,13 @@ class HardestWindows:
     An image's candidates are the `NUM_CANDIDATES` hardest of it, which NMS thins.
     """
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, tile: int = 0):
+        """
+        Args:
+            size: windows that are kept.
+            tile: see `middle_tile`, in which the images were seen.
+        """
+        self.size, self.tile = size, tile
         self.windows: list[HardWindow] = []  # hardest first
         self._candidates: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -176,10 +182,13 @@ class HardestWindows:
         kept = nms(boxes, -x_t, SAME_PLACE_IOU)[: self.size]
         instances = record["instances"]
         height, width = instances.image_size
-        scale = np.tile([record["width"] / width, record["height"] / height], 2)
-        gt_boxes = instances.gt_boxes.tensor.numpy() * scale
+        left, top, *seen = middle_tile(record["height"], record["width"], self.tile)
+        scale = np.tile([seen[0] / width, seen[1] / height], 2)
+        corner = np.tile([left, top], 2)
+        gt_boxes = instances.gt_boxes.tensor.numpy() * scale + corner
         picture = (record["file_name"], gt_boxes, instances.gt_classes.numpy())
-        columns = (x_t[kept].tolist(), boxes[kept].cpu().numpy() * scale, classes[kept].tolist())
+        anchors = boxes[kept].cpu().numpy() * scale + corner
+        columns = (x_t[kept].tolist(), anchors, classes[kept].tolist())
         new = [HardWindow(*window, *picture) for window in zip(*columns, strict=True)]
         self.windows = heapq.nsmallest(self.size, self.windows + new, key=lambda w: w.x_t)
 
@@ -198,17 +207,19 @@ class Anatomy:
         class_names: Sequence[str],
         gammas: Sequence[float],
         alpha: float,
+        tile: int = 0,
     ):
         """
         Args:
             level_names: P3 first.
             class_names: K.
             gammas, alpha: see `LossTally`.
+            tile: see `HardestWindows`.
         """
         self.level_names = list(level_names)
         self.class_names = list(class_names)
         self.tally = LossTally(gammas, alpha, len(level_names), len(class_names))
-        self.hardest = (HardestWindows(SHEET_SIZE), HardestWindows(SHEET_SIZE))  # by is_positive
+        self.hardest = tuple(HardestWindows(SHEET_SIZE, tile) for _ in range(2))  # by is_positive
         self.num_images = self.num_anchors = self.num_ignored = 0
 
     def add_image(
