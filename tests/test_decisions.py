@@ -48,6 +48,8 @@ CELLS = Fingerprint(
     aspect=1.33,
     small=32.0,
     most_boxes=28,
+    most_in_tile=28,
+    num_tiles=205,
     overlap=0.46,
 )
 CPU = Machine(has_gpu=False, cores=2)
@@ -76,9 +78,16 @@ def test_a_fingerprint_counts_what_is_there():
     assert found.boxes_of_class == (3, 1, 0) and found.pictures_of_class == (2, 1, 0)
     assert (found.num_pictures, found.num_empty, found.num_val) == (3, 1, 7)
     assert found.shorter == 100 and found.most_boxes == 3
+    assert found.most_in_tile == 3 and found.num_tiles == 3
     assert found.small == pytest.approx(10)  # no class has ten boxes: all boxes decide
     # 50 of 150 px of the first two; the box of another class in the same place does not count.
     assert 0.3 < found.overlap <= 1 / 3 + 1e-6
+    # Of a picture of 700 x 1,900 px three boxes lie in one tile, a fourth does not.
+    large = replace(table, sizes=np.array([[700, 1900]] * 3))
+    apart = np.array([*boxes[:4], [1200.0, 0, 1210, 10]])
+    large = replace(large, boxes=apart, pictures=np.zeros(5, int))
+    large = fingerprint(large, ["x", "y", "none"], num_val=7)
+    assert large.most_in_tile == 3 and large.num_tiles == 3 * 2 * 3
     many = replace_boxes(table, 12)
     assert fingerprint(many, ["x", "y", "none"], 7).small == pytest.approx(4)
 
@@ -232,6 +241,15 @@ def test_large_pictures_of_small_objects_are_cut():
     assert values["MODEL.RETINA_FOCAL.TEST.TILE"] == TILE
     assert "DATASETS.TEST" not in values and values["TEST.EVAL_PERIOD"] > 0  # val is cut too
     assert values["MODEL.RETINA_FOCAL.TRAIN.BEST"] == "bbox/AP"
+    detections = data_settings(replace(slide, most_boxes=9000, most_in_tile=110))
+    assert detections["TEST.DETECTIONS_PER_IMAGE"] == (200, "a tile has up to 110 boxes")
+    # An epoch is of tiles: few pictures are learned from for as long as the minutes last.
+    few = replace(slide, num_pictures=3, num_val=1, num_tiles=1200)
+    assert decided(few, minutes=600)[1]["SOLVER.MAX_ITER"] == 150 * 1200 / 4
+    key = "MODEL.RETINA_FOCAL.TEST.EVALUATOR"
+    assert machine_settings(replace(CPU, has_hotcoco=True), slide)[key].value == "hotcoco"
+    assert key not in machine_settings(CPU, slide)
+    assert key not in machine_settings(replace(CPU, has_hotcoco=True), CELLS)
     # Nothing is gained by cutting where objects are small in the picture itself, or large.
     assert not is_tiled(replace(CELLS, small=4.0))
     assert not is_tiled(replace(slide, small=200.0))
@@ -283,7 +301,7 @@ def test_pictures_without_an_up_are_turned_upside_down_too():
 
 def test_every_setting_has_a_reason():
     inputs, sides, _ = input_settings(CELLS, PACE, 8, 320)
-    every = {**data_settings(CELLS), **inputs, **machine_settings(CPU)}
+    every = {**data_settings(CELLS), **inputs, **machine_settings(CPU, CELLS)}
     every |= {**schedule_settings(CELLS, CPU, PACE, 8, sides), **method_settings()}
     every |= threshold_settings(1.0)
     assert all(setting.reason and "\n" not in setting.reason for setting in every.values())

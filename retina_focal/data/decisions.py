@@ -155,6 +155,9 @@ def data_settings(found: Fingerprint) -> Settings:
     counts = ", ".join(
         f"{name} {count:,}" for name, count in zip(found.classes, found.boxes_of_class, strict=True)
     )
+    most, of = found.most_boxes, "picture"
+    if is_tiled(found):
+        most, of = found.most_in_tile, "tile"
     settings = {
         "MODEL.RETINANET.NUM_CLASSES": Setting(len(found.classes), f"boxes: {_short(counts)}"),
         "DATALOADER.FILTER_EMPTY_ANNOTATIONS": Setting(
@@ -163,8 +166,7 @@ def data_settings(found: Fingerprint) -> Settings:
             "as they show what is none",
         ),
         "TEST.DETECTIONS_PER_IMAGE": Setting(
-            max(100, math.ceil(found.most_boxes * 1.5 / 50) * 50),
-            f"a picture has up to {found.most_boxes} boxes",
+            max(100, math.ceil(most * 1.5 / 50) * 50), f"a {of} has up to {most} boxes"
         ),
         "MODEL.RETINANET.NMS_THRESH_TEST": Setting(
             round(min(0.6, max(0.3, found.overlap + 0.15)), 2),
@@ -205,7 +207,7 @@ def schedule_settings(
             f"{minutes:g} minutes give {steps} steps of {step:.2g} s; expected "
             f"{LEAST_STEPS} or more: type --minutes {math.ceil(least)}"
         )
-    most = math.ceil(MOST_EPOCHS * found.num_pictures / pace.batch)
+    most = math.ceil(MOST_EPOCHS * found.epoch / pace.batch)
     times = num_evaluations(evaluation, minutes * 60 * SPENT)
     fits = f"{SPENT:.0%} of {minutes:g} min, less {pace.start:.0f} s of start and "
     fits += f"{1 + times} times {evaluation:.0f} s of evaluation, at {step:.2g} s per step"
@@ -214,7 +216,7 @@ def schedule_settings(
     if steps > max(most, enough_steps(found, pace.batch)):
         steps = max(most, enough_steps(found, pace.batch))
         fits = f"at most {MOST_EPOCHS}, or as many as {steps} steps need; the minutes give more"
-    epochs = steps * pace.batch / found.num_pictures
+    epochs = steps * pace.batch / found.epoch
     per_picture = GPU_RATE_PER_PICTURE if machine.has_gpu else RATE_PER_PICTURE
     of = "detectron2's 0.01 for 16" if machine.has_gpu else "0.02 for 4, of configs/quick_start"
     best = "no weights but the last are evaluated"
@@ -269,11 +271,11 @@ def _upside_down(found: Fingerprint, steps: int) -> tuple[float, str]:
     return 0.5, no_up
 
 
-def machine_settings(machine: Machine) -> Settings:
-    """Device, precision and workers."""
+def machine_settings(machine: Machine, found: Fingerprint) -> Settings:
+    """Device, precision, workers, and what measures."""
     workers = min(8, machine.cores) if machine.has_gpu else max(0, machine.cores // 4)
     why = f"{machine.cores} cores" + ("" if machine.has_gpu else ", which the network needs")
-    return {
+    settings = {
         "MODEL.DEVICE": Setting(
             "cuda" if machine.has_gpu else "cpu", "a GPU" if machine.has_gpu else "no GPU was found"
         ),
@@ -281,6 +283,10 @@ def machine_settings(machine: Machine) -> Settings:
         "DATALOADER.NUM_WORKERS": Setting(workers, why),
         "SEED": Setting(1, "the same command gives the same pictures in the same order"),
     }
+    if is_tiled(found) and machine.has_hotcoco:
+        why = "pycocotools takes long where a picture has thousands of detections"
+        settings["MODEL.RETINA_FOCAL.TEST.EVALUATOR"] = Setting("hotcoco", why)
+    return settings
 
 
 def _short(text: str, length: int = 120) -> str:

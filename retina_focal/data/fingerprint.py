@@ -50,8 +50,15 @@ class Fingerprint:
     aspect: float  # longer side over shorter, 95% of the pictures have less
     small: float  # px, square root of the area: the class's quantile `SMALL` that is the least
     most_boxes: int  # of one picture
+    most_in_tile: int  # of a part of `TILE` px
+    num_tiles: int  # of `TILE` px, that fill the pictures
     overlap: float  # IoU that 1% of the boxes exceed with another one of their class
     has_up: bool = True  # whether anything in the boxes tells up from down
+
+    @property
+    def epoch(self) -> int:
+        """Pictures, or tiles of them, that the network sees in an epoch."""
+        return self.num_tiles if is_tiled(self) else self.num_pictures
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Machine:
 
     has_gpu: bool
     cores: int
+    has_hotcoco: bool = False  # whether it is installed
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,8 @@ def fingerprint(table: BoxTable, classes: Sequence[str], num_val: int) -> Finger
         float(np.quantile(table.sizes.max(1) / table.sizes.min(1), 0.95)),
         min(float(np.quantile(x, SMALL)) for x in of_class),
         int(per_picture.max()),
+        _most_in_tile(table),
+        int(np.ceil(table.sizes / TILE).prod(1).sum()),
         _overlap(table),
         bool(_has_up(table)),
     )
@@ -137,6 +147,20 @@ def _has_up(table: BoxTable) -> bool:
         abs(place.mean()) > MOST_SHIFT
         or abs(correlation) > MOST_CORRELATION
         or max(map(abs, of_class), default=1.0) > MOST_LOG_RATIO
+    )
+
+
+def _most_in_tile(table: BoxTable) -> int:
+    """Centres of boxes in a square of `TILE` px, the most of those that are half a side apart."""
+    cells = (table.boxes[:, :2] + table.boxes[:, 2:]) // TILE  # of half a side
+    places, counts = np.unique(
+        np.column_stack([table.pictures, cells]).astype(np.int64), axis=0, return_counts=True
+    )
+    of_cell = dict(zip(map(tuple, places.tolist()), counts.tolist(), strict=True))
+    return max(
+        sum(of_cell.get((picture, x + i, y + j), 0) for i in (0, 1) for j in (0, 1))
+        for picture, x0, y0 in of_cell
+        for x, y in ((x0, y0), (x0 - 1, y0), (x0, y0 - 1), (x0 - 1, y0 - 1))
     )
 
 
@@ -185,7 +209,7 @@ def enough_steps(found: Fingerprint, batch: int, shorter: float = 0) -> int:
     """Steps of `ENOUGH_EPOCHS`, at least `ENOUGH_STEPS`; of enlarged pictures `MANY_STEPS`."""
     is_enlarged = shorter > grained(found.shorter, SHORTEST)
     least = MANY_STEPS if is_enlarged else ENOUGH_STEPS
-    return max(least, math.ceil(ENOUGH_EPOCHS * found.num_pictures / batch))
+    return max(least, math.ceil(ENOUGH_EPOCHS * found.epoch / batch))
 
 
 def padded_side(sides: Sequence[int], batch: int) -> float:

@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from retina_focal.data.fingerprint import (
     Pace,
     affordable_shorter,
     fingerprint,
+    is_tiled,
     wanted_shorter,
 )
 from retina_focal.errors import UserError
@@ -130,9 +132,15 @@ def _configure(args: argparse.Namespace, argv: list[str]) -> None:
     except UserError as error:
         checked = f"retina-focal check {shlex.quote(train[1])}"
         raise UserError(f"'{train[1]}': {error}; what is wrong: {checked}") from error
-    machine = Machine(torch.cuda.is_available(), len(os.sched_getaffinity(0)))
+    cores, has_hotcoco = len(os.sched_getaffinity(0)), find_spec("hotcoco") is not None
+    machine = Machine(torch.cuda.is_available(), cores, has_hotcoco)
     _expect_idle(machine)
-    settings = {**base_settings(machine), **data_settings(found), **machine_settings(machine)}
+    _expect_hotcoco(machine, found)
+    settings = {
+        **base_settings(machine),
+        **data_settings(found),
+        **machine_settings(machine, found),
+    }
     settings |= method_settings()
     settings |= dataset_settings(train, val, args.val)
     settings["OUTPUT_DIR"] = Setting(f"output/{stem}", "named as this file")
@@ -151,6 +159,16 @@ def _expect_idle(machine: Machine) -> None:
             f"in the last minute {load:.1f} processes ran on {machine.cores} cores; should they "
             "end before the training does, its steps are faster than those that are measured now, "
             "and it gets fewer than it could: measure on a machine that is otherwise idle",
+            flush=True,
+        )
+
+
+def _expect_hotcoco(machine: Machine, found: Fingerprint) -> None:
+    """Say what measures the many boxes of large pictures in less time."""
+    if is_tiled(found) and not machine.has_hotcoco:
+        print(
+            "val is measured in tiles, where pycocotools takes a good part of the minutes; for the "
+            "same numbers in seconds: pip install 'retina_focal[evaluation]', and type this again",
             flush=True,
         )
 
