@@ -67,6 +67,20 @@ def test_the_numbers_of_a_file_are_pycocotools(files, capsys):
         assert 100 * np.mean(line["0.5"]) == pytest.approx(ap50, abs=NUMBERS)
 
 
+def test_one_image_gives_no_intervals(tmp_path, capsys):
+    dataset, results = made(0, 1)
+    for name, content in (("truth", dataset), ("found", results)):
+        (tmp_path / name).with_suffix(".json").write_text(json.dumps(content))
+    (tmp_path / dataset["images"][0]["file_name"]).touch()
+    found, truth = (str(tmp_path / f"{x}.json") for x in ("found", "truth"))
+    (report,) = printed(capsys, found, "--data", truth)
+    assert not any(report["intervals"].values()) and report["metrics"]["AP"] > 0
+    evaluate.main([found, "--data", truth])
+    assert "95% intervals" not in capsys.readouterr().out
+    rows = printed(capsys, found, found, "--data", truth, "--compare")["metrics"].values()
+    assert all(x["interval"] is None and x["better"] is None for x in rows)
+
+
 def test_without_hotcoco_the_numbers_are_the_same_and_the_errors_are_left_out(files, monkeypatch):
     dataset, results = made(0, 20)
     expected = measure(Subject("a", "b", dataset, results), num_draws=3)

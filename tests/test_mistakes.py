@@ -5,6 +5,7 @@ import pytest
 from made_detections import made
 from test_matches import BOX, FAR, SMALLER, dataset_of, results_of
 
+from retina_focal.evaluation import summary
 from retina_focal.evaluation.detections import collect
 from retina_focal.evaluation.mistakes import (
     confusion,
@@ -40,6 +41,17 @@ def test_a_made_error_is_of_its_kind(kind, results):
     counts = {name: x["count"] for name, x in errors.items() if x["count"]}
     assert counts == dict.fromkeys(expected, 1)
     assert errors[kind]["dAP"] > 0
+
+
+def test_errors_are_of_as_many_detections_as_count():
+    pytest.importorskip("hotcoco", reason="hotcoco is not installed: make setup")
+    boxes = [[k % 20 * 12, k // 20 * 12, 8, 8] for k in range(150)]
+    dataset = dataset_of(boxes, [False] * 150)
+    results = results_of(*((1, box, 0.9) for box in boxes))
+    assert [error_types(dataset, results, x)["Miss"]["count"] for x in (100, 150)] == [50, 0]
+    assert (
+        summary.measure(summary.Subject("a", "b", dataset, results))["errors"]["Miss"]["count"] == 0
+    )
 
 
 def test_the_confusion_of_five_detections_is_known():

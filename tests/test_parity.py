@@ -237,7 +237,7 @@ def test_weights_drift_from_stock_as_rounding_does_r50(norm):
     """A deep network amplifies rounding: the scale is stock against itself with noisy gradients."""
     stock, plugin = build_pair(50, norm, "")
     noisy = copy.deepcopy(stock)
-    batches = batches_of_two(20)
+    batches = batches_of_two(8)
     sgd_steps(stock, batches, lr=1e-3)
     sgd_steps(noisy, batches, lr=1e-3, gradient_noise=1e-7)
     sgd_steps(plugin, batches, lr=1e-3)

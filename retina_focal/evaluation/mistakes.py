@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from retina_focal.evaluation.detections import Evaluated, Truth
+from retina_focal.evaluation.evaluators import COCO_LIMIT
 from retina_focal.evaluation.hotcoco_evaluator import hotcoco, results_array
 from retina_focal.evaluation.matches import match, pairs
 
@@ -29,12 +30,15 @@ SUSPECTS = {
 }
 
 
-def error_types(dataset: dict, results: Sequence[dict]) -> dict[str, dict[str, float]]:
+def error_types(
+    dataset: dict, results: Sequence[dict], limit: int = COCO_LIMIT
+) -> dict[str, dict[str, float]]:
     """TIDE's errors (arXiv:2008.08115) at the IoU 0.5, by hotcoco.
 
     Args:
         dataset: ground truth in COCO format.
         results: in COCO format, at least one.
+        limit: detections per image and class that count.
     Returns:
         Of each of KINDS the "count", and "dAP": what AP50, in percent, would gain without them.
     Raises:
@@ -44,6 +48,7 @@ def error_types(dataset: dict, results: Sequence[dict]) -> dict[str, dict[str, f
     with contextlib.redirect_stdout(io.StringIO()):
         truth = module.COCO(dataset)
         measured = module.COCOeval(truth, truth.load_res(results_array(results)), "bbox")
+        measured.params.max_dets = [1, 10, limit]
         measured.evaluate()
         found = measured.tide_errors()
     return {

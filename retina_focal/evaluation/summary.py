@@ -89,7 +89,8 @@ def measure(
         num_draws: of images, for the intervals.
     Returns:
         "label", "dataset", "images", "boxes", "detections", "detections_counted";
-        "metrics" and "intervals" (95%) by name, in percent, None where there is no box;
+        "metrics" and "intervals" (95%) by name, in percent, None where there is no box, and the
+        latter where there is one image;
         "classes" by name, each with its AP, also by size, its boxes, "point" (threshold and what
         it gives here, as shares in [0, 1]), "best_f1" and calibration error "ece" (before, after;
         None without detections);
@@ -100,7 +101,9 @@ def measure(
     sizes = _sizes(subject)
     named = _floats(metrics(subject.ap, evaluated.classes)) | {x: y[0] for x, y in sizes.items()}
     drawn = drawn_ap(evaluated, matches, draws(len(evaluated.images), num_draws, seed))
-    intervals = {k: interval(x) for k, x in metrics(drawn, evaluated.classes).items()}
+    several = len(evaluated.images) > 1  # one gives the same in each draw, which tells nothing
+    named_draws = metrics(drawn, evaluated.classes)
+    intervals = {k: interval(x) if several else None for k, x in named_draws.items()}
     thresholds = points.thresholds if points else {}
     kept = kept_at(evaluated, thresholds, DEFAULT_THRESHOLD)
     calibration, errors_of_classes = _calibration(subject, None if same_dataset else points)
@@ -159,13 +162,13 @@ def compare(first: Subject, second: Subject, num_draws: int = 1000, seed: int = 
     rows = {}
     for name, value in values[0].items():
         difference = drawn[1][name] - drawn[0][name]
-        known = difference[~np.isnan(difference)]
+        known = difference[~np.isnan(difference)] if len(first.evaluated.images) > 1 else []
         other = values[1][name]
         rows[name] = {
             "first": value,
             "second": other,
             "difference": None if None in (value, other) else other - value,
-            "interval": interval(difference),
+            "interval": interval(known) if len(known) else None,
             "better": float((known > 0).mean()) if len(known) else None,
         }
     about = {"first": first.label, "second": second.label, "dataset": first.data}
@@ -246,7 +249,7 @@ def _error_types(subject: Subject) -> dict | None:
     if not subject.results:
         return None
     try:
-        return error_types(subject.dataset, subject.results)
+        return error_types(subject.dataset, subject.results, subject.limit)
     except UserError:  # hotcoco is not installed
         return None
 

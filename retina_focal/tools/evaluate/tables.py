@@ -16,7 +16,7 @@ def report_text(report: dict) -> str:
         f"{report['label']} on {report['dataset']}: {report['images']} images, {report['boxes']} "
         f"boxes, {report['detections']} detections{note}\n"
         + ", ".join(f"{name} {_with_interval(report, name)}" for name in METRICS)
-        + " (95% intervals over images)"
+        + (" (95% intervals over images)" if report["images"] > 1 else "")
     )
     parts = [head, _classes(report)]
     if report["errors"] is not None:
