@@ -187,3 +187,11 @@ def test_a_config_of_another_architecture_is_refused_with_what_to_type(tmp_path)
     argv = ["--output", str(tmp_path), "MODEL.META_ARCHITECTURE", "RetinaNet"]
     with pytest.raises(SystemExit, match=r"add: MODEL\.META_ARCHITECTURE FocalRetinaNet"):
         benchmark.main(argv)
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_processes_of_their_own(tmp_path):
+    argv = ["--what", "memory", "--image-size", "64x96", "--rounds", "1", "--threads", "1"]
+    cli.main(["benchmark", *argv, "--output", str(tmp_path), *SMALL])
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert rows and all(x["unit"] == "bytes" and min(x["median"].values()) >= 0 for x in rows)
