@@ -321,6 +321,7 @@ def submit(base, tmp_path, monkeypatch) -> Callable[..., list[str]]:
     return run
 
 
+@pytest.mark.slow
 def test_submitits_local_executor_runs_a_row(submit):
     assert submit("--cluster", "local") == ["hinge"]
 

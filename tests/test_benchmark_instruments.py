@@ -122,6 +122,7 @@ def allocates_200_mb(setting, names):
     return {name: lambda stopwatch, name=name: run(name, stopwatch) for name in names}
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_fresh_process_however_large_this_one_is(setting):
     large = torch.ones(150_000_000)  # 600 MB, which a child replaced by exec would start with
     probes = instruments.memory_probes(allocates_200_mb, setting, ["ours", "stock"])

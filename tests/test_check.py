@@ -370,6 +370,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.slow
 def test_hostile_files_take_less_than_a_gigabyte(tmp_path):
     hostile = {
         "nested": "[" * 20_000_000,

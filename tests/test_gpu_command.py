@@ -37,6 +37,7 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(names)}
 
 
+@pytest.mark.slow
 def test_a_dry_run_leaves_tests_a_table_a_plot_and_profiles(tmp_path):
     result = make_gpu(tmp_path, TESTS="tests/test_gpu.py -k same_bits")
     assert result.returncode == 0, result.stdout + result.stderr
