@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from retina_focal.config import get_cfg, retina_focal_node
 from retina_focal.data.augmentation import Mosaic, add_augmentations, refuse_for_lazy
+from retina_focal.data.box_mapper import BoxMapper
 from retina_focal.data.existence import expect_pictures
 from retina_focal.data.image_cache import CachedMapper, plan_cache
 from retina_focal.data.images import MAX_PIXELS, BadPicture, naming
@@ -203,7 +204,7 @@ def build_train_loader(
                 cfg = cfg.clone()
                 cfg.defrost()
                 cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
-            arguments = _train_loader_from_config(cfg)
+            arguments = _train_loader_from_config(cfg, mapper=BoxMapper(cfg, True))
             add_augmentations(arguments["mapper"], node.TRAIN.AUGMENT)
         dataset = arguments["dataset"]
         if isinstance(dataset, list):
