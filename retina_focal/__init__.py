@@ -10,7 +10,9 @@ try:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*deprecated")
         import detectron2.modeling  # noqa: F401
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name != "detectron2":  # it is there, and lacks something itself
+        raise
     raise ImportError(
         "retina_focal needs detectron2, which is not installed. Build it from source "
         "(https://github.com/facebookresearch/detectron2), or install its Python part from PyPI:\n"
