@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,6 +13,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from PIL import Image
+from test_train import PYTHONPATH
 
 from retina_focal.data import sources
 from retina_focal.data.inspection import inspect
@@ -379,6 +382,19 @@ def test_the_cache_follows_the_content_and_is_written_once(tmp_path):
     assert second != first
     assert json.loads(second.read_text())["annotations"][0]["bbox"] == [1, 2, 30, 38]
     assert not [x for x in second.parent.iterdir() if x.name.startswith(".")]
+
+
+def test_every_process_finds_the_same_file_in_the_cache(tmp_path):
+    """Python gives the texts of a set another order in each process."""
+    uri = write_voc(tmp_path)
+    script = "import sys; from retina_focal.data.sources import load\n"
+    script += "print(load(sys.argv[1]).json_file)"
+    found = set()
+    for seed in "123":
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": PYTHONPATH}
+        command = [sys.executable, "-W", "ignore", "-c", script, uri]
+        found.add(subprocess.check_output(command, env=environment, text=True).strip())
+    assert found == {str(sources.load(uri).json_file)}
 
 
 REFUSED = {

@@ -51,7 +51,7 @@ class Inputs:
 
     def names(self, folder: Path, suffixes: Iterable[str]) -> list[str]:
         """Sorted names of the files in a folder that end so, in any case; none where it is none."""
-        wanted = tuple(suffixes)
+        wanted = tuple(sorted(suffixes))  # a set of texts has another order in each process
         try:
             with os.scandir(folder) as entries:
                 found = sorted(x.name for x in entries if x.name.lower().endswith(wanted))
