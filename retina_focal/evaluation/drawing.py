@@ -140,8 +140,11 @@ def draw_boxes(
     """
     drawn = image.copy()
     draw = ImageDraw.Draw(drawn)
-    thickness = max(round(max(image.size) / 320), 1)
-    font = ImageFont.load_default(size=max(max(image.size) / 60, 9))
+    # Small objects get thinner lines and smaller titles, that many of them can be told apart.
+    sides = (boxes[:, 2:] - boxes[:, :2]).max(1) if len(boxes) else np.array([np.inf])
+    side = float(np.median(sides))
+    thickness = max(round(min(max(image.size) / 320, side / 20)), 1)
+    font = ImageFont.load_default(size=max(min(max(image.size) / 60, side / 3), 9))
     for box, color, title in reversed(list(zip(boxes, colors, titles, strict=True))):
         corners = [float(x) for x in box]
         draw.rectangle(corners, outline=color, width=thickness)
