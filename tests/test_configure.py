@@ -298,3 +298,21 @@ def test_it_trains_with_nothing_touched(arguments, tmp_path):
     command += ["--config-file", arguments[-1], "OUTPUT_DIR", str(tmp_path / "run")]
     subprocess.run(command, check=True)
     assert (tmp_path / "run" / "model_final.pth").is_file()
+
+
+def test_splits_that_are_there_are_taken_where_none_is_named(tmp_path):
+    """Else the pictures of test, and of val, would be learned from."""
+    for split in ("train", "val", "test"):
+        for part in ("images", "labels"):
+            (tmp_path / split / part).mkdir(parents=True)
+        Image.new("RGB", (64, 48)).save(tmp_path / split / "images/a.png")
+        (tmp_path / split / "labels/a.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    lines = "".join(f"{x}: {x}/images\n" for x in ("train", "val", "test"))
+    (tmp_path / "data.yaml").write_text(f"path: {tmp_path}\n{lines}names: [cell]\n")
+    uri = f"yolo:{tmp_path / 'data.yaml'}"
+    assert find_splits(uri, uri, "a") == [
+        ("a_train", f"{uri}?split=train"),
+        ("a_val", f"{uri}?split=val"),
+    ]
+    named = find_splits(f"{uri}?split=test", f"{uri}?split=train", "a")
+    assert [x for _, x in named] == [f"{uri}?split=test", f"{uri}?split=train"]

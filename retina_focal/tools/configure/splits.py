@@ -27,7 +27,7 @@ def find_splits(data: str, val: str | None, stem: str) -> list[tuple[str, str]]:
             "or file alone, without &split="
         )
     if val is not None:
-        pairs = (("train", data), ("val", val))
+        pairs = (("train", _split_of(data, "train")), ("val", _split_of(val, "val", "valid")))
         return [(x if _is_name(x) else f"{stem}_{kind}", x) for kind, x in pairs]
     by_name = {parse(uri).split: uri for uri in splits(data)}
     train, val = by_name.get("train"), by_name.get("val") or by_name.get("valid")
@@ -40,6 +40,14 @@ def find_splits(data: str, val: str | None, stem: str) -> list[tuple[str, str]]:
         mark = "&" if "?" in data else "?"
         train, val = (f"{data}{mark}split={x}&val={HELD_OUT}" for x in ("train", "val"))
     return [(f"{stem}_train", train), (f"{stem}_val", val)]
+
+
+def _split_of(data: str, *names: str) -> str:
+    """The first of these splits that lies at a URI or path which names none; else itself."""
+    if _is_name(data) or parse(data).split:
+        return data
+    by_name = {parse(uri).split: uri for uri in splits(data)}
+    return next((by_name[x] for x in names if x in by_name), data)
 
 
 def _is_name(data: str) -> bool:
