@@ -13,6 +13,7 @@ from retina_focal.errors import UserError
 MAX_BYTES = 2**31
 MAX_ANCHORS = 500
 LEAST = 8  # px of a side of a picture, below which detectron2's augmentations fail
+LEAST_TILE = 32  # px; smaller ones are too many, and show nothing
 # Make their sizes of MODEL.RETINA_FOCAL.ANCHORS.
 OCTAVE_ANCHORS = (
     "OctaveAnchorGenerator",
@@ -66,6 +67,11 @@ def _pictures(cfg: CfgNode) -> Misfits:
         expected = "parts of a picture, at most 1" if is_relative else "whole pixels"
         yield "INPUT.CROP.SIZE", f"{expected}, with CROP.TYPE {crop.TYPE}"
     channels = 1 if cfg.INPUT.FORMAT == "L" else 3
+    test = retina_focal_node(cfg).TEST
+    if 0 < test.TILE < LEAST_TILE:
+        yield "MODEL.RETINA_FOCAL.TEST.TILE", f"0, which cuts nothing, or at least {LEAST_TILE} px"
+    if test.TILE and cfg.INPUT.FORMAT not in ("BGR", "RGB"):
+        yield "INPUT.FORMAT", "BGR or RGB with MODEL.RETINA_FOCAL.TEST.TILE"
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         if len(cfg.MODEL[key]) != channels:
             yield f"MODEL.{key}", f"{channels} numbers with INPUT.FORMAT {cfg.INPUT.FORMAT}"

@@ -111,6 +111,8 @@ def test_an_unknown_name_is_refused_with_those_there_are(key):
         {"INPUT.CROP.SIZE": [0.5, 2.0], "INPUT.CROP.ENABLED": True},
         {"INPUT.CROP.SIZE": [0.5, 9], "INPUT.CROP.ENABLED": True, "INPUT.CROP.TYPE": "absolute"},
         {"INPUT.CROP.SIZE": [0.5]},
+        {"MODEL.RETINA_FOCAL.TEST.TILE": 31},
+        {"INPUT.FORMAT": "YUV-BT.601", "MODEL.RETINA_FOCAL.TEST.TILE": 640},
         {"MODEL.PIXEL_MEAN": [1.0, 1.0]},
         {"MODEL.PIXEL_STD": [1.0, 1.0, 1.0], "INPUT.FORMAT": "L", "MODEL.PIXEL_MEAN": [1.0]},
         {"DATASETS.COCO_JSON": [1]},

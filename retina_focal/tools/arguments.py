@@ -91,17 +91,18 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def number(kind: type = int, least: float = 1) -> Callable[[str], float]:
-    """The type of an argument that is a finite number of at least `least`."""
+def number(kind: type = int, least: float = 1, most: float = math.inf) -> Callable[[str], float]:
+    """The type of an argument that is a finite number from `least` to `most`."""
 
     def read(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value < math.inf:
+        if not least <= value <= most or value == math.inf:
             noun = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} of at least {least}")
+            wanted = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} {wanted}")
         return value
 
     return read

@@ -15,7 +15,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", default="detections.png", help="default: %(default)s")
     parser.add_argument("--num-images", type=number(), default=4, help="default: %(default)s")
     parser.add_argument(
-        "--score-thresh", type=number(float, 0), default=0.3, help="default: %(default)s"
+        "--score-thresh", type=number(float, 0, 1), default=0.3, help="default: %(default)s"
     )
     args = parser.parse_args(argv)
     check_output(args.output)
