@@ -275,6 +275,36 @@ def test_operating_points_of_other_settings_are_told_of(run, caplog):
         assert points_of(open_run(run, None, used)) and not caplog.messages
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("MODEL.RETINA_FOCAL.TEST.TILE", "64"),
+        ("MODEL.RETINANET.SCORE_THRESH_TEST", "0.2"),
+        ("TEST.DETECTIONS_PER_IMAGE", "7"),
+        ("MODEL.RETINANET.TOPK_CANDIDATES_TEST", "9"),
+    ],
+)
+def test_what_chooses_among_boxes_is_a_setting_of_the_points(run, caplog, changed):
+    caplog.set_level(logging.WARNING)
+    evaluate.main([str(run), "--draws", "5"])
+    caplog.clear()
+    assert points_of(open_run(run, None, changed))
+    assert f"was chosen with {changed[0]}" in caplog.text and f"(here {changed[1]})" in caplog.text
+
+
+def test_points_that_do_not_tell_of_tiles_were_chosen_without(run, caplog):
+    caplog.set_level(logging.WARNING)
+    evaluate.main([str(run), "--draws", "5"])
+    content = dict(operating_points.read(run).content)
+    key = "MODEL.RETINA_FOCAL.TEST.TILE"
+    content["settings"] = {k: v for k, v in content["settings"].items() if k != key}
+    operating_points.write(run, content)
+    caplog.clear()
+    assert points_of(open_run(run)) and not caplog.messages
+    assert points_of(open_run(run, None, [key, "64"]))
+    assert f"was chosen with {key} 0 (here 64)" in caplog.text
+
+
 def test_operating_points_of_earlier_weights_are_not_used(run, caplog):
     """A second training in a folder has the same file names."""
     evaluate.main([str(run), "--draws", "5"])

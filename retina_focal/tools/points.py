@@ -17,9 +17,13 @@ from retina_focal.weights.formats import sha256_of
 
 # Keys that move scores, or choose among boxes: thresholds belong to their values.
 KEYS = (
+    "INPUT.FORMAT",
     "INPUT.MIN_SIZE_TEST",
     "INPUT.MAX_SIZE_TEST",
     "MODEL.RETINANET.NMS_THRESH_TEST",
+    "MODEL.RETINANET.SCORE_THRESH_TEST",
+    "MODEL.RETINANET.TOPK_CANDIDATES_TEST",
+    "TEST.DETECTIONS_PER_IMAGE",
     "MODEL.RETINA_FOCAL.TEST.CLASS_AGNOSTIC_NMS",
     "MODEL.RETINA_FOCAL.TEST.RESIZE",
     "MODEL.RETINA_FOCAL.TEST.TILE",
@@ -27,6 +31,8 @@ KEYS = (
 )
 AUGMENTED = ("TEST.AUG.MIN_SIZES", "TEST.AUG.MAX_SIZE", "TEST.AUG.FLIP")  # where it is enabled
 TILED = ("MODEL.RETINA_FOCAL.TEST.TILE_OVERLAP",)  # where there are tiles
+
+BEFORE = {"MODEL.RETINA_FOCAL.TEST.TILE": 0}  # of files that don't tell it
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +61,11 @@ def points_of(run: Run) -> OperatingPoints | None:
     points = operating_points.read(run.weights.parent) or _of_metadata(run)
     if points is None:
         return None
-    again, content = f"retina-focal evaluate {shlex.quote(str(run.weights.parent))}", points.content
+    again, content = _command(run), points.content
     if content.get("weights") != run.weights.name:
         names = (content.get("weights"), run.weights.name)
+        if run.exported is None:
+            again += f" --opts MODEL.WEIGHTS {shlex.quote(str(run.weights))}"
         logger.warning("%s is of %s, not of %s, so it is not used; again: %s", FILE, *names, again)
         return None
     if content.get("sha256", "") not in ("", sha256_of(run.weights)):
@@ -65,9 +73,17 @@ def points_of(run: Run) -> OperatingPoints | None:
         logger.warning(text, FILE, run.weights.name, again)
         return None
     then = content.get("settings")
-    if isinstance(then, dict) and run.exported is None:
-        _compare(then, _settings(run.cfg), again)
+    if isinstance(then, dict):
+        _compare({**BEFORE, **then}, _settings(run.cfg), again)
     return points
+
+
+def _command(run: Run) -> str:
+    """What chooses the points of a run anew."""
+    command = f"retina-focal evaluate {shlex.quote(str(run.weights.parent))}"
+    if run.exported is not None:
+        return f"{command} --data DATA"
+    return command if run.built is None else f"{command} --config-file FILE.py"
 
 
 def _settings(cfg: CfgNode) -> dict[str, object]:

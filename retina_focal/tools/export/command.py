@@ -3,6 +3,7 @@
 import argparse
 import logging
 import re
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -176,7 +177,7 @@ def _metadata(run: Run, args: argparse.Namespace) -> Metadata:
     if args.calibrated and points is None:
         raise UserError(
             f"--calibrated needs {operating_points.FILE} beside '{run.weights}'; write it: "
-            f"retina-focal evaluate {run.weights.parent}"
+            f"retina-focal evaluate {shlex.quote(str(run.weights.parent))}"
         )
     metadata = Metadata.of_run(
         run.cfg, run.classes, run.weights, points, uint8=args.uint8, nms=args.nms

@@ -1,6 +1,7 @@
 """Boxes of pictures, folders and videos, by a trained model: `retina-focal predict`."""
 
 import argparse
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -87,7 +88,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help=f"of {', '.join(OUTPUTS)}; default: csv,drawings",
     )  # fmt: skip
     parser.add_argument(
-        "--threshold", type=number(float, 0), metavar="SCORE",
+        "--threshold", type=number(float, 0, 1), metavar="SCORE",
         help="boxes of this score or more are written; default: that of each class in the run's "
         f"{operating_points.FILE}, else {THRESHOLD}",
     )  # fmt: skip
@@ -188,4 +189,5 @@ def _about_thresholds(
     line = f"a box counts from a score of {thresholds[0]:g} on"
     if threshold is not None:
         return line
-    return f"{line}; the best for each class: retina-focal evaluate {run.weights.parent}"
+    folder = shlex.quote(str(run.weights.parent))
+    return f"{line}; the best for each class: retina-focal evaluate {folder}"
