@@ -83,6 +83,15 @@ def test_what_the_resizing_makes_nothing_of_is_named(model):  # noqa: F811
         as_tested(cfg, model)([record])
 
 
+@pytest.mark.parametrize("extra", [{}, FLIPPED | {"TEST.AUG.MAX_SIZE": 64}])
+def test_a_thin_picture_is_named_and_the_others_are_predicted(model, photos, extra):  # noqa: F811
+    Image.new("RGB", (5000, 1)).save(photos / "b.jpg")
+    cfg = config(**extra)
+    found = list(Predictor(cfg, model)(find_inputs([str(photos)])))
+    assert [type(x).__name__ for x in found] == ["Prediction", "BadPicture", *["Prediction"] * 3]
+    assert "its 5000 x 1 pixels are" in str(found[1])
+
+
 def test_tiles_of_one_shape_are_seen_together_on_a_gpu(monkeypatch):
     sizes = []
 

@@ -62,7 +62,10 @@ class TiledModel(nn.Module):
             try:
                 array = self.views.pixels(image, tile)
             except NoView as error:
-                raise UserError(f"'{record.get('file_name')}' can't be used: {error}") from error
+                raise UserError(
+                    f"'{record.get('file_name')}' can't be used: {error}; leave it out, or raise "
+                    "INPUT.MAX_SIZE_TEST"
+                ) from error
             width, height = tile.size
             pixels = torch.from_numpy(array.transpose(2, 0, 1).copy())
             yield {"image": pixels, "width": width, "height": height}

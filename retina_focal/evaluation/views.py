@@ -29,9 +29,15 @@ class Views:
         check_choice("INPUT.FORMAT", cfg.INPUT.FORMAT, ("BGR", "RGB"))
         test = retina_focal_node(cfg).TEST
         self.side, self.overlap = test.TILE, test.TILE_OVERLAP
-        self.shortest, self.longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         # Of a tile; test-time augmentation resizes each view itself.
-        self.resizing = [] if cfg.TEST.AUG.ENABLED else resizing_of_test(cfg)
+        aug = cfg.TEST.AUG
+        self.resizing = [] if aug.ENABLED else resizing_of_test(cfg)
+        # (shortest, longest) of what detectron2 resizes to, which may leave no pixel.
+        self.limits = [(x, aug.MAX_SIZE) for x in aug.MIN_SIZES] if aug.ENABLED else []
+        if self.resizing:
+            self.limits = [(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
+        if test.RESIZE != "detectron2":
+            self.limits = []
 
     def tiles(self, width: int, height: int) -> list[Tile]:
         """See `tiles_of`."""
@@ -45,11 +51,12 @@ class Views:
         """
         size = width, height = tile.size
         others = [x for x in self.resizing if isinstance(x, ResizeAs)]
-        if self.resizing and not others:  # at once, out of the whole picture
-            size = ResizeShortestEdge.get_output_shape(height, width, self.shortest, self.longest)
-            size = size[::-1]
-        if min(size) < 1:
-            raise NoView(f"its {width} x {height} pixels are {size[0]} x {size[1]} to the model")
+        for limits in self.limits:
+            h, w = ResizeShortestEdge.get_output_shape(height, width, *limits)
+            if min(h, w) < 1:
+                raise NoView(f"its {width} x {height} pixels are {w} x {h} to the model")
+            if self.resizing:  # at once, out of the whole picture
+                size = w, h
         if size != image.size or any(tile.inner):
             image = image.resize(size, Image.Resampling.BILINEAR, box=tile.window)
         array = np.asarray(image)
