@@ -26,7 +26,8 @@ def draw_precision_recall(axes: Axes, report: dict, iou: str = "0.5") -> None:
     for i, name in enumerate(shown):
         color, style = COLORS[i % len(COLORS)], LINES[i // len(COLORS) % len(LINES)]
         precision = np.array(lines[name][iou])
-        text = f"{name}, AP {100 * precision.mean():.1f}"
+        # matplotlib leaves out labels that begin with "_"; a class may.
+        text = f"AP{100 * float(iou):.0f} {100 * precision.mean():.1f}: {name}"
         reached = precision > 0
         x, y = np.array(recall)[reached], precision[reached]
         axes.plot(x, y, color=color, linestyle=style, linewidth=1.8, label=text)

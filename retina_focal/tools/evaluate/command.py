@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from retina_focal.tools.points import choose_points, points_of
 from retina_focal.tools.reports import figure
 from retina_focal.tools.runs import Run, detections, open_run, run_model, use_data
 
+CHECKPOINTS = (".pth", ".pkl", ".safetensors")
 EPILOG = """
 RUN is the folder of a training, or a file that `retina-focal export` wrote, or its folder; that
 needs --data. FILE holds results in COCO format, as training leaves them in
@@ -98,6 +100,11 @@ def _open(name: str, args: argparse.Namespace) -> Opened:
     """The detections of a run, or the results in a file."""
     if exported_file(name) or not Path(name).is_file():
         return _of_run(open_run(name, args.config_file, args.opts), args)
+    if Path(name).suffix in CHECKPOINTS:
+        raise UserError(
+            f"'{name}' is a checkpoint; name the folder of its run: retina-focal evaluate "
+            f"{shlex.quote(str(Path(name).parent))} --opts MODEL.WEIGHTS {shlex.quote(name)}"
+        )
     if args.data is None:
         raise UserError(f"'{name}' is a file; name the dataset of its results: --data DATA")
     dataset = json.loads(load(args.data).json_file.read_bytes())

@@ -79,7 +79,8 @@ def _draw_ap(axes: Axes, report: dict) -> None:
         )
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.invert_yaxis()
-    axes.set(xlabel="AP, with the 95% interval over images", xlim=(0, 108))
+    more = ", with the 95% interval over images" if report["images"] > 1 else ""
+    axes.set(xlabel=f"AP{more}", xlim=(0, 108))
     axes.grid(alpha=0.3, axis="x")
 
 
