@@ -9,12 +9,10 @@ import pytest
 from retina_focal.config import flatten, get_cfg
 from retina_focal.data.coverage import BoxTable
 from retina_focal.data.decisions import (
-    RATE_PER_PICTURE,
     data_settings,
     input_settings,
     machine_settings,
     method_settings,
-    schedule_settings,
     threshold_settings,
 )
 from retina_focal.data.fingerprint import (
@@ -35,6 +33,7 @@ from retina_focal.data.fingerprint import (
     steps_within,
     wanted_shorter,
 )
+from retina_focal.data.schedule import RATE_PER_PICTURE, schedule_settings
 from retina_focal.errors import UserError
 
 CELLS = Fingerprint(
@@ -50,6 +49,7 @@ CELLS = Fingerprint(
     most_boxes=28,
     most_in_tile=28,
     num_tiles=205,
+    most_pixels=480 * 640,
     overlap=0.46,
 )
 CPU = Machine(has_gpu=False, cores=2)
@@ -242,7 +242,10 @@ def test_large_pictures_of_small_objects_are_cut():
     assert "DATASETS.TEST" not in values and values["TEST.EVAL_PERIOD"] > 0  # val is cut too
     assert values["MODEL.RETINA_FOCAL.TRAIN.BEST"] == "bbox/AP"
     detections = data_settings(replace(slide, most_boxes=9000, most_in_tile=110))
-    assert detections["TEST.DETECTIONS_PER_IMAGE"] == (200, "a tile has up to 110 boxes")
+    assert detections["TEST.DETECTIONS_PER_IMAGE"] == (
+        200,
+        "a tile has up to about 110 boxes",
+    )
     # An epoch is of tiles: few pictures are learned from for as long as the minutes last.
     few = replace(slide, num_pictures=3, num_val=1, num_tiles=1200)
     assert decided(few, minutes=600)[1]["SOLVER.MAX_ITER"] == 150 * 1200 / 4
@@ -252,6 +255,9 @@ def test_large_pictures_of_small_objects_are_cut():
     assert key not in machine_settings(replace(CPU, has_hotcoco=True), CELLS)
     # Nothing is gained by cutting where objects are small in the picture itself, or large.
     assert not is_tiled(replace(CELLS, small=4.0))
+    limit = "MODEL.RETINA_FOCAL.DATA.MAX_PIXELS"
+    assert limit not in values
+    assert decided(replace(slide, most_pixels=10**8), minutes=30)[1][limit] == 10**8
     assert not is_tiled(replace(slide, small=200.0))
 
 

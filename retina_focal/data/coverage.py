@@ -55,12 +55,15 @@ class BoxTable:
         )
 
     def middle_tiles(self, side: int) -> "BoxTable":
-        """The part of each picture that `middle_tile` shows, with what lies in it of its boxes."""
+        """The part of each picture that `middle_tile` shows, with the boxes that lie in it."""
         tiles = np.array([middle_tile(*x, side) for x in self.sizes.tolist()]).reshape(-1, 4)
         corner, size = (np.tile(x[self.pictures], 2) for x in (tiles[:, :2], tiles[:, 2:]))
-        boxes = (self.boxes - corner).clip(0, size)
-        cut = BoxTable(boxes, self.classes, self.pictures, tiles[:, :1:-1], self.file_names)
-        return cut.with_area()
+        boxes = self.boxes - corner
+        cut = tiles[self.pictures, 2:] < self.sizes[self.pictures, ::-1]  # it has such edges
+        outside = (boxes[:, :2] < 0) | (boxes[:, 2:] > size[:, :2])
+        kept = ~(cut & outside).any(1)
+        rows = (x[kept] for x in (boxes, self.classes, self.pictures))
+        return BoxTable(*rows, tiles[:, :1:-1], self.file_names).with_area()
 
 
 def box_table(records: Sequence[dict]) -> BoxTable:

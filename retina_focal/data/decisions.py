@@ -5,51 +5,38 @@ decides. The rules are few and are written into the config that they make.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from retina_focal.data.anchor_search import Octaves
 from retina_focal.data.fingerprint import (
-    LEAST_SAVES,
-    MANY_STEPS,
-    SAVED_EVERY,
+    LEAST_SIDE,
+    LONGEST,
     SHORTEST,
-    SPENT,
     TILE,
     Fingerprint,
     Machine,
     Pace,
-    enough_steps,
-    evaluation_seconds,
     grained,
     is_tiled,
-    num_evaluations,
-    padded_side,
     steps_within,
+    wanted_shorter,
 )
-from retina_focal.errors import UserError
+from retina_focal.data.images import MAX_PIXELS
 
-MOST_EPOCHS = 150
 SEVERAL_SIZES_FROM = 20  # epochs; fewer learn more from one size
 SIZES = (0.8, 0.9, 1.0, 1.1, 1.2)  # of the shorter side
-LEAST_STEPS = 50
-RATE_PER_PICTURE = 0.02 / 4  # configs/quick_start, SGD
-GPU_RATE_PER_PICTURE = 0.01 / 16  # detectron2's
 RARE = 0.1  # of the pictures: classes in fewer of them are shown more often
 THRESHOLDS = (0.4, 0.5)  # of the paper
 STRICTER = (0.5, 0.6)  # where the anchors reach nearly all boxes with the upper one
 NEARLY_ALL = 0.97
-# Steps until the learning rate is whole. Of 249 steps on the quick start's tree tiles 31 of them
-# end at a class loss of 0.36 and an AP50 of 31, 80 of them at 0.25 and 56.
-LEAST_WARMUP, MOST_WARMUP = 80, 500
-AVERAGED = 8  # the average of the weights is over about this part of the steps
 
 
 # The method, in the minutes that a user of two cores has: as stock, until a table of the same data,
 # minutes and seeds shows what another value gains. Times of a step are measured with these.
 METHOD: dict[str, tuple[object, str]] = {
     "MODEL.RETINA_FOCAL.ASSIGNMENT": ("detectron2", "atss instead gains no AP that is measured"),
-    "MODEL.RETINA_FOCAL.CLS_LOSS": ("focal", "soft targets gain 0.5 AP on BCCD's val, 0.1 on test"),
+    "MODEL.RETINA_FOCAL.CLS_LOSS": ("focal", "soft targets changed the AP of BCCD's test by 0.1"),
     "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.SCALE": ([1.0, 1.0], "sizes are those of MIN_SIZE_TRAIN"),
     "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.COLOUR": (0.0, "no gain is measured"),
     "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.MOSAIC": (0.0, "no gain is measured"),
@@ -82,6 +69,9 @@ def input_settings(
     small = f"a tenth of the smallest class is below {found.small:.0f} px"
     of = f"{small}, {found.small * scale:.0f} px so"
     longer = grained(max(sides) * max(found.aspect, 1.34) * 1.1, SHORTEST)
+    wanted = wanted_shorter(found)
+    if shorter < wanted:
+        of += f", for which {wanted} px take more minutes"
     limit = f"95% of the pictures are at most {found.aspect:.2f} times as long as wide"
     settings = {
         "INPUT.MIN_SIZE_TRAIN": Setting(sides, f"{of}; {why}"),
@@ -96,21 +86,27 @@ def input_settings(
 
 
 def _tile_settings(found: Fingerprint) -> Settings:
-    """Random tiles in training; val and what is predicted are cut into all. Nothing is resized."""
+    """Random tiles in training; val and what is predicted are cut into all."""
     why = (
         f"a tenth of the smallest class is below {found.small:.0f} px in pictures of "
-        f"{found.shorter:.0f} px: too small when whole"
+        f"{found.shorter:.0f} px: below {LEAST_SIDE} px in whole ones of {LONGEST} px"
     )
-    return {
+    settings = {
         "INPUT.CROP.ENABLED": Setting(True, why),
         "INPUT.CROP.TYPE": Setting("absolute", "px of the picture's file"),
         "INPUT.CROP.SIZE": Setting([TILE, TILE], "a tile keeps the size of its objects"),
         "INPUT.MIN_SIZE_TRAIN": Setting([TILE], "of a tile"),
-        "INPUT.MAX_SIZE_TRAIN": Setting(2 * TILE, "a small picture may be narrower than a tile"),
+        "INPUT.MAX_SIZE_TRAIN": Setting(
+            2 * TILE, "pictures narrower than a tile are enlarged, up to twice"
+        ),
         "INPUT.MIN_SIZE_TEST": Setting(TILE, "of a tile; the whole picture is a second scale"),
-        "INPUT.MAX_SIZE_TEST": Setting(math.ceil(TILE * found.aspect), "the same"),
+        "INPUT.MAX_SIZE_TEST": Setting(2 * TILE, "as in training"),
         "MODEL.RETINA_FOCAL.TEST.TILE": Setting(TILE, "of the size that it learned from"),
     }
+    if found.most_pixels > MAX_PIXELS:
+        why = f"the largest picture has {found.most_pixels:,}"
+        settings["MODEL.RETINA_FOCAL.DATA.MAX_PIXELS"] = Setting(found.most_pixels, why)
+    return settings
 
 
 def anchor_settings(octaves: Octaves, before: Mapping, after: Mapping) -> Settings:
@@ -141,7 +137,8 @@ def threshold_settings(reached: float) -> Settings:
     """
     thresholds = STRICTER if reached >= NEARLY_ALL else THRESHOLDS
     why = f"{reached:.1%} of the boxes have an anchor at IoU >= {STRICTER[1]}: "
-    why += "so the better ones" if thresholds == STRICTER else "too few; as in the paper"
+    why += "so the better ones" if thresholds == STRICTER else "not "
+    why += "" if thresholds == STRICTER else f"{NEARLY_ALL:.0%}; so as in the paper"
     return {"MODEL.RETINANET.IOU_THRESHOLDS": Setting(list(thresholds), why)}
 
 
@@ -166,11 +163,13 @@ def data_settings(found: Fingerprint) -> Settings:
             "as they show what is none",
         ),
         "TEST.DETECTIONS_PER_IMAGE": Setting(
-            max(100, math.ceil(most * 1.5 / 50) * 50), f"a {of} has up to {most} boxes"
+            max(100, math.ceil(most * 1.5 / 50) * 50),
+            f"a {of} has up to {'about ' * is_tiled(found)}{most} boxes",
         ),
         "MODEL.RETINANET.NMS_THRESH_TEST": Setting(
             round(min(0.6, max(0.3, found.overlap + 0.15)), 2),
-            f"99% of the boxes overlap others of their class by less than {found.overlap:.2f}",
+            f"0.15 more than the IoU that 99% of the boxes have with others of their class, "
+            f"{found.overlap:.2f}; 0.3 to 0.6",
         ),
     }
     shares = [x / found.num_pictures for x in found.pictures_of_class if x]
@@ -185,90 +184,6 @@ def data_settings(found: Fingerprint) -> Settings:
         settings["DATALOADER.REPEAT_THRESHOLD"] = Setting(RARE, "share below which a class is rare")
     settings["DATALOADER.SAMPLER_TRAIN"] = Setting(sampler, why)
     return settings
-
-
-def schedule_settings(
-    found: Fingerprint, machine: Machine, pace: Pace, minutes: float, sides: Sequence[int]
-) -> Settings:
-    """Batch, learning rate, iterations, evaluations, and what depends on how many they are.
-
-    Raises:
-        UserError: the minutes don't suffice for a training.
-    """
-    shorter = padded = pace.shorter
-    if not is_tiled(found):
-        # Evaluated is the middle one; the lower of two, as smaller ones have become `SHORTEST`.
-        shorter, padded = sides[(len(sides) - 1) // 2], padded_side(sides, pace.batch)
-    steps = steps_within(found, pace, minutes, shorter, padded)
-    step, evaluation = pace.step_at(padded), evaluation_seconds(found, pace, shorter)
-    if steps < LEAST_STEPS:
-        least = (LEAST_STEPS * step + pace.start + evaluation) / 60 / SPENT
-        raise UserError(
-            f"{minutes:g} minutes give {steps} steps of {step:.2g} s; expected "
-            f"{LEAST_STEPS} or more: type --minutes {math.ceil(least)}"
-        )
-    most = math.ceil(MOST_EPOCHS * found.epoch / pace.batch)
-    times = num_evaluations(evaluation, minutes * 60 * SPENT)
-    fits = f"{SPENT:.0%} of {minutes:g} min, less {pace.start:.0f} s of start and "
-    fits += f"{1 + times} times {evaluation:.0f} s of evaluation, at {step:.2g} s per step"
-    fits += "" if padded == pace.shorter else f", from {pace.step:.2g} s at {pace.shorter} px"
-    fits += ", measured here"
-    if steps > max(most, enough_steps(found, pace.batch)):
-        steps = max(most, enough_steps(found, pace.batch))
-        fits = f"at most {MOST_EPOCHS}, or as many as {steps} steps need; the minutes give more"
-    epochs = steps * pace.batch / found.epoch
-    per_picture = GPU_RATE_PER_PICTURE if machine.has_gpu else RATE_PER_PICTURE
-    of = "detectron2's 0.01 for 16" if machine.has_gpu else "0.02 for 4, of configs/quick_start"
-    best = "no weights but the last are evaluated"
-    if times:
-        best = "the best of the evaluations on val is kept, in model_best.pth"
-    settings = {
-        "SOLVER.IMS_PER_BATCH": Setting(
-            pace.batch,
-            "as in configs/quick_start" if not machine.has_gpu else "what the GPU's memory holds",
-        ),
-        "SOLVER.BASE_LR": Setting(
-            float(f"{per_picture * pace.batch:.3g}"), f"in proportion to the batch: {of}"
-        ),
-        "SOLVER.MAX_ITER": Setting(steps, f"{epochs:.3g} epochs: {fits}"),
-        "SOLVER.LR_SCHEDULER_NAME": Setting("WarmupMultiStepLR", "as in quick_start/bccd.yaml"),
-        "SOLVER.STEPS": Setting([int(steps * 0.8)], "at 80%, as in quick_start/bccd.yaml"),
-        "MODEL.RETINA_FOCAL.TRAIN.EMA": Setting(
-            round(1 - AVERAGED / steps, 4),
-            "weights are averaged over about an eighth of the steps",
-        ),
-        "SOLVER.WARMUP_ITERS": Setting(*_warmup(steps)),
-        "MODEL.RETINA_FOCAL.TRAIN.AUGMENT.VERTICAL_FLIP": Setting(*_upside_down(found, steps)),
-        "SOLVER.CHECKPOINT_PERIOD": Setting(
-            max(1, min(steps // LEAST_SAVES, round(60 * SAVED_EVERY / step))),
-            f"each {SAVED_EVERY:g} min, or {LEAST_SAVES} in all, of {pace.save:.2g} s",
-        ),
-        "MODEL.RETINA_FOCAL.TRAIN.KEEP_CHECKPOINTS": Setting(2, "what a resumed run needs"),
-        "TEST.EVAL_PERIOD": Setting(
-            -(-steps // (times + 1)) if times else 0,
-            f"{times} before the last: {evaluation:.0f} s each for {found.num_val} pictures",
-        ),
-        "MODEL.RETINA_FOCAL.TRAIN.BEST": Setting("bbox/AP" if times else "", best),
-    }
-    return settings
-
-
-def _warmup(steps: int) -> tuple[int, str]:
-    """Steps until the learning rate is whole, and why so many."""
-    warmup = max(min(LEAST_WARMUP, steps // 3), min(MOST_WARMUP, steps // 8))
-    share = {steps // 8: "an eighth", steps // 3: "a third, as there are few"}
-    why = share.get(warmup, f"{'more' if warmup > steps // 8 else 'less'} than an eighth")
-    return warmup, f"{why}; sooner the first large steps do harm"
-
-
-def _upside_down(found: Fingerprint, steps: int) -> tuple[float, str]:
-    """The share of pictures that are turned upside down, and why."""
-    if found.has_up:
-        return 0.0, "boxes are taller or wider, or others above than below: pictures have an up"
-    no_up = "boxes are as tall as wide, and alike above and below: pictures have no up"
-    if steps < MANY_STEPS:
-        return 0.0, f"{no_up}, but it takes {MANY_STEPS} steps to learn from that"
-    return 0.5, no_up
 
 
 def machine_settings(machine: Machine, found: Fingerprint) -> Settings:

@@ -52,6 +52,7 @@ class Fingerprint:
     most_boxes: int  # of one picture
     most_in_tile: int  # of a part of `TILE` px
     num_tiles: int  # of `TILE` px, that fill the pictures
+    most_pixels: int  # of one picture
     overlap: float  # IoU that 1% of the boxes exceed with another one of their class
     has_up: bool = True  # whether anything in the boxes tells up from down
 
@@ -121,6 +122,7 @@ def fingerprint(table: BoxTable, classes: Sequence[str], num_val: int) -> Finger
         int(per_picture.max()),
         _most_in_tile(table),
         int(np.ceil(table.sizes / TILE).prod(1).sum()),
+        int(table.sizes.prod(1).max()),
         _overlap(table),
         bool(_has_up(table)),
     )

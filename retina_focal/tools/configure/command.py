@@ -23,7 +23,6 @@ from retina_focal.data.decisions import (
     input_settings,
     machine_settings,
     method_settings,
-    schedule_settings,
     threshold_settings,
 )
 from retina_focal.data.fingerprint import (
@@ -36,6 +35,7 @@ from retina_focal.data.fingerprint import (
     is_tiled,
     wanted_shorter,
 )
+from retina_focal.data.schedule import schedule_settings
 from retina_focal.errors import UserError
 from retina_focal.files import cache_folder, check_regular, write_whole
 from retina_focal.merging import merge_file
