@@ -130,6 +130,7 @@ def test_memory_is_that_of_a_fresh_process_however_large_this_one_is(setting):
     assert probes["stock"]() == {}
 
 
+@pytest.mark.slow
 def test_memory_of_our_loss_is_its_gradient_and_little_more():
     """A gradient is as large as the logits; building has freed more than that before."""
     setting = setting_of((768, 1024))  # large beside the code that a first run pages in

@@ -157,12 +157,10 @@ def test_the_boxes_of_a_middle_tile_are_those_that_the_network_sees_whole(bccd):
             height, width = sides
             cut = ((found[:, 0] <= 0) | (found[:, 2] >= 200)) & (width > 200)
             cut |= ((found[:, 1] <= 0) | (found[:, 3] >= 200)) & (height > 200)
-            assert np.allclose(
-                table.boxes[mine].clip(0, [width, height] * 2), found[~cut], atol=1e-4
-            )
+            assert np.allclose(table.boxes[mine], found[~cut], atol=1e-4)
             assert (table.classes[mine] == seen["instances"].gt_classes.numpy()[~cut]).all()
             number += len(found[~cut])
-    assert number > 20
+    assert number > 10
 
 
 def test_tiles_that_keep_their_size_are_not_resized():

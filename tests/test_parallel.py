@@ -23,7 +23,7 @@ from retina_focal.training.trouble import BadLoss
 # Sizes that pad differently. Of two processes the second has no box.
 SIZES, NUM_BOXES = [(64, 96), (96, 64), (50, 130), (128, 90)], [5, 2, 0, 0]
 CASES = [
-    (torch.float64, {}, ("global", "image", "batch", "ema")),
+    (torch.float64, {}, ("global", "image", "batch")),
     # A random backbone with group norm turns rounding into 4e-6, by the order of the images alone.
     (torch.float32, {"MODEL.RESNETS.NORM": "FrozenBN"}, ("global",)),
 ]

@@ -232,7 +232,7 @@ def test_weights_equal_stock_after_20_steps_r18(norm):
     assert drift(plugin, stock) <= 1e-5
 
 
-@pytest.mark.parametrize("norm", ["BN", "GN"])
+@pytest.mark.parametrize("norm", ["BN", pytest.param("GN", marks=pytest.mark.slow)])
 def test_weights_drift_from_stock_as_rounding_does_r50(norm):
     """A deep network amplifies rounding: the scale is stock against itself with noisy gradients."""
     stock, plugin = build_pair(50, norm, "")

@@ -117,6 +117,7 @@ print(pages[-1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 @needs_cpu_processes
 @pytest.mark.parametrize(

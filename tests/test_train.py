@@ -122,6 +122,7 @@ def test_a_wrong_value_ends_a_process_in_words(data, tmp_path, monkeypatch):
         train_here(data, tmp_path, opts=SUM)
 
 
+@pytest.mark.slow
 @needs_cpu_processes
 def test_a_wrong_value_ends_every_process_in_words(data, tmp_path):
     command, environment = train_command(data, tmp_path, "--num-gpus", "2", opts=SUM)

@@ -62,7 +62,7 @@ class BoxTable:
         cut = tiles[self.pictures, 2:] < self.sizes[self.pictures, ::-1]  # it has such edges
         outside = (boxes[:, :2] < 0) | (boxes[:, 2:] > size[:, :2])
         kept = ~(cut & outside).any(1)
-        rows = (x[kept] for x in (boxes, self.classes, self.pictures))
+        rows = (x[kept] for x in (boxes.clip(0, size), self.classes, self.pictures))
         return BoxTable(*rows, tiles[:, :1:-1], self.file_names).with_area()
 
 
