@@ -232,6 +232,17 @@ def test_the_data_tell_classes_background_detections_and_nms():
     assert data_settings(CELLS)["TEST.DETECTIONS_PER_IMAGE"].value == 100
 
 
+@pytest.mark.parametrize("changed", [{}, {"save": 3.0}, {"picture": 2.0}])
+def test_the_minutes_that_are_asked_for_are_the_fewest_whole_ones(changed):
+    pace = replace(PACE, step=3.0, **changed)
+    with pytest.raises(UserError, match="type --minutes") as error:
+        decided(minutes=1, pace=pace)
+    minutes = int(str(error.value).rpartition(" ")[2])
+    assert decided(minutes=minutes, pace=pace)[1]["SOLVER.MAX_ITER"] >= 50
+    with pytest.raises(UserError, match=f"type --minutes {minutes}"):
+        decided(minutes=minutes - 1, pace=pace)
+
+
 def test_large_pictures_of_small_objects_are_cut():
     slide = replace(CELLS, shorter=12_000.0, aspect=1.0, small=20.0)
     assert is_tiled(slide) and wanted_shorter(slide) == TILE

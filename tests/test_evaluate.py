@@ -317,6 +317,17 @@ def test_operating_points_of_earlier_weights_are_not_used(run, caplog):
     assert "is of an earlier model_final.pth, so it is not used; again: " in caplog.text
 
 
+def test_points_of_other_weights_are_chosen_by_the_command_that_is_named(run, caplog):
+    evaluate.main([str(run), "--draws", "5"])
+    other = run / "model_other.pth"
+    shutil.copy(run / "model_final.pth", other)
+    opts = ["MODEL.WEIGHTS", str(other)]
+    assert points_of(open_run(run, None, opts)) is None
+    typed = shlex.split(caplog.messages[-1].partition("retina-focal evaluate ")[2])
+    evaluate.main([typed[0], "--draws", "5", *typed[1:]])
+    assert points_of(open_run(run, None, opts))
+
+
 def test_without_val_none_are_chosen_and_those_there_are_used(run, capsys):
     opts = ["--opts", "MODEL.RETINA_FOCAL.DATA.VAL", ""]
     evaluate.main([str(run), "--draws", "5", *opts])

@@ -7,15 +7,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import PLUGIN, small_cfg
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
-from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from photographs import Corners, config, noise, random_model, write_photos
 from PIL import Image
-from torch import nn
 
-from retina_focal import get_cfg
 from retina_focal.data.images import BadPicture
 from retina_focal.errors import UserError
 from retina_focal.evaluation.ahead import ahead
@@ -23,41 +19,14 @@ from retina_focal.evaluation.inputs import Input, find_inputs, read_picture
 from retina_focal.evaluation.prediction import Predictor
 
 
-def config(**opts: object):
-    cfg = get_cfg()
-    cfg.merge_from_other_cfg(small_cfg(**PLUGIN))
-    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 96, 160
-    cfg.merge_from_list([x for pair in opts.items() for x in pair])
-    return cfg
-
-
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = build_model(config()).eval()
-    nn.init.normal_(model.head.cls_score.weight, std=0.3)
-    return model
-
-
-def noise(path, size=(120, 90), seed=0, **options) -> None:
-    rng = np.random.default_rng(seed)
-    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(path, **options)
+    return random_model()
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Four pictures of two sizes, one after the other: two are turned by EXIF, one is grey."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    turned = Image.Exif()
-    turned[274] = 6
-    noise(folder / "a.jpg", seed=1)
-    noise(folder / "b.jpg", seed=2, exif=turned)
-    noise(folder / "c.png", size=(90, 120), seed=3)
-    noise(folder / "d.png", seed=4)
-    Image.open(folder / "d.png").convert("L").save(folder / "d.png")
-    noise(folder / "e.jpg", seed=5)
-    return folder
+    return write_photos(tmp_path / "photos")
 
 
 @pytest.mark.parametrize("format, batch_size", [("BGR", 3), ("RGB", 1)])
@@ -109,27 +78,6 @@ def test_what_can_not_be_used_is_named_in_its_place_and_the_rest_goes_on(model, 
     assert [type(x).__name__ for x in results] == ["Prediction", *["BadPicture"] * 3, "Prediction"]
     for text, bad in zip(["truncated", "empty", "MAX_PIXELS"], results[1:4], strict=True):
         assert text in str(bad) and "the others are predicted" in str(bad)
-
-
-class Corners(nn.Module):
-    """Finds each white square of 10 px, wherever it is, by its pixels."""
-
-    device = torch.device("cpu")
-
-    def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        outputs = []
-        for x in batched_inputs:
-            array = (x["image"].float().mean(0) > 200).numpy().astype(np.uint8)
-            _, _, stats, _ = cv2.connectedComponentsWithStats(array)
-            xywh = torch.tensor(stats[1:, :4].astype(np.float32)).reshape(-1, 4)
-            boxes = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
-            factor = torch.tensor([x["width"], x["height"]]) / torch.tensor(array.shape[::-1])
-            boxes = Boxes(boxes * factor.repeat(2))
-            classes = torch.zeros(len(boxes), dtype=torch.int64)
-            found = Instances((x["height"], x["width"]), pred_boxes=boxes, pred_classes=classes)
-            found.scores = 0.9 - 0.1 * torch.rand(len(boxes))
-            outputs.append({"instances": found})
-        return outputs
 
 
 @pytest.mark.parametrize("min_size", [0, 256])

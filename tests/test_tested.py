@@ -7,8 +7,8 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
+from photographs import Corners, config, random_model, write_photos
 from PIL import Image
-from test_prediction import Corners, config, model, noise, photos  # noqa: F401
 
 from retina_focal.data.registration import register_coco_json
 from retina_focal.errors import UserError
@@ -23,6 +23,16 @@ from retina_focal.training.assembly import Trainer
 TILE = "MODEL.RETINA_FOCAL.TEST.TILE"
 SIDE, SQUARE = 128, 10  # pixels
 FLIPPED = {"TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": (64,)}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_photos(tmp_path / "photos")
 
 
 def records(folder) -> list[dict]:
@@ -53,7 +63,7 @@ def equal(one, other) -> None:
         (200, {}),
     ],
 )
-def test_a_test_set_is_seen_as_predict_sees_files(model, photos, tile, extra):  # noqa: F811
+def test_a_test_set_is_seen_as_predict_sees_files(model, photos, tile, extra):
     cfg = config(**{TILE: tile, **extra})
     seen, mapper = as_tested(cfg, model), build_test_mapper(cfg)
     expected = list(Predictor(cfg, model)(find_inputs([str(photos)])))
@@ -67,7 +77,7 @@ def test_a_test_set_is_seen_as_predict_sees_files(model, photos, tile, extra):  
     assert len(expected[0].tiles) == (7 if tile == 64 else 1)
 
 
-def test_only_the_key_turns_it_on(model):  # noqa: F811
+def test_only_the_key_turns_it_on(model):
     assert as_tested(config(), model) is model
     assert len(build_test_mapper(config()).augmentations.augs) == 1
     both = config(**{TILE: SIDE, "TEST.AUG.ENABLED": True})
@@ -76,7 +86,7 @@ def test_only_the_key_turns_it_on(model):  # noqa: F811
     assert not wrapped.views.resizing and not build_test_mapper(both).augmentations.augs
 
 
-def test_what_the_resizing_makes_nothing_of_is_named(model):  # noqa: F811
+def test_what_the_resizing_makes_nothing_of_is_named(model):
     cfg = config(**{TILE: 64, "INPUT.MIN_SIZE_TEST": 8, "INPUT.MAX_SIZE_TEST": 16})
     record = {"image": torch.zeros(3, 1, 50, dtype=torch.uint8), "file_name": "thin.png"}
     with pytest.raises(UserError, match=r"'thin\.png' can't be used: its 50 x 1 pixels are 16 x 0"):
@@ -84,7 +94,7 @@ def test_what_the_resizing_makes_nothing_of_is_named(model):  # noqa: F811
 
 
 @pytest.mark.parametrize("extra", [{}, FLIPPED | {"TEST.AUG.MAX_SIZE": 64}])
-def test_a_thin_picture_is_named_and_the_others_are_predicted(model, photos, extra):  # noqa: F811
+def test_a_thin_picture_is_named_and_the_others_are_predicted(model, photos, extra):
     Image.new("RGB", (5000, 1)).save(photos / "b.jpg")
     cfg = config(**extra)
     found = list(Predictor(cfg, model)(find_inputs([str(photos)])))

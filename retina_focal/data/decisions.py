@@ -137,8 +137,8 @@ def threshold_settings(reached: float) -> Settings:
     """
     thresholds = STRICTER if reached >= NEARLY_ALL else THRESHOLDS
     why = f"{reached:.1%} of the boxes have an anchor at IoU >= {STRICTER[1]}: "
-    why += "so the better ones" if thresholds == STRICTER else "not "
-    why += "" if thresholds == STRICTER else f"{NEARLY_ALL:.0%}; so as in the paper"
+    better, fewer = "so the better ones", f"fewer than {NEARLY_ALL:.0%}, so as in the paper"
+    why += better if thresholds == STRICTER else fewer
     return {"MODEL.RETINANET.IOU_THRESHOLDS": Setting(list(thresholds), why)}
 
 

@@ -3,6 +3,7 @@
 import logging
 import shlex
 import sys
+from collections.abc import Mapping
 
 from detectron2.config import CfgNode
 
@@ -61,29 +62,34 @@ def points_of(run: Run) -> OperatingPoints | None:
     points = operating_points.read(run.weights.parent) or _of_metadata(run)
     if points is None:
         return None
-    again, content = _command(run), points.content
+    content = points.content
     if content.get("weights") != run.weights.name:
         names = (content.get("weights"), run.weights.name)
-        if run.exported is None:
-            again += f" --opts MODEL.WEIGHTS {shlex.quote(str(run.weights))}"
+        again = _again(run, {} if run.exported else {"MODEL.WEIGHTS": run.weights})
         logger.warning("%s is of %s, not of %s, so it is not used; again: %s", FILE, *names, again)
         return None
     if content.get("sha256", "") not in ("", sha256_of(run.weights)):
         text = "%s is of an earlier %s, so it is not used; again: %s"
-        logger.warning(text, FILE, run.weights.name, again)
+        logger.warning(text, FILE, run.weights.name, _again(run, {}))
         return None
     then = content.get("settings")
     if isinstance(then, dict):
-        _compare({**BEFORE, **then}, _settings(run.cfg), again)
+        _compare({**BEFORE, **then}, _settings(run.cfg), run)
     return points
 
 
-def _command(run: Run) -> str:
-    """What chooses the points of a run anew."""
+def _again(run: Run, values: Mapping[str, object]) -> str:
+    """The command that chooses the points of a run anew, with these values of its config."""
     command = f"retina-focal evaluate {shlex.quote(str(run.weights.parent))}"
-    if run.exported is not None:
-        return f"{command} --data DATA"
-    return command if run.built is None else f"{command} --config-file FILE.py"
+    if run.exported is not None:  # whose config names no dataset
+        command, values = (
+            f"{command} --data DATA",
+            {"MODEL.RETINA_FOCAL.DATA.VAL": "DATA", **values},
+        )
+    elif run.built is not None:
+        command = f"{command} --config-file FILE.py"
+    pairs = " ".join(f"{key} {shlex.quote(str(value))}" for key, value in values.items())
+    return f"{command} --opts {pairs}" if pairs else command
 
 
 def _settings(cfg: CfgNode) -> dict[str, object]:
@@ -94,16 +100,15 @@ def _settings(cfg: CfgNode) -> dict[str, object]:
     return {key: values[key] for key in keys}
 
 
-def _compare(then: dict[str, object], here: dict[str, object], again: str) -> None:
+def _compare(then: dict[str, object], here: dict[str, object], run: Run) -> None:
     """Say where thresholds were chosen with other settings, and how to choose them with these."""
     other = [x for x in here if x in then and then[x] != here[x]]
     if not other:
         return
     told = ", ".join(f"{x} {then[x]} (here {here[x]})" for x in other)
-    added = [x for x in here if x in other or x not in then]
-    pairs = " ".join(f"{x} {shlex.quote(str(here[x]))}" for x in added)
-    text = "%s was chosen with %s; to choose with what holds here: %s --opts %s"
-    logger.warning(text, FILE, told, again, pairs)
+    again = _again(run, {x: here[x] for x in here if x in other or x not in then})
+    text = "%s was chosen with %s; to choose with what holds here: %s"
+    logger.warning(text, FILE, told, again)
 
 
 def _of_metadata(run: Run) -> OperatingPoints | None:
