@@ -253,6 +253,17 @@ def test_a_training_that_fails_is_told_of(arguments, monkeypatch):
         main(arguments)
 
 
+def test_pictures_that_stand_for_val_have_boxes_and_about_the_mean_size():
+    sizes = {"small": 10, "other": 60, "mean": 67, "large": 100, "empty": 67}
+    records = [
+        {"file_name": name, "height": side, "width": side, "annotations": [1] * (name != "empty")}
+        for name, side in sizes.items()
+    ]
+    few = [x["file_name"] for x in pace._few(records, 5)]
+    assert few == ["mean", "other", "small", "large", "empty"]
+    assert pace._few(records, 2) == [records[2], records[1]]
+
+
 def test_a_gpu_gets_what_its_memory_holds(arguments, monkeypatch):
     """The device is pretended: what is asked of it is the name, and a training of a few steps."""
     settings = {"MODEL.RETINA_FOCAL.DATA.VAL": Setting("toy_val", "")}

@@ -67,6 +67,13 @@ def test_the_numbers_of_a_file_are_pycocotools(files, capsys):
         assert 100 * np.mean(line["0.5"]) == pytest.approx(ap50, abs=NUMBERS)
 
 
+def test_a_checkpoint_is_no_file_of_results(run):
+    with pytest.raises(SystemExit, match="is a checkpoint; name the folder of its run") as error:
+        evaluate.main([str(run / "model_final.pth")])
+    typed = shlex.split(str(error.value).partition("retina-focal evaluate ")[2])
+    evaluate.main([typed[0], "--draws", "5", *typed[1:]])
+
+
 def test_one_image_gives_no_intervals(tmp_path, capsys):
     dataset, results = made(0, 1)
     for name, content in (("truth", dataset), ("found", results)):

@@ -144,6 +144,10 @@ def test_steps_beyond_the_end_are_left_to_detectron2_which_ignores_them():
     check_values(cfg_with(**{"SOLVER.STEPS": [1, 60000, 80000], "SOLVER.MAX_ITER": 10}))
 
 
+def test_the_smallest_tile_is_taken():
+    check_values(cfg_with(**{"MODEL.RETINA_FOCAL.TEST.TILE": 32, "INPUT.FORMAT": "RGB"}))
+
+
 @pytest.mark.parametrize(
     "yaml",
     [

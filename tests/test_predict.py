@@ -199,6 +199,7 @@ def test_an_interruption_leaves_whole_files_of_what_is_done(run, photos, tmp_pat
     [
         (["run"], "no INPUT is given"),
         (["run", "photos", "--format", "csv,nope"], "there is no format 'nope'"),
+        (["run", "photos", "--threshold", "50"], "'50' is not a number from 0 to 1"),
         (["run", "photos", "--batch-size", "0"], "is not a whole number"),
     ],
 )

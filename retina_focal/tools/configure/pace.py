@@ -63,12 +63,7 @@ def measured_pace(
 def _short_run(settings: Settings, val_records: list[dict], batch: int, folder: Path) -> Settings:
     """A few steps, then an evaluation of a few pictures of val."""
     is_tiled = settings.get("MODEL.RETINA_FOCAL.TEST.TILE", Setting(0, "")).value > 0
-    few = sorted(val_records, key=lambda x: not x["annotations"])[:MEASURED_PICTURES]
-    if is_tiled:  # those that take about as long as the others in the mean
-        pixels = [x["height"] * x["width"] for x in val_records]
-        mean = sum(pixels) / len(pixels)
-        few = sorted(val_records, key=lambda x: abs(x["height"] * x["width"] - mean))
-        few = few[:MEASURED_TILED]
+    few = _few(val_records, MEASURED_TILED if is_tiled else MEASURED_PICTURES)
     name = settings["MODEL.RETINA_FOCAL.DATA.VAL"].value
     classes = MetadataCatalog.get(name).thing_classes
     root = MetadataCatalog.get(name).image_root
@@ -86,6 +81,17 @@ def _short_run(settings: Settings, val_records: list[dict], batch: int, folder: 
         "OUTPUT_DIR": str(folder),
     }
     return {**settings, **{key: Setting(value, "measured") for key, value in values.items()}}
+
+
+def _few(records: list[dict], count: int) -> list[dict]:
+    """Pictures with boxes where there are any, and of about the mean size: they take mean time."""
+    pixels = [x["height"] * x["width"] for x in records]
+    mean = sum(pixels) / max(len(pixels), 1)
+
+    def order(record: dict) -> tuple[bool, float]:
+        return not record["annotations"], abs(record["height"] * record["width"] - mean)
+
+    return sorted(records, key=order)[:count]
 
 
 def _coco(records: list[dict], classes: list[str], root: str) -> dict:
